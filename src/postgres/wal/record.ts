@@ -1,0 +1,306 @@
+/**
+ * WAL records: decoding one whole record into offsets, without copying it. (Postgres: xlogrecord.h, DecodeXLogRecord in xlogreader.c;
+ * the layout is the same in 15, 16, 17 and 18.)
+ *
+ *   0   u32  total length, of the whole record
+ *   4   u32  transaction id
+ *   8   u64  start LSN of the previous record
+ *   16  u8   info: the high 4 bits belong to the resource manager, the low 4 are XLR_* flags
+ *   17  u8   resource manager id
+ *   18  u16  zero
+ *   20  u32  CRC32C of bytes 24 to the end, then of bytes 0 to 20
+ *   24  fragment headers, each beginning with a u8 id:
+ *         0..32  block reference: u8 fork | flags, u16 data length;
+ *                with an image: u16 image length, u16 hole offset, u8 image info, and u16 hole length when compressed with a hole;
+ *                unless BKPBLOCK_SAME_REL: u32 tablespace, u32 database, u32 relation; always: u32 block number
+ *         253    u16 replication origin
+ *         252    u32 top-level transaction id
+ *         255    u8 main data length       } the main data's header is the last
+ *         254    u32 main data length      }
+ *       then, for each block in order of id: image bytes, data bytes; then the main data.
+ *
+ * Invariants: block ids rise; every offset and length in a decoded record lies inside `bytes`; what does not add up throws WalError, so
+ * that damaged bytes are never read past their end. The CRC is checked by whoever cuts records out of the stream, not here.
+ */
+
+import { BLOCK_SIZE } from '../page-size.ts';
+import { readLsn } from '../lsn.ts';
+import type { Lsn } from '../lsn.ts';
+import { WalError } from './error.ts';
+
+export const RECORD_HEADER_SIZE = 24;
+export const MAX_RECORD_SIZE = 1020 * 1024 * 1024;
+
+export const BKPBLOCK_FORK_MASK = 0x0f;
+export const BKPBLOCK_HAS_IMAGE = 0x10;
+export const BKPBLOCK_HAS_DATA = 0x20;
+export const BKPBLOCK_WILL_INIT = 0x40;
+export const BKPBLOCK_SAME_REL = 0x80;
+
+export const BKPIMAGE_HAS_HOLE = 0x01;
+export const BKPIMAGE_APPLY = 0x02;
+export const BKPIMAGE_COMPRESS_PGLZ = 0x04;
+export const BKPIMAGE_COMPRESS_LZ4 = 0x08;
+export const BKPIMAGE_COMPRESS_ZSTD = 0x10;
+export const BKPIMAGE_COMPRESSED = BKPIMAGE_COMPRESS_PGLZ | BKPIMAGE_COMPRESS_LZ4 | BKPIMAGE_COMPRESS_ZSTD;
+
+/** The part of `info` that belongs to the resource manager. */
+export const XLR_RMGR_INFO_MASK = 0xf0;
+export const XLR_SPECIAL_REL_UPDATE = 0x01;
+/** The record carries, for wal_consistency_checking, an image of each page as it is after the record. */
+export const XLR_CHECK_CONSISTENCY = 0x02;
+
+export const MAX_BLOCK_ID = 32;
+const ID_DATA_SHORT = 255;
+const ID_DATA_LONG = 254;
+const ID_ORIGIN = 253;
+const ID_TOP_LEVEL_XID = 252;
+const MAX_FORK = 3;
+
+/** A block that a record refers to. Offsets are into WalRecord.bytes. */
+export interface WalBlock {
+  readonly id: number;
+  readonly spc: number;
+  readonly db: number;
+  readonly rel: number;
+  readonly fork: number;
+  readonly blk: number;
+  /** BKPBLOCK_* flags and, in the low 4 bits, the fork. */
+  readonly flags: number;
+  /** Redo makes the page anew and needs nothing of what was there. */
+  readonly willInit: boolean;
+  readonly hasImage: boolean;
+  /** The image is to be restored in redo; an image without this serves wal_consistency_checking only. */
+  readonly applyImage: boolean;
+  readonly imageOffset: number;
+  readonly imageLength: number;
+  readonly holeOffset: number;
+  readonly holeLength: number;
+  /** BKPIMAGE_* flags. */
+  readonly imageInfo: number;
+  readonly dataOffset: number;
+  readonly dataLength: number;
+}
+
+export interface WalRecord {
+  readonly startLsn: Lsn;
+  /** LSN after the record, MAXALIGNed: what a page changed by it carries, and where the next record begins (save for page headers). */
+  readonly endLsn: Lsn;
+  readonly prevLsn: Lsn;
+  readonly totalLength: number;
+  readonly xid: number;
+  readonly info: number;
+  readonly rmid: number;
+  readonly blocks: readonly WalBlock[];
+  readonly mainOffset: number;
+  readonly mainLength: number;
+  readonly originId: number;
+  readonly topLevelXid: number;
+  readonly bytes: Buffer;
+}
+
+const NO_BLOCKS: readonly WalBlock[] = [];
+
+/** Decodes one whole record. `bytes` is exactly the record, without WAL page headers; throws WalError when it does not add up. */
+export function decodeWalRecord(bytes: Buffer, startLsn: Lsn, endLsn: Lsn): WalRecord {
+  const length = bytes.length;
+  if (length < RECORD_HEADER_SIZE) throw new WalError(startLsn, `record of ${length} bytes is shorter than its header`);
+  const totalLength = u32(bytes, 0);
+  if (totalLength !== length)
+    throw new WalError(startLsn, `record says it has ${totalLength} bytes, ${length} are here`);
+
+  let at = RECORD_HEADER_SIZE;
+  let dataTotal = 0;
+  let mainLength = 0;
+  let originId = 0;
+  let topLevelXid = 0;
+  let blocks: MutableBlock[] | undefined;
+  let previous: MutableBlock | undefined;
+
+  while (length - at > dataTotal) {
+    const id = bytes[at]!;
+    if (id <= MAX_BLOCK_ID) {
+      const block = decodeBlockHeader(bytes, at, previous, startLsn);
+      at = block.imageOffset;
+      dataTotal += block.imageLength + block.dataLength;
+      if (blocks === undefined) blocks = [block];
+      else blocks.push(block);
+      previous = block;
+    } else if (id === ID_DATA_SHORT) {
+      need(bytes, at, 2, startLsn);
+      mainLength = bytes[at + 1]!;
+      at += 2;
+      dataTotal += mainLength;
+      break;
+    } else if (id === ID_DATA_LONG) {
+      need(bytes, at, 5, startLsn);
+      mainLength = u32(bytes, at + 1);
+      at += 5;
+      dataTotal += mainLength;
+      break;
+    } else if (id === ID_ORIGIN) {
+      need(bytes, at, 3, startLsn);
+      originId = u16(bytes, at + 1);
+      at += 3;
+    } else if (id === ID_TOP_LEVEL_XID) {
+      need(bytes, at, 5, startLsn);
+      topLevelXid = u32(bytes, at + 1);
+      at += 5;
+    } else {
+      throw new WalError(startLsn, `unknown fragment ${id} at byte ${at} of the record`);
+    }
+  }
+  if (length - at !== dataTotal) {
+    throw new WalError(startLsn, `record has ${length - at} bytes of data, its headers say ${dataTotal}`);
+  }
+
+  if (blocks !== undefined) {
+    for (let i = 0; i < blocks.length; i++) {
+      const block = blocks[i]!;
+      block.imageOffset = at;
+      at += block.imageLength;
+      block.dataOffset = at;
+      at += block.dataLength;
+    }
+  }
+  return {
+    startLsn,
+    endLsn,
+    prevLsn: readLsn(bytes, 8),
+    totalLength,
+    xid: u32(bytes, 4),
+    info: bytes[16]!,
+    rmid: bytes[17]!,
+    blocks: blocks ?? NO_BLOCKS,
+    mainOffset: at,
+    mainLength,
+    originId,
+    topLevelXid,
+    bytes,
+  };
+}
+
+/** The main data of a record: a view of its bytes. */
+export function mainData(record: WalRecord): Buffer {
+  return record.bytes.subarray(record.mainOffset, record.mainOffset + record.mainLength);
+}
+
+/** The data that a record carries for a block: a view of its bytes, empty when there is none. */
+export function blockData(record: WalRecord, block: WalBlock): Buffer {
+  return record.bytes.subarray(block.dataOffset, block.dataOffset + block.dataLength);
+}
+
+/** The block reference with this id, if the record has it (ids may have gaps). */
+export function findBlock(record: WalRecord, id: number): WalBlock | undefined {
+  const blocks = record.blocks;
+  for (let i = 0; i < blocks.length; i++) if (blocks[i]!.id === id) return blocks[i];
+  return undefined;
+}
+
+interface MutableBlock extends WalBlock {
+  imageOffset: number;
+  dataOffset: number;
+}
+
+/** Decodes the block reference at `start`; for the time being its imageOffset holds where the header ends. */
+function decodeBlockHeader(bytes: Buffer, start: number, previous: MutableBlock | undefined, lsn: Lsn): MutableBlock {
+  need(bytes, start, 4, lsn);
+  const id = bytes[start]!;
+  const flags = bytes[start + 1]!;
+  const dataLength = u16(bytes, start + 2);
+  let at = start + 4;
+  if (previous !== undefined && id <= previous.id)
+    throw new WalError(lsn, `block ${id} comes after block ${previous.id}`);
+  if ((flags & BKPBLOCK_FORK_MASK) > MAX_FORK)
+    throw new WalError(lsn, `block ${id} names fork ${flags & BKPBLOCK_FORK_MASK}`);
+  if (((flags & BKPBLOCK_HAS_DATA) !== 0) !== dataLength > 0) {
+    throw new WalError(lsn, `block ${id} has flags 0x${flags.toString(16)} and ${dataLength} bytes of data`);
+  }
+
+  let imageLength = 0;
+  let holeOffset = 0;
+  let holeLength = 0;
+  let imageInfo = 0;
+  const hasImage = (flags & BKPBLOCK_HAS_IMAGE) !== 0;
+  if (hasImage) {
+    need(bytes, at, 5, lsn);
+    imageLength = u16(bytes, at);
+    holeOffset = u16(bytes, at + 2);
+    imageInfo = bytes[at + 4]!;
+    at += 5;
+    if ((imageInfo & BKPIMAGE_COMPRESSED) === 0) {
+      holeLength = BLOCK_SIZE - imageLength;
+    } else if ((imageInfo & BKPIMAGE_HAS_HOLE) !== 0) {
+      need(bytes, at, 2, lsn);
+      holeLength = u16(bytes, at);
+      at += 2;
+    }
+    checkImage(id, imageLength, holeOffset, holeLength, imageInfo, lsn);
+  }
+
+  let spc: number;
+  let db: number;
+  let rel: number;
+  if ((flags & BKPBLOCK_SAME_REL) === 0) {
+    need(bytes, at, 12, lsn);
+    spc = u32(bytes, at);
+    db = u32(bytes, at + 4);
+    rel = u32(bytes, at + 8);
+    at += 12;
+  } else {
+    if (previous === undefined)
+      throw new WalError(lsn, `block ${id} says "same relation" but no block comes before it`);
+    spc = previous.spc;
+    db = previous.db;
+    rel = previous.rel;
+  }
+  need(bytes, at, 4, lsn);
+  const blk = u32(bytes, at);
+  return {
+    id,
+    spc,
+    db,
+    rel,
+    fork: flags & BKPBLOCK_FORK_MASK,
+    blk,
+    flags,
+    willInit: (flags & BKPBLOCK_WILL_INIT) !== 0,
+    hasImage,
+    applyImage: (imageInfo & BKPIMAGE_APPLY) !== 0,
+    imageOffset: at + 4,
+    imageLength,
+    holeOffset,
+    holeLength,
+    imageInfo,
+    dataOffset: 0,
+    dataLength,
+  };
+}
+
+/** The hole and the image must make up one page, and the flags must say the same. */
+function checkImage(id: number, length: number, holeOffset: number, holeLength: number, info: number, lsn: Lsn): void {
+  const hasHole = (info & BKPIMAGE_HAS_HOLE) !== 0;
+  const compressed = (info & BKPIMAGE_COMPRESSED) !== 0;
+  const holeFits = hasHole
+    ? holeOffset > 0 && holeLength > 0 && holeOffset + holeLength <= BLOCK_SIZE
+    : holeOffset === 0 && holeLength === 0;
+  if (!holeFits || length > BLOCK_SIZE || (compressed && length === BLOCK_SIZE)) {
+    throw new WalError(
+      lsn,
+      `block ${id} has an image of ${length} bytes, info 0x${info.toString(16)}, with a hole of ${holeLength} at ${holeOffset}`,
+    );
+  }
+}
+
+function need(bytes: Buffer, at: number, count: number, lsn: Lsn): void {
+  if (at + count > bytes.length)
+    throw new WalError(lsn, `record ends inside a header at byte ${at} of ${bytes.length}`);
+}
+
+function u16(bytes: Buffer, at: number): number {
+  return bytes[at]! | (bytes[at + 1]! << 8);
+}
+
+function u32(bytes: Buffer, at: number): number {
+  return (bytes[at]! | (bytes[at + 1]! << 8) | (bytes[at + 2]! << 16) | (bytes[at + 3]! << 24)) >>> 0;
+}
