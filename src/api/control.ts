@@ -1,0 +1,151 @@
+/**
+ * The control plane's seams: what it needs of the world (Storage, Computes), what it offers to the proxy (EndpointDirectory), and the
+ * file by which the command line finds a running platform (PlatformFile). The public HTTP API is not here: it is Neon's API v2.
+ *
+ * Ids: projectId `adj-noun-12345678`, branchId `br-…`, endpointId `ep-…`; tenantId and timelineId are 32 lower-case hex digits.
+ * Every method may reject with a StrataError; `unavailable` and `timeout` are tried again where that can help.
+ */
+import type { Lsn } from '../postgres/lsn.ts';
+
+/** A place in history: the state of a timeline with every record whose end is at or below `lsn`. */
+export interface BranchPoint {
+  readonly timelineId: string;
+  readonly lsn: Lsn;
+}
+
+export interface NewTimeline {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly pgVersion: number;
+  readonly ancestor: BranchPoint;
+}
+
+export interface TimelineStatus {
+  /** Where the timeline begins: its ancestor's LSN. Every LSN in [oldestLsn, newestLsn] can be read. */
+  readonly oldestLsn: Lsn;
+  /** The last LSN that the pageserver has ingested. */
+  readonly newestLsn: Lsn;
+  /** Bytes of all databases at the head; absent when not known without work. */
+  readonly logicalSizeBytes?: number;
+}
+
+/** Safekeepers and pageserver as the control plane sees them. */
+export interface Storage {
+  /** The fresh cluster of that Postgres version that new projects branch from; made on the first call (slow), then immediate. */
+  ensureTemplate(pgVersion: number): Promise<BranchPoint>;
+  /** Durable when it resolves. Repeatable: a timeline that exists with the same ancestor is success. */
+  createTimeline(timeline: NewTimeline): Promise<void>;
+  /** Repeatable: a timeline that does not exist is success. Rejects with `conflict` when it has children. */
+  deleteTimeline(tenantId: string, timelineId: string): Promise<void>;
+  /** An LSN at or past every commit acknowledged before the call, which the pageserver has ingested. */
+  headLsn(timelineId: string): Promise<Lsn>;
+  /** The end of the last whole record at or below `lsn`. The caller has checked that `lsn` is in the timeline's range. */
+  resolveLsn(timelineId: string, lsn: Lsn): Promise<Lsn>;
+  /**
+   * The LSN whose state holds every commit at or before the time and none after it, over what is ingested. Microseconds since 1970,
+   * as commit records carry them. Undefined when the timeline itself (ancestors aside) has no commit at or before that time.
+   */
+  lsnForTimestamp(timelineId: string, timestampUs: number): Promise<Lsn | undefined>;
+  status(timelineId: string): Promise<TimelineStatus>;
+}
+
+export interface RoleSpec {
+  readonly name: string;
+  /** `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, as pg_authid holds it. */
+  readonly scramVerifier: string;
+}
+
+export interface DatabaseSpec {
+  readonly name: string;
+  readonly ownerName: string;
+}
+
+/** Roles and databases that must exist inside the cluster. Never a list of all that may exist: users make more with SQL. */
+export interface CatalogSpec {
+  readonly roles: readonly RoleSpec[];
+  readonly databases: readonly DatabaseSpec[];
+}
+
+export interface ComputeSpec {
+  readonly endpointId: string;
+  readonly projectId: string;
+  readonly branchId: string;
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly pgVersion: number;
+  /** Settings that the project asks for, name → value, over the platform's own defaults. */
+  readonly pgSettings: Readonly<Record<string, string>>;
+  /**
+   * Present when the cluster may lack it: create the roles (owner's rights, never superuser) or set their verifiers, create the databases
+   * that do not exist. To be done before `start` resolves. Absent: the cluster has it already, nothing to do.
+   */
+  readonly catalog?: CatalogSpec;
+}
+
+/** Where a compute listens, as `net.connect` takes it. */
+export type ConnectTarget = { readonly host: string; readonly port: number } | { readonly path: string };
+
+/** What a compute is doing at one moment, for the decision to suspend it. */
+export interface ActivitySample {
+  /** Clients' backends that run a query or have a transaction open (the platform's own connections aside). */
+  readonly busyBackendCount: number;
+  /** Replication connections other than the proposer's. */
+  readonly walsenderCount: number;
+  /** Enabled subscriptions with a live worker. */
+  readonly activeSubscriptionCount: number;
+  readonly autovacuumWorkerCount: number;
+  /** The newest state change of any client's backend, connected or gone, in milliseconds since 1970; absent when there was none since the start. */
+  readonly lastActivityMs?: number;
+}
+
+export type ComputeExitListener = (endpointId: string, reason: string) => void;
+
+/** The computes of this host. Calls for one endpoint come one at a time; different endpoints' calls overlap. */
+export interface Computes {
+  /** Resolves when the compute accepts connections and the catalog is applied. Starting a running compute gives its target. */
+  start(spec: ComputeSpec): Promise<ConnectTarget>;
+  /** Where the running compute listens; undefined when it is not running, still starting or already stopping. */
+  target(endpointId: string): ConnectTarget | undefined;
+  /** Clean shutdown, cache kept. Not running is success. */
+  suspend(endpointId: string): Promise<void>;
+  /** Stops at once. `forget` also removes the endpoint's directory. Not running, or never seen, is success. */
+  kill(endpointId: string, forget: boolean): Promise<void>;
+  /** Applies roles' verifiers and new databases to a running compute. */
+  applyCatalog(endpointId: string, catalog: CatalogSpec): Promise<void>;
+  activity(endpointId: string): Promise<ActivitySample>;
+  /** Called when a compute stops without having been asked to. */
+  onExit(listener: ComputeExitListener): void;
+}
+
+export interface EndpointRoute {
+  readonly endpointId: string;
+  readonly projectId: string;
+  readonly branchId: string;
+}
+
+/** What the proxy asks of the control plane. */
+export interface EndpointDirectory {
+  /**
+   * The endpoint that a client means: by endpoint id (a `-pooler` suffix is ignored), or with no id the default branch's endpoint of the only
+   * project. Rejects with `not-found`, or with `bad-request` when an id is needed; both messages are for the client.
+   */
+  findEndpoint(endpointId: string | undefined): EndpointRoute;
+  /** The verifier of a role that the control plane knows; undefined for others (roles made with SQL are known to Postgres only). */
+  scramVerifier(endpointId: string, roleName: string): string | undefined;
+  /** Starts the endpoint when it is suspended. Aborting the signal ends the wait, not the start that others may wait for too. */
+  wake(endpointId: string, signal?: AbortSignal): Promise<ConnectTarget>;
+}
+
+/** `<data-dir>/platform.json`, written when the platform is ready and removed when it stops. */
+export interface PlatformFile {
+  readonly pid: number;
+  readonly host: string;
+  readonly httpPort: number;
+  readonly pgPort: number;
+  /** Milliseconds since 1970. */
+  readonly startedAtMs: number;
+  readonly version: string;
+}
+
+export const PLATFORM_FILE_NAME = 'platform.json';
+export const API_KEY_FILE_NAME = 'api-key';
