@@ -5,7 +5,7 @@
  * truncated relation. The pageserver stores each such change under the key of the page it touches, as a value of kind 4. This
  * file is the codec of those values, the arithmetic that finds the page, and the code that applies them.
  *
- * A payload starts with its subtype (u8). All numbers are little-endian:
+ * A change is a subtype and a payload, which value.ts stores one after the other. Numbers are little-endian:
  *
  *   1 clear visibility       n × { u32 heap block, u8 flags }     flags: 2 = all-frozen only, 3 = both bits
  *   2 truncate visibility    u32 heap blocks that remain
@@ -16,9 +16,9 @@
  *   7 commit timestamps      i64 microseconds since 2000-01-01, u16 origin, n × u32 xid
  *
  * Invariants:
- * - A payload concerns exactly one page: every entry in it falls on the page whose key it is stored under. The `…Changes`
+ * - A change concerns exactly one page: every entry in it falls on the page whose key it is stored under. The `…Changes`
  *   functions split what a record implies accordingly.
- * - One (key, LSN) holds one value, so a record that touches a page twice makes one payload with two entries.
+ * - One (key, LSN) holds one value, so a record that touches a page twice makes one change with two entries.
  * - None of these sets a page LSN. Pages of SLRUs have no header at all; Postgres leaves the LSN of a map page alone when it
  *   clears bits, because clearing is always safe (visibilitymap.c).
  * - A map page that is still all zeros becomes an initialised, empty page first, as when Postgres reads it.
@@ -43,6 +43,8 @@ export const DERIVED = {
 /** A change to one page, found by its block number in the map fork or its page number in the SLRU. */
 export interface DerivedChange {
   readonly page: number;
+  /** One of DERIVED. */
+  readonly subtype: number;
   readonly payload: Buffer;
 }
 
@@ -85,18 +87,18 @@ export interface VisibilityClear {
  */
 export function clearVisibilityChanges(clears: readonly VisibilityClear[]): DerivedChange[] {
   return splitByPage(
+    DERIVED.clearVisibility,
     clears,
     (clear) => visibilityMapBlock(clear.heapBlock),
     (entries) => {
-      const payload = Buffer.alloc(1 + entries.length * 5);
-      payload[0] = DERIVED.clearVisibility;
+      const payload = Buffer.alloc(entries.length * 5);
       entries.forEach((clear, index) => {
         assert(
           clear.flags === VISIBILITYMAP_VALID_BITS || clear.flags === VISIBILITYMAP_ALL_FROZEN,
           'all-visible is never cleared while all-frozen stays',
         );
-        payload.writeUInt32LE(clear.heapBlock, 1 + index * 5);
-        payload[5 + index * 5] = clear.flags;
+        payload.writeUInt32LE(clear.heapBlock, index * 5);
+        payload[4 + index * 5] = clear.flags;
       });
       return payload;
     },
@@ -110,7 +112,7 @@ export function clearVisibilityChanges(clears: readonly VisibilityClear[]): Deri
 export function truncateVisibility(heapBlocks: number): { mapBlocks: number; change: DerivedChange | undefined } {
   const page = visibilityMapBlock(heapBlocks);
   if (heapBlocks % HEAP_BLOCKS_PER_VISIBILITY_PAGE === 0) return { mapBlocks: page, change: undefined };
-  return { mapBlocks: page + 1, change: { page, payload: blocksPayload(DERIVED.truncateVisibility, heapBlocks) } };
+  return { mapBlocks: page + 1, change: { page, subtype: DERIVED.truncateVisibility, payload: u32(heapBlocks) } };
 }
 
 const FSM_NODES_PER_PAGE = PAGE_SIZE - PAGE_HEADER_SIZE - 4;
@@ -123,7 +125,7 @@ const FSM_NODES_OFFSET = PAGE_HEADER_SIZE + 4;
 export function truncateFreeSpace(heapBlocks: number): { mapBlocks: number; change: DerivedChange | undefined } {
   const page = freeSpaceMapBlock(heapBlocks);
   if (heapBlocks % FSM_SLOTS_PER_PAGE === 0) return { mapBlocks: page, change: undefined };
-  return { mapBlocks: page + 1, change: { page, payload: blocksPayload(DERIVED.truncateFreeSpace, heapBlocks) } };
+  return { mapBlocks: page + 1, change: { page, subtype: DERIVED.truncateFreeSpace, payload: u32(heapBlocks) } };
 }
 
 /** The block of the free-space-map fork that is the leaf page of a heap block: leaves come after the upper pages above them. */
@@ -143,13 +145,13 @@ export const TRANSACTIONS_PER_CLOG_PAGE = PAGE_SIZE * 4;
 export function transactionStatusChanges(status: number, xids: readonly number[]): DerivedChange[] {
   assert(status === TRANSACTION_COMMITTED || status === TRANSACTION_ABORTED, 'redo sets a final status');
   return splitByPage(
+    DERIVED.transactionStatus,
     xids,
     (xid) => Math.floor(xid / TRANSACTIONS_PER_CLOG_PAGE),
     (entries) => {
-      const payload = Buffer.alloc(2 + entries.length * 4);
-      payload[0] = DERIVED.transactionStatus;
-      payload[1] = status;
-      entries.forEach((xid, index) => payload.writeUInt32LE(xid, 2 + index * 4));
+      const payload = Buffer.alloc(1 + entries.length * 4);
+      payload[0] = status;
+      entries.forEach((xid, index) => payload.writeUInt32LE(xid, 1 + index * 4));
       return payload;
     },
   );
@@ -172,17 +174,17 @@ export function multixactOffsetChanges(multi: number, offset: number, memberCoun
   const next = multi === 0xffffffff ? FIRST_MULTIXACT : multi + 1;
   const end = (offset + memberCount) % 2 ** 32;
   return splitByPage(
+    DERIVED.multixactOffsets,
     [
       { multi, offset },
       { multi: next, offset: end === 0 ? 1 : end },
     ],
     (entry) => Math.floor(entry.multi / MULTIXACT_OFFSETS_PER_PAGE),
     (entries) => {
-      const payload = Buffer.alloc(1 + entries.length * 8);
-      payload[0] = DERIVED.multixactOffsets;
+      const payload = Buffer.alloc(entries.length * 8);
       entries.forEach((entry, index) => {
-        payload.writeUInt32LE(entry.multi, 1 + index * 8);
-        payload.writeUInt32LE(entry.offset, 5 + index * 8);
+        payload.writeUInt32LE(entry.multi, index * 8);
+        payload.writeUInt32LE(entry.offset, 4 + index * 8);
       });
       return payload;
     },
@@ -197,15 +199,15 @@ export const MULTIXACT_MEMBERS_PER_PAGE = MEMBER_GROUPS_PER_PAGE * MEMBERS_PER_G
 /** The pages of multixact members on which a new multixact's members stand. Offsets wrap at 2^32. */
 export function multixactMemberChanges(offset: number, members: readonly MultixactMember[]): DerivedChange[] {
   return splitByPage(
+    DERIVED.multixactMembers,
     members.map((member, index) => ({ ...member, at: (offset + index) % 2 ** 32 })),
     (member) => Math.floor(member.at / MULTIXACT_MEMBERS_PER_PAGE),
     (entries) => {
-      const payload = Buffer.alloc(5 + entries.length * 5);
-      payload[0] = DERIVED.multixactMembers;
-      payload.writeUInt32LE(entries[0]?.at ?? 0, 1);
+      const payload = Buffer.alloc(4 + entries.length * 5);
+      payload.writeUInt32LE(entries[0]?.at ?? 0, 0);
       entries.forEach((member, index) => {
-        payload.writeUInt32LE(member.xid, 5 + index * 5);
-        payload[9 + index * 5] = member.status;
+        payload.writeUInt32LE(member.xid, 4 + index * 5);
+        payload[8 + index * 5] = member.status;
       });
       return payload;
     },
@@ -218,55 +220,55 @@ export const COMMIT_TIMESTAMPS_PER_PAGE = Math.floor(PAGE_SIZE / COMMIT_TS_ENTRY
 /** The pages of commit timestamps of these transactions; only where track_commit_timestamp is on. `time` is a TimestampTz. */
 export function commitTimestampChanges(time: bigint, origin: number, xids: readonly number[]): DerivedChange[] {
   return splitByPage(
+    DERIVED.commitTimestamps,
     xids,
     (xid) => Math.floor(xid / COMMIT_TIMESTAMPS_PER_PAGE),
     (entries) => {
-      const payload = Buffer.alloc(11 + entries.length * 4);
-      payload[0] = DERIVED.commitTimestamps;
-      payload.writeBigInt64LE(time, 1);
-      payload.writeUInt16LE(origin, 9);
-      entries.forEach((xid, index) => payload.writeUInt32LE(xid, 11 + index * 4));
+      const payload = Buffer.alloc(10 + entries.length * 4);
+      payload.writeBigInt64LE(time, 0);
+      payload.writeUInt16LE(origin, 8);
+      entries.forEach((xid, index) => payload.writeUInt32LE(xid, 10 + index * 4));
       return payload;
     },
   );
 }
 
 /**
- * Applies a payload to its page in place. Throws RangeError when the payload is not one of this file's: a value that cannot be
+ * Applies a change to its page in place. Throws RangeError when the change is not one of this file's: a value that cannot be
  * understood must stop the read.
  */
-export function applyDerived(page: Buffer, payload: Buffer): void {
+export function applyDerived(page: Buffer, subtype: number, payload: Buffer): void {
   assert.equal(page.length, PAGE_SIZE, 'a page is 8192 bytes');
-  switch (payload[0]) {
+  switch (subtype) {
     case DERIVED.clearVisibility:
       return applyClearVisibility(page, payload);
     case DERIVED.truncateVisibility:
-      return applyTruncateVisibility(page, payload.readUInt32LE(1));
+      return applyTruncateVisibility(page, payload.readUInt32LE(0));
     case DERIVED.truncateFreeSpace:
-      return applyTruncateFreeSpace(page, payload.readUInt32LE(1));
+      return applyTruncateFreeSpace(page, payload.readUInt32LE(0));
     case DERIVED.transactionStatus:
       return applyTransactionStatus(page, payload);
     case DERIVED.multixactOffsets:
-      for (let at = 1; at < payload.length; at += 8) {
+      for (let at = 0; at < payload.length; at += 8) {
         page.writeUInt32LE(payload.readUInt32LE(at + 4), (payload.readUInt32LE(at) % MULTIXACT_OFFSETS_PER_PAGE) * 4);
       }
       return;
     case DERIVED.multixactMembers:
       return applyMultixactMembers(page, payload);
     case DERIVED.commitTimestamps:
-      for (let at = 11; at < payload.length; at += 4) {
+      for (let at = 10; at < payload.length; at += 4) {
         const entry = (payload.readUInt32LE(at) % COMMIT_TIMESTAMPS_PER_PAGE) * COMMIT_TS_ENTRY_SIZE;
-        payload.copy(page, entry, 1, 11);
+        payload.copy(page, entry, 0, 10);
       }
       return;
     default:
-      throw new RangeError(`derived change of unknown subtype ${payload[0]}`);
+      throw new RangeError(`derived change of unknown subtype ${subtype}`);
   }
 }
 
 function applyClearVisibility(page: Buffer, payload: Buffer): void {
   initialiseIfNew(page);
-  for (let at = 1; at < payload.length; at += 5) {
+  for (let at = 0; at < payload.length; at += 5) {
     const heapBlock = payload.readUInt32LE(at);
     const byte = visibilityMapByte(heapBlock);
     page[byte] = (page[byte] ?? 0) & ~((payload[at + 4] ?? 0) << visibilityMapShift(heapBlock));
@@ -293,8 +295,8 @@ function applyTruncateFreeSpace(page: Buffer, heapBlocks: number): void {
 }
 
 function applyTransactionStatus(page: Buffer, payload: Buffer): void {
-  const status = payload[1] ?? 0;
-  for (let at = 2; at < payload.length; at += 4) {
+  const status = payload[0] ?? 0;
+  for (let at = 1; at < payload.length; at += 4) {
     const index = payload.readUInt32LE(at) % TRANSACTIONS_PER_CLOG_PAGE;
     const byte = Math.floor(index / 4);
     const shift = (index % 4) * 2;
@@ -304,8 +306,8 @@ function applyTransactionStatus(page: Buffer, payload: Buffer): void {
 
 /** A group is four flag bytes, one for each of the four xids that follow them. */
 function applyMultixactMembers(page: Buffer, payload: Buffer): void {
-  const first = payload.readUInt32LE(1);
-  for (let at = 5, member = first; at < payload.length; at += 5, member++) {
+  const first = payload.readUInt32LE(0);
+  for (let at = 4, member = first; at < payload.length; at += 5, member++) {
     const index = member % MULTIXACT_MEMBERS_PER_PAGE;
     const group = Math.floor(index / MEMBERS_PER_GROUP) * MEMBER_GROUP_SIZE;
     const inGroup = index % MEMBERS_PER_GROUP;
@@ -324,18 +326,18 @@ function initialiseIfNew(page: Buffer): void {
   page.writeUInt16LE(PAGE_SIZE | 4, 18);
 }
 
-function blocksPayload(subtype: number, heapBlocks: number): Buffer {
-  const payload = Buffer.alloc(5);
-  payload[0] = subtype;
-  payload.writeUInt32LE(heapBlocks, 1);
-  return payload;
+function u32(value: number): Buffer {
+  const bytes = Buffer.alloc(4);
+  bytes.writeUInt32LE(value, 0);
+  return bytes;
 }
 
 function splitByPage<T>(
+  subtype: number,
   entries: readonly T[],
   pageOf: (entry: T) => number,
   encode: (entries: readonly T[]) => Buffer,
 ): DerivedChange[] {
   const byPage = Map.groupBy(entries, pageOf);
-  return [...byPage].map(([page, onPage]) => ({ page, payload: encode(onPage) }));
+  return [...byPage].map(([page, onPage]) => ({ page, subtype, payload: encode(onPage) }));
 }
