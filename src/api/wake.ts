@@ -1,0 +1,25 @@
+/**
+ * What the proxy asks of the control plane: which endpoint a client means, and a running compute behind it.
+ */
+
+/** What a client said about where it wants to go. */
+export interface EndpointRequest {
+  /** Endpoint id from `options=endpoint=…` or from the TLS server name; undefined when the client named none. */
+  readonly endpointId: string | undefined;
+  readonly user: string;
+  readonly database: string;
+}
+
+export interface RunningCompute {
+  readonly endpointId: string;
+  /** The Unix socket that its Postgres listens on. */
+  readonly socketPath: string;
+}
+
+export interface WakeService {
+  /**
+   * Resolves when the endpoint's compute accepts connections, waking it if need be.
+   * Throws `not-found` (unknown endpoint, or none named where several projects exist), `forbidden` (disabled), `unavailable`, `timeout`.
+   */
+  wake(request: EndpointRequest, signal: AbortSignal): Promise<RunningCompute>;
+}
