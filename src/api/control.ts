@@ -1,11 +1,12 @@
 /**
- * The control plane's seams: what it needs of the world (Storage, Computes), what it offers to the proxy (EndpointDirectory), and the
- * file by which the command line finds a running platform (PlatformFile). The public HTTP API is not here: it is Neon's API v2.
+ * The control plane's seams: what it needs of the world (Storage, Computes) and the file by which the command line finds a
+ * running platform (PlatformFile). What it offers to the proxy is in wake.ts; the public HTTP API is Neon's API v2.
  *
  * Ids: projectId `adj-noun-12345678`, branchId `br-…`, endpointId `ep-…`; tenantId and timelineId are 32 lower-case hex digits.
  * Every method may reject with a StrataError; `unavailable` and `timeout` are tried again where that can help.
  */
 import type { Lsn } from '../postgres/lsn.ts';
+import type { RunningCompute } from './wake.ts';
 
 /** A place in history: the state of a timeline with every record whose end is at or below `lsn`. */
 export interface BranchPoint {
@@ -73,17 +74,12 @@ export interface ComputeSpec {
   readonly tenantId: string;
   readonly timelineId: string;
   readonly pgVersion: number;
-  /** Settings that the project asks for, name → value, over the platform's own defaults. */
-  readonly pgSettings: Readonly<Record<string, string>>;
   /**
    * Present when the cluster may lack it: create the roles (owner's rights, never superuser) or set their verifiers, create the databases
    * that do not exist. To be done before `start` resolves. Absent: the cluster has it already, nothing to do.
    */
   readonly catalog?: CatalogSpec;
 }
-
-/** Where a compute listens, as `net.connect` takes it. */
-export type ConnectTarget = { readonly host: string; readonly port: number } | { readonly path: string };
 
 /** What a compute is doing at one moment, for the decision to suspend it. */
 export interface ActivitySample {
@@ -102,10 +98,10 @@ export type ComputeExitListener = (endpointId: string, reason: string) => void;
 
 /** The computes of this host. Calls for one endpoint come one at a time; different endpoints' calls overlap. */
 export interface Computes {
-  /** Resolves when the compute accepts connections and the catalog is applied. Starting a running compute gives its target. */
-  start(spec: ComputeSpec): Promise<ConnectTarget>;
-  /** Where the running compute listens; undefined when it is not running, still starting or already stopping. */
-  target(endpointId: string): ConnectTarget | undefined;
+  /** Resolves when the compute accepts connections and the catalog is applied. Starting a running compute is success. */
+  start(spec: ComputeSpec): Promise<RunningCompute>;
+  /** Undefined when the compute is not running, still starting or already stopping. */
+  running(endpointId: string): RunningCompute | undefined;
   /** Clean shutdown, cache kept. Not running is success. */
   suspend(endpointId: string): Promise<void>;
   /** Stops at once. `forget` also removes the endpoint's directory. Not running, or never seen, is success. */
@@ -115,25 +111,6 @@ export interface Computes {
   activity(endpointId: string): Promise<ActivitySample>;
   /** Called when a compute stops without having been asked to. */
   onExit(listener: ComputeExitListener): void;
-}
-
-export interface EndpointRoute {
-  readonly endpointId: string;
-  readonly projectId: string;
-  readonly branchId: string;
-}
-
-/** What the proxy asks of the control plane. */
-export interface EndpointDirectory {
-  /**
-   * The endpoint that a client means: by endpoint id (a `-pooler` suffix is ignored), or with no id the default branch's endpoint of the only
-   * project. Rejects with `not-found`, or with `bad-request` when an id is needed; both messages are for the client.
-   */
-  findEndpoint(endpointId: string | undefined): EndpointRoute;
-  /** The verifier of a role that the control plane knows; undefined for others (roles made with SQL are known to Postgres only). */
-  scramVerifier(endpointId: string, roleName: string): string | undefined;
-  /** Starts the endpoint when it is suspended. Aborting the signal ends the wait, not the start that others may wait for too. */
-  wake(endpointId: string, signal?: AbortSignal): Promise<ConnectTarget>;
 }
 
 /** `<data-dir>/platform.json`, written when the platform is ready and removed when it stops. */

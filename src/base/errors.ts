@@ -11,6 +11,7 @@ export const errorTable = {
   conflict: { httpStatus: 409, sqlState: '42710', retry: false },
   'history-gone': { httpStatus: 410, sqlState: '22023', retry: false },
   locked: { httpStatus: 423, sqlState: '55006', retry: true },
+  'not-implemented': { httpStatus: 501, sqlState: '0A000', retry: false },
   internal: { httpStatus: 500, sqlState: 'XX000', retry: false },
   unavailable: { httpStatus: 503, sqlState: '57P03', retry: true },
   timeout: { httpStatus: 504, sqlState: '57P03', retry: true },
