@@ -131,9 +131,9 @@ export function reachableInstallation(
 }
 
 /** Throws `bad-request` when the folder can be neither created nor written. */
-export function assertWritable(directory: string): void {
+export function assertWritable(directory: string, mode: number): void {
   try {
-    mkdirSync(directory, { recursive: true, mode: 0o700 });
+    mkdirSync(directory, { recursive: true, mode });
     accessSync(directory, constants.W_OK | constants.X_OK);
   } catch (error) {
     throw new StrataError(

@@ -1,0 +1,96 @@
+/**
+ * The platform's data directory:
+ *
+ *   lock            held while the platform runs
+ *   secrets.json    platform secret (signs tokens), admin password, encryption key of stored passwords; 0600
+ *   api-key         the first API key; 0600
+ *   platform.json   where the running platform listens (api/control.ts)
+ *   state.db        the control plane's state
+ *   tls/            the proxy's certificate and key
+ *   logs/           one file per process
+ *   pageserver/     safekeeper-N/    what those services keep
+ *   computes/       one folder per endpoint: a cache (may lie elsewhere, see `computesDir`)
+ *
+ * Postgres runs unprivileged and its sockets' paths must be short, so sockets, and whatever Postgres must reach that it cannot reach here, lie in a *run
+ * directory* in the system's temporary folder. Nothing there is needed after a restart.
+ */
+import { createHash, randomBytes } from 'node:crypto';
+import { chownSync, existsSync, lstatSync, mkdirSync, readFileSync, realpathSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join, resolve } from 'node:path';
+import { writeFileDurably } from '../base/durable-file.ts';
+import { StrataError } from '../base/errors.ts';
+import { assertWritable, isReachableBy, type UnixUser } from '../compute/installation.ts';
+
+export interface Secrets {
+  /** Signs the tokens between the platform's parts; 32 bytes. */
+  readonly platformSecret: Buffer;
+  /** Password of the platform's superuser in every cluster. */
+  readonly adminPassword: string;
+}
+
+export interface PlatformDirectory {
+  readonly path: string;
+  readonly logsDir: string;
+  /** Folder for computes' data directories: inside `path` when Postgres can reach it. */
+  readonly computesDir: string;
+  /** Short path for sockets and staged binaries; Postgres can enter it. */
+  readonly runDir: string;
+}
+
+const SECRET_BYTES = 32;
+
+/** Creates what is missing. Throws `bad-request` when the directory cannot be used. */
+export function openPlatformDirectory(dataDir: string, postgresUser: UnixUser | undefined): PlatformDirectory {
+  // Others may pass through (to the computes' folder, which Postgres must reach) but list nothing; every secret inside is 0600 or in a 0700 folder.
+  assertWritable(dataDir, postgresUser === undefined ? 0o700 : 0o711);
+  const path = realpathSync(resolve(dataDir));
+  const runDir = openRunDirectory(path, postgresUser);
+  const reachable = postgresUser === undefined || isReachableBy(postgresUser, path);
+  const computesDir = join(reachable ? path : runDir, 'computes');
+  const logsDir = join(path, 'logs');
+  mkdirSync(logsDir, { recursive: true, mode: 0o700 });
+  mkdirSync(computesDir, { recursive: true, mode: 0o711 });
+  return { path, logsDir, computesDir, runDir };
+}
+
+/** The secrets, made at first start. */
+export function loadOrMakeSecrets(directory: PlatformDirectory): Secrets {
+  const file = join(directory.path, 'secrets.json');
+  if (!existsSync(file)) {
+    const made = {
+      version: 1,
+      platformSecret: randomBytes(SECRET_BYTES).toString('hex'),
+      adminPassword: randomBytes(SECRET_BYTES).toString('hex'),
+    };
+    writeFileDurably(file, `${JSON.stringify(made, undefined, 2)}\n`, 0o600);
+  }
+  const text = JSON.parse(readFileSync(file, 'utf8')) as { platformSecret: string; adminPassword: string };
+  return { platformSecret: Buffer.from(text.platformSecret, 'hex'), adminPassword: text.adminPassword };
+}
+
+function openRunDirectory(dataDir: string, postgresUser: UnixUser | undefined): string {
+  const name = createHash('sha256').update(dataDir).digest('hex').slice(0, 12);
+  const path = join(tmpdir(), `strata-${process.geteuid?.() ?? 0}-${name}`);
+  mkdirSync(path, { recursive: true, mode: 0o711 });
+  const status = lstatSync(path);
+  if (!status.isDirectory() || status.uid !== process.geteuid?.()) {
+    throw new StrataError(
+      'bad-request',
+      `${path} is not a folder of ours: remove it, or set TMPDIR to a folder of your own`,
+    );
+  }
+  if (postgresUser !== undefined && !isReachableBy(postgresUser, path)) {
+    throw new StrataError(
+      'bad-request',
+      `user ${postgresUser.name}, who runs Postgres, cannot enter ${path}: set TMPDIR to a folder that everybody may enter`,
+    );
+  }
+  return path;
+}
+
+/** Creates a folder owned by the user that runs Postgres, mode 0700. */
+export function makeFolderFor(user: UnixUser | undefined, path: string): void {
+  mkdirSync(path, { recursive: true, mode: 0o700 });
+  if (user !== undefined) chownSync(path, user.uid, user.gid);
+}
