@@ -27,6 +27,11 @@ export interface TimelineWriter {
   advance(endLsn: Lsn, recordStartLsn: Lsn): void;
   /** Forgets the puts since the last `advance`: for a record that could not be taken. */
   discard(): void;
+  /**
+   * Set by ingest. To be called, between two records, before what was put is written out as a layer: ingest then puts, under
+   * `lastRecordLsn`, what it still gathers in memory (the last piece of the WAL index), so that the layer is complete without it.
+   */
+  beforeFlush?: () => void;
 }
 
 /** Reads a timeline as it was at an LSN, through its ancestors. An LSN above `lastRecordLsn` has to be waited for first. */
