@@ -259,7 +259,6 @@ export function pageAddItem(page: Buffer, item: Uint8Array, offset: number, flag
 export function pageRepairFragmentation(page: Buffer): void {
   const { lower, upper, special } = checkHeader(page, true);
   const lineCount = pageMaxOffset(page);
-  if (lineCount > MAX_INDEX_TUPLES_PER_PAGE * 4) throw new PageError(`${lineCount} line pointers`);
   let kept = 0;
   let unused = 0;
   let total = 0;

@@ -1,0 +1,323 @@
+/**
+ * Cuts a stream of WAL bytes into records. (Postgres: XLogDecodeNextRecord in xlogreader.c.)
+ *
+ * Bytes are pushed as they come, in chunks of any size; records are taken out one by one. A record that lies whole within a page and a
+ * chunk is a view of the chunk; only records that cross pages or chunks are copied together. So a chunk must not be written to after it
+ * was pushed, and lives as long as a record of it.
+ *
+ * What is checked: each page's header; that a record that goes on over a page has as much left as the page says; resource manager,
+ * length and CRC of each record; and that each record names the start of the one before it, so that stale bytes are never taken for WAL.
+ * A record is given out only when it is whole, checked, and every byte up to its end LSN is here. For the record that ends a segment
+ * early (XLOG_SWITCH) the end is the segment's, and the zeroes up to there belong to it.
+ *
+ * An error is for good: `position` and `lastRecordStart` tell how far the WAL was good.
+ */
+
+import { CRC32C_INIT, crc32cExtend, crc32cFinish } from '../../base/crc32c.ts';
+import {
+  maxAlign,
+  pageHeaderSize,
+  pageOffset,
+  readLsn,
+  segmentStart,
+  WAL_PAGE_SIZE,
+  WAL_SEGMENT_SIZE,
+} from '../lsn.ts';
+import type { Lsn } from '../lsn.ts';
+import { isValidRmgr, RM_XLOG } from '../rmgr.ts';
+import type { PgVersion } from '../version.ts';
+import { WalError } from './error.ts';
+import {
+  checkPageHeader,
+  pageHeaderInfo,
+  pageHeaderRemaining,
+  XLP_FIRST_IS_CONTRECORD,
+  XLP_FIRST_IS_OVERWRITE_CONTRECORD,
+} from './page-header.ts';
+import { decodeWalRecord, MAX_RECORD_SIZE, RECORD_HEADER_SIZE, XLR_RMGR_INFO_MASK } from './record.ts';
+import type { WalRecord } from './record.ts';
+
+const XLOG_SWITCH = 0x40;
+const XLOG_OVERWRITE_CONTRECORD = 0xd0;
+/** Memory taken at once for a record whose length is not yet known to be true. */
+const FIRST_ASSEMBLY_BYTES = 1024 * 1024;
+
+export interface WalReaderOptions {
+  /** Start of the record before startLsn. Without it the first record's link back is only checked to point back. */
+  readonly prevLsn?: Lsn;
+}
+
+export class WalReader {
+  readonly #version: PgVersion;
+  /** Bytes not consumed yet are #bytes[#at…]; #bytes[0] is at #base. */
+  #bytes: Buffer = Buffer.alloc(0);
+  #base: Lsn;
+  #at = 0;
+  /** End of the last record given out: where the next one begins, but for a page header. */
+  #position: Lsn;
+  #previousStart: Lsn | undefined;
+  #lastRecordStart: Lsn | undefined;
+
+  // The record being put together, when it did not lie whole before us.
+  #partial: Buffer | undefined;
+  #partialStart: Lsn = 0;
+  #partialLength = 0;
+  #partialTotal = 0;
+  #partialHeaderChecked = false;
+  /** Start of a record whose end was replaced by the record that comes now. */
+  #overwritten: Lsn | undefined;
+  /** A switch record that waits for the end of its segment. */
+  #switch: WalRecord | undefined;
+  #failure: WalError | undefined;
+
+  /** `startLsn` is the start of a record or the end of one (which may be the start of a page). */
+  constructor(startLsn: Lsn, version: PgVersion, options: WalReaderOptions = {}) {
+    this.#base = startLsn;
+    this.#position = startLsn;
+    this.#version = version;
+    this.#previousStart = options.prevLsn;
+  }
+
+  /** End LSN of the last record given out; startLsn before the first. */
+  get position(): Lsn {
+    return this.#position;
+  }
+
+  /** Start LSN of the last record given out. */
+  get lastRecordStart(): Lsn | undefined {
+    return this.#lastRecordStart;
+  }
+
+  /** The LSN that the next pushed bytes should begin at. */
+  get pushLsn(): Lsn {
+    return this.#base + this.#bytes.length;
+  }
+
+  /** Adds bytes that begin at `lsn`. Bytes that were pushed before are skipped; a gap throws WalError. */
+  push(lsn: Lsn, bytes: Buffer): void {
+    const end = this.pushLsn;
+    if (lsn > end)
+      throw new WalError(end, `bytes are missing: the next ones given are at ${lsn - end} bytes after this`);
+    let fresh = lsn === end ? bytes : bytes.subarray(Math.min(end - lsn, bytes.length));
+    const left = this.#bytes.length - this.#at;
+    if (left > 0) {
+      fresh = Buffer.concat([this.#bytes.subarray(this.#at), fresh]);
+      this.#base += this.#at;
+    } else {
+      this.#base += this.#bytes.length;
+    }
+    this.#at = left < 0 ? -left : 0;
+    this.#bytes = fresh;
+  }
+
+  /**
+   * The next whole record, or undefined until more bytes are pushed. Throws WalError when the WAL is not what it should be, and from then
+   * on always.
+   */
+  next(): WalRecord | undefined {
+    if (this.#failure !== undefined) throw this.#failure;
+    try {
+      return this.#read();
+    } catch (error) {
+      if (error instanceof WalError) this.#failure = error;
+      throw error;
+    }
+  }
+
+  #read(): WalRecord | undefined {
+    for (;;) {
+      if (this.#switch !== undefined) return this.#finishSwitch();
+      const bytes = this.#bytes;
+      const at = this.#at;
+      if (at >= bytes.length) return undefined;
+      const lsn = this.#base + at;
+      const inPage = pageOffset(lsn);
+      if (inPage === 0) {
+        if (!this.#readPageHeader(lsn)) return undefined;
+        continue;
+      }
+      if (this.#partial !== undefined) {
+        const record = this.#extendPartial(lsn);
+        if (record !== undefined) return record;
+        continue;
+      }
+      if (bytes.length - at < 4) return undefined;
+      const total = (bytes[at]! | (bytes[at + 1]! << 8) | (bytes[at + 2]! << 16) | (bytes[at + 3]! << 24)) >>> 0;
+      if (total < RECORD_HEADER_SIZE || total > MAX_RECORD_SIZE) throw new WalError(lsn, `record length ${total}`);
+      if (total <= WAL_PAGE_SIZE - inPage && total <= bytes.length - at) {
+        const whole = bytes.subarray(at, at + total);
+        this.#checkHeader(whole, lsn);
+        const record = this.#finish(whole, lsn, maxAlign(lsn + total));
+        if (record !== undefined) return record;
+      } else {
+        this.#partial = Buffer.allocUnsafe(Math.min(total, FIRST_ASSEMBLY_BYTES));
+        this.#partialStart = lsn;
+        this.#partialLength = 0;
+        this.#partialTotal = total;
+        this.#partialHeaderChecked = false;
+      }
+    }
+  }
+
+  /** Consumes the page header at `lsn` if it is all here. */
+  #readPageHeader(lsn: Lsn): boolean {
+    const size = pageHeaderSize(lsn);
+    if (this.#bytes.length - this.#at < size) return false;
+    checkPageHeader(this.#bytes, this.#at, lsn, this.#version);
+    const info = pageHeaderInfo(this.#bytes, this.#at);
+    const remaining = pageHeaderRemaining(this.#bytes, this.#at);
+    const isContinuation = (info & XLP_FIRST_IS_CONTRECORD) !== 0;
+    if (this.#partial !== undefined && (info & XLP_FIRST_IS_OVERWRITE_CONTRECORD) !== 0) {
+      this.#overwritten = this.#partialStart;
+      this.#partial = undefined;
+    } else if (this.#partial !== undefined) {
+      const expected = this.#partialTotal - this.#partialLength;
+      if (!isContinuation || remaining !== expected) {
+        throw new WalError(
+          lsn,
+          `page goes on with ${isContinuation ? remaining : 'no'} bytes of a record, ${expected} are to come`,
+        );
+      }
+    } else if (isContinuation) {
+      throw new WalError(lsn, `page goes on with ${remaining} bytes of a record, but a record should begin here`);
+    }
+    this.#at += size;
+    return true;
+  }
+
+  /** Adds what is here of this page to the record being put together; gives it when it is whole. */
+  #extendPartial(lsn: Lsn): WalRecord | undefined {
+    const take = Math.min(
+      this.#partialTotal - this.#partialLength,
+      WAL_PAGE_SIZE - pageOffset(lsn),
+      this.#bytes.length - this.#at,
+    );
+    let partial = this.#partial!;
+    if (this.#partialLength + take > partial.length) {
+      const grown = Buffer.allocUnsafe(
+        Math.min(this.#partialTotal, Math.max(2 * partial.length, this.#partialLength + take)),
+      );
+      partial.copy(grown, 0, 0, this.#partialLength);
+      this.#partial = partial = grown;
+    }
+    this.#bytes.copy(partial, this.#partialLength, this.#at, this.#at + take);
+    this.#partialLength += take;
+    this.#at += take;
+    if (!this.#partialHeaderChecked && this.#partialLength >= RECORD_HEADER_SIZE) {
+      this.#checkHeader(partial, this.#partialStart);
+      this.#partialHeaderChecked = true;
+    }
+    if (this.#partialLength < this.#partialTotal) return undefined;
+    this.#partial = undefined;
+    return this.#finish(partial, this.#partialStart, maxAlign(lsn + take));
+  }
+
+  /** Checks of a record header that need no more than the header. */
+  #checkHeader(header: Buffer, startLsn: Lsn): void {
+    const rmid = header[17]!;
+    if (!isValidRmgr(rmid)) throw new WalError(startLsn, `record of resource manager ${rmid}, which does not exist`);
+    const prev = readLsn(header, 8);
+    const expected = this.#previousStart;
+    if (expected === undefined ? prev >= startLsn : prev !== expected) {
+      throw new WalError(
+        startLsn,
+        `record says that the one before it is at byte ${prev}, it is at ${expected ?? 'an earlier one'}`,
+      );
+    }
+  }
+
+  /** Checks and decodes a whole record. Undefined for a switch record, which is given out when its segment's end is here. */
+  #finish(whole: Buffer, startLsn: Lsn, endLsn: Lsn): WalRecord | undefined {
+    checkCrc(whole, startLsn);
+    const isXlog = whole[17] === RM_XLOG;
+    const info = whole[16]! & XLR_RMGR_INFO_MASK;
+    if (this.#overwritten !== undefined) {
+      checkOverwrite(decodeWalRecord(whole, startLsn, endLsn), this.#overwritten);
+      this.#overwritten = undefined;
+    }
+    if (isXlog && info === XLOG_SWITCH) {
+      const segmentEnd = segmentStart(endLsn - 1) + WAL_SEGMENT_SIZE;
+      this.#switch = decodeWalRecord(whole, startLsn, segmentEnd);
+      return undefined;
+    }
+    const record = decodeWalRecord(whole, startLsn, endLsn);
+    this.#took(record);
+    return record;
+  }
+
+  #finishSwitch(): WalRecord | undefined {
+    const record = this.#switch!;
+    if (this.pushLsn < record.endLsn) {
+      this.#at = Math.max(this.#at, this.#bytes.length);
+      return undefined;
+    }
+    this.#switch = undefined;
+    this.#took(record);
+    return record;
+  }
+
+  #took(record: WalRecord): void {
+    this.#at = record.endLsn - this.#base;
+    this.#position = record.endLsn;
+    this.#previousStart = record.startLsn;
+    this.#lastRecordStart = record.startLsn;
+  }
+}
+
+export interface EndOfWal {
+  /** End of the last record that is whole and right; startLsn when there is none. */
+  readonly endLsn: Lsn;
+  readonly lastRecordStart: Lsn | undefined;
+  /** Why the next bytes are no record; undefined when the bytes just end. */
+  readonly stoppedBy: WalError | undefined;
+}
+
+/** Reads WAL from `startLsn` until it ends or is not WAL any more, and tells how far every record is whole and CRC-valid. */
+export async function findEndOfWal(
+  startLsn: Lsn,
+  version: PgVersion,
+  chunks: AsyncIterable<Buffer> | Iterable<Buffer>,
+  options: WalReaderOptions = {},
+): Promise<EndOfWal> {
+  const reader = new WalReader(startLsn, version, options);
+  let stoppedBy: WalError | undefined;
+  for await (const chunk of chunks) {
+    reader.push(reader.pushLsn, chunk);
+    try {
+      while (reader.next() !== undefined);
+    } catch (error) {
+      if (!(error instanceof WalError)) throw error;
+      stoppedBy = error;
+      break;
+    }
+  }
+  return { endLsn: reader.position, lastRecordStart: reader.lastRecordStart, stoppedBy };
+}
+
+/** CRC32C of a whole record: of what follows the header, then of the header up to the CRC itself. */
+export function recordCrc(record: Uint8Array): number {
+  const state = crc32cExtend(CRC32C_INIT, record, RECORD_HEADER_SIZE, record.length);
+  return crc32cFinish(crc32cExtend(state, record, 0, 20));
+}
+
+function checkCrc(record: Buffer, startLsn: Lsn): void {
+  const stored = (record[20]! | (record[21]! << 8) | (record[22]! << 16) | (record[23]! << 24)) >>> 0;
+  const computed = recordCrc(record);
+  if (stored !== computed) {
+    throw new WalError(
+      startLsn,
+      `record of ${record.length} bytes has CRC 0x${stored.toString(16)}, its bytes give 0x${computed.toString(16)}`,
+    );
+  }
+}
+
+function checkOverwrite(record: WalRecord, overwritten: Lsn): void {
+  const isOverwrite = record.rmid === RM_XLOG && (record.info & XLR_RMGR_INFO_MASK) === XLOG_OVERWRITE_CONTRECORD;
+  const named = isOverwrite && record.mainLength >= 8 ? readLsn(record.bytes, record.mainOffset) : undefined;
+  if (named !== overwritten) {
+    throw new WalError(
+      record.startLsn,
+      `record should replace the one at byte ${overwritten}, it replaces ${named ?? 'none'}`,
+    );
+  }
+}
