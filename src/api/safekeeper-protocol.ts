@@ -1,0 +1,362 @@
+/**
+ * The bytes between a safekeeper and its clients: proposers, WAL readers, the control plane. TCP, frames of base/frames.ts
+ * ({u32 payload length, u8 type, payload}), little-endian, LSNs and terms as u64 (below 2^53).
+ *
+ *   type  name            direction  payload
+ *      1  hello           c → s      u32 magic "STRS", u16 version = 1, token (UTF-8, the rest)
+ *      2  hello-reply     s → c      u32 node id
+ *      3  error           s → c      JSON {code, message}: the server closes after it
+ *
+ *     10  greeting        c → s      JSON Greeting; makes the connection a proposer's
+ *     11  greeting-reply  s → c      u32 node id, u64 term
+ *     12  vote            c → s      u64 term
+ *     13  vote-reply      s → c      u64 term, u64 flush LSN, u64 commit LSN, u8 granted, history
+ *     14  elected         c → s      u64 term, u64 start LSN, history
+ *     15  append          c → s      u64 term, u64 begin LSN, u64 commit LSN, WAL bytes
+ *     16  append-reply    s → c      u64 term, u64 flush LSN, u64 commit LSN
+ *     17  refusal         s → c      u64 term, message (UTF-8)
+ *     18  term-notice     s → c      u64 term
+ *         history = u32 count, count × {u64 term, u64 start LSN}
+ *
+ *     20  read            c → s      JSON ReadRequest; makes the connection a reader's
+ *     21  wal             s → c      u64 LSN of the first byte, u64 commit LSN, WAL bytes (none: only the commit LSN is news)
+ *
+ *     30  watch           c → s      nothing; makes the connection a watcher's
+ *     31  progress        s → c      count × {16 tenant id, 16 timeline id, u64 commit LSN, u64 flush LSN}
+ *
+ *     40  request         c → s      JSON {id, method, params}
+ *     41  response        s → c      JSON {id, result} or {id, error: {code, message}}
+ *
+ * The client may send its second frame without waiting for the hello-reply. A connection has one use.
+ */
+import { StrataError } from '../base/errors.ts';
+import { encodeFrame, FRAME_HEADER_BYTES } from '../base/frames.ts';
+import type { AcceptorMessage, Append, ProposerMessage, TermHistory, TermStart } from '../consensus/messages.ts';
+import { type Lsn, readLsn, writeLsn } from '../postgres/lsn.ts';
+
+export const PROTOCOL_MAGIC = 0x53525453; // "STRS"
+export const PROTOCOL_VERSION = 1;
+
+export const FRAME = {
+  hello: 1,
+  helloReply: 2,
+  error: 3,
+  greeting: 10,
+  greetingReply: 11,
+  vote: 12,
+  voteReply: 13,
+  elected: 14,
+  append: 15,
+  appendReply: 16,
+  refusal: 17,
+  termNotice: 18,
+  read: 20,
+  wal: 21,
+  watch: 30,
+  progress: 31,
+  request: 40,
+  response: 41,
+} as const;
+
+/** What a safekeeper accepts in one frame. */
+export const MAX_FRAME_BYTES = 4 * 1024 * 1024;
+/** WAL bytes in one append or wal frame. */
+export const MAX_WAL_BYTES = 512 * 1024;
+
+const HELLO_FIXED_BYTES = 6;
+const APPEND_FIXED_BYTES = 24;
+const WAL_FIXED_BYTES = 16;
+const PROGRESS_ENTRY_BYTES = 48;
+const HISTORY_ENTRY_BYTES = 16;
+const VOTE_REPLY_FIXED_BYTES = 25;
+
+/** Which log this is, and what its WAL is like. The first greeting creates the timeline from it; later ones must agree. */
+export interface Greeting {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  /** Where the branch begins, the end of a whole record. */
+  readonly startLsn: Lsn;
+  readonly pgVersion: number;
+  /** Postgres' system identifier, a u64 in decimal. */
+  readonly systemId: string;
+  /** False: a safekeeper that does not know the timeline refuses instead of creating it. */
+  readonly mayCreate: boolean;
+  /** Of the membership configuration; 0 until members can change. */
+  readonly generation: number;
+}
+
+export interface GreetingReply {
+  readonly nodeId: number;
+  readonly term: number;
+}
+
+export interface ReadRequest {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly fromLsn: Lsn;
+  /**
+   * Absent: what is committed, following for ever. Present, for the leader's recovery of a safekeeper that lags: up to the flush LSN,
+   * as long as the safekeeper's log is that of the leader of this term.
+   */
+  readonly term?: number;
+}
+
+export interface WalChunk {
+  readonly lsn: Lsn;
+  /** Never past the commit LSN unless it was asked for by term. Shares memory with the connection's input. */
+  readonly bytes: Buffer;
+  readonly commitLsn: Lsn;
+}
+
+export interface TimelineProgress {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly commitLsn: Lsn;
+  /** A lower bound when no proposer has been here since the safekeeper's start. */
+  readonly flushLsn: Lsn;
+}
+
+export interface ErrorBody {
+  readonly code: string;
+  readonly message: string;
+}
+
+export function encodeHello(token: string): Buffer {
+  const fixed = Buffer.alloc(HELLO_FIXED_BYTES);
+  fixed.writeUInt32LE(PROTOCOL_MAGIC, 0);
+  fixed.writeUInt16LE(PROTOCOL_VERSION, 4);
+  return encodeFrame(FRAME.hello, fixed, Buffer.from(token));
+}
+
+/** The token. Throws `bad-request` for another protocol or version. */
+export function decodeHello(payload: Buffer): string {
+  need(payload, HELLO_FIXED_BYTES, 'hello');
+  const magic = payload.readUInt32LE(0);
+  const version = payload.readUInt16LE(4);
+  if (magic !== PROTOCOL_MAGIC || version !== PROTOCOL_VERSION) {
+    throw new StrataError(
+      'bad-request',
+      `hello has magic ${magic.toString(16)} version ${version}, this safekeeper speaks version ${PROTOCOL_VERSION}`,
+    );
+  }
+  return payload.toString('utf8', HELLO_FIXED_BYTES);
+}
+
+export function encodeHelloReply(nodeId: number): Buffer {
+  const payload = Buffer.alloc(4);
+  payload.writeUInt32LE(nodeId);
+  return encodeFrame(FRAME.helloReply, payload);
+}
+
+export function encodeJson(type: number, body: unknown): Buffer {
+  return encodeFrame(type, Buffer.from(JSON.stringify(body)));
+}
+
+export function decodeJson(payload: Buffer): unknown {
+  try {
+    return JSON.parse(payload.toString('utf8'));
+  } catch (error) {
+    throw new StrataError('bad-request', `a frame of ${payload.length} bytes is not JSON`, { cause: error });
+  }
+}
+
+export function encodeGreetingReply(reply: GreetingReply): Buffer {
+  const payload = Buffer.alloc(12);
+  payload.writeUInt32LE(reply.nodeId);
+  writeLsn(payload, reply.term, 4);
+  return encodeFrame(FRAME.greetingReply, payload);
+}
+
+export function decodeGreetingReply(payload: Buffer): GreetingReply {
+  need(payload, 12, 'greeting-reply');
+  return { nodeId: payload.readUInt32LE(0), term: readLsn(payload, 4) };
+}
+
+/** The frame but for its WAL bytes, which the caller writes right after it. */
+export function encodeAppendHead(message: Append): Buffer {
+  const head = Buffer.allocUnsafe(FRAME_HEADER_BYTES + APPEND_FIXED_BYTES);
+  head.writeUInt32LE(APPEND_FIXED_BYTES + message.bytes.length, 0);
+  head[4] = FRAME.append;
+  writeLsn(head, message.term, 5);
+  writeLsn(head, message.beginLsn, 13);
+  writeLsn(head, message.commitLsn, 21);
+  return head;
+}
+
+export function encodeProposerMessage(message: Exclude<ProposerMessage, Append>): Buffer {
+  if (message.kind === 'vote') {
+    const payload = Buffer.alloc(8);
+    writeLsn(payload, message.term, 0);
+    return encodeFrame(FRAME.vote, payload);
+  }
+  const fixed = Buffer.alloc(16);
+  writeLsn(fixed, message.term, 0);
+  writeLsn(fixed, message.startLsn, 8);
+  return encodeFrame(FRAME.elected, fixed, encodeHistory(message.history));
+}
+
+/** Append's bytes share memory with the payload. Undefined: not a proposer's message. */
+export function decodeProposerMessage(type: number, payload: Buffer): ProposerMessage | undefined {
+  switch (type) {
+    case FRAME.append:
+      need(payload, APPEND_FIXED_BYTES, 'append');
+      return {
+        kind: 'append',
+        term: readLsn(payload, 0),
+        beginLsn: readLsn(payload, 8),
+        commitLsn: readLsn(payload, 16),
+        bytes: payload.subarray(APPEND_FIXED_BYTES),
+      };
+    case FRAME.vote:
+      need(payload, 8, 'vote');
+      return { kind: 'vote', term: readLsn(payload, 0) };
+    case FRAME.elected:
+      need(payload, 16, 'elected');
+      return {
+        kind: 'elected',
+        term: readLsn(payload, 0),
+        startLsn: readLsn(payload, 8),
+        history: decodeHistory(payload, 16),
+      };
+    default:
+      return undefined;
+  }
+}
+
+export function encodeAcceptorMessage(message: AcceptorMessage): Buffer {
+  switch (message.kind) {
+    case 'append-reply': {
+      const frame = Buffer.allocUnsafe(FRAME_HEADER_BYTES + 24);
+      frame.writeUInt32LE(24, 0);
+      frame[4] = FRAME.appendReply;
+      writeLsn(frame, message.term, 5);
+      writeLsn(frame, message.flushLsn, 13);
+      writeLsn(frame, message.commitLsn, 21);
+      return frame;
+    }
+    case 'vote-reply': {
+      const fixed = Buffer.alloc(VOTE_REPLY_FIXED_BYTES);
+      writeLsn(fixed, message.term, 0);
+      writeLsn(fixed, message.flushLsn, 8);
+      writeLsn(fixed, message.commitLsn, 16);
+      fixed[24] = message.granted ? 1 : 0;
+      return encodeFrame(FRAME.voteReply, fixed, encodeHistory(message.history));
+    }
+    case 'refusal': {
+      const fixed = Buffer.alloc(8);
+      writeLsn(fixed, message.term, 0);
+      return encodeFrame(FRAME.refusal, fixed, Buffer.from(message.message));
+    }
+    case 'term-notice': {
+      const fixed = Buffer.alloc(8);
+      writeLsn(fixed, message.term, 0);
+      return encodeFrame(FRAME.termNotice, fixed);
+    }
+  }
+}
+
+/** Undefined: not an acceptor's message. */
+export function decodeAcceptorMessage(type: number, payload: Buffer): AcceptorMessage | undefined {
+  switch (type) {
+    case FRAME.appendReply:
+      need(payload, 24, 'append-reply');
+      return {
+        kind: 'append-reply',
+        term: readLsn(payload, 0),
+        flushLsn: readLsn(payload, 8),
+        commitLsn: readLsn(payload, 16),
+      };
+    case FRAME.voteReply:
+      need(payload, VOTE_REPLY_FIXED_BYTES, 'vote-reply');
+      return {
+        kind: 'vote-reply',
+        term: readLsn(payload, 0),
+        flushLsn: readLsn(payload, 8),
+        commitLsn: readLsn(payload, 16),
+        granted: payload[24] === 1,
+        history: decodeHistory(payload, VOTE_REPLY_FIXED_BYTES),
+      };
+    case FRAME.refusal:
+      need(payload, 8, 'refusal');
+      return { kind: 'refusal', term: readLsn(payload, 0), message: payload.toString('utf8', 8) };
+    case FRAME.termNotice:
+      need(payload, 8, 'term-notice');
+      return { kind: 'term-notice', term: readLsn(payload, 0) };
+    default:
+      return undefined;
+  }
+}
+
+/** The frame but for its WAL bytes, which the caller writes right after it. */
+export function encodeWalHead(lsn: Lsn, commitLsn: Lsn, walBytes: number): Buffer {
+  const head = Buffer.allocUnsafe(FRAME_HEADER_BYTES + WAL_FIXED_BYTES);
+  head.writeUInt32LE(WAL_FIXED_BYTES + walBytes, 0);
+  head[4] = FRAME.wal;
+  writeLsn(head, lsn, 5);
+  writeLsn(head, commitLsn, 13);
+  return head;
+}
+
+export function decodeWal(payload: Buffer): WalChunk {
+  need(payload, WAL_FIXED_BYTES, 'wal');
+  return { lsn: readLsn(payload, 0), commitLsn: readLsn(payload, 8), bytes: payload.subarray(WAL_FIXED_BYTES) };
+}
+
+export function encodeProgress(entries: readonly TimelineProgress[]): Buffer {
+  const payload = Buffer.alloc(entries.length * PROGRESS_ENTRY_BYTES);
+  let offset = 0;
+  for (const entry of entries) {
+    payload.write(entry.tenantId, offset, 16, 'hex');
+    payload.write(entry.timelineId, offset + 16, 16, 'hex');
+    writeLsn(payload, entry.commitLsn, offset + 32);
+    writeLsn(payload, entry.flushLsn, offset + 40);
+    offset += PROGRESS_ENTRY_BYTES;
+  }
+  return encodeFrame(FRAME.progress, payload);
+}
+
+export function decodeProgress(payload: Buffer): TimelineProgress[] {
+  if (payload.length % PROGRESS_ENTRY_BYTES !== 0) {
+    throw new StrataError('bad-request', `a progress frame of ${payload.length} bytes is not a list of entries`);
+  }
+  const entries: TimelineProgress[] = [];
+  for (let offset = 0; offset < payload.length; offset += PROGRESS_ENTRY_BYTES) {
+    entries.push({
+      tenantId: payload.toString('hex', offset, offset + 16),
+      timelineId: payload.toString('hex', offset + 16, offset + 32),
+      commitLsn: readLsn(payload, offset + 32),
+      flushLsn: readLsn(payload, offset + 40),
+    });
+  }
+  return entries;
+}
+
+function encodeHistory(history: TermHistory): Buffer {
+  const bytes = Buffer.alloc(4 + history.length * HISTORY_ENTRY_BYTES);
+  bytes.writeUInt32LE(history.length, 0);
+  let offset = 4;
+  for (const entry of history) {
+    writeLsn(bytes, entry.term, offset);
+    writeLsn(bytes, entry.startLsn, offset + 8);
+    offset += HISTORY_ENTRY_BYTES;
+  }
+  return bytes;
+}
+
+function decodeHistory(payload: Buffer, start: number): TermHistory {
+  need(payload, start + 4, 'history');
+  const count = payload.readUInt32LE(start);
+  need(payload, start + 4 + count * HISTORY_ENTRY_BYTES, 'history');
+  const history: TermStart[] = [];
+  for (let index = 0; index < count; index++) {
+    const offset = start + 4 + index * HISTORY_ENTRY_BYTES;
+    history.push({ term: readLsn(payload, offset), startLsn: readLsn(payload, offset + 8) });
+  }
+  return history;
+}
+
+function need(payload: Buffer, bytes: number, name: string): void {
+  if (payload.length < bytes) {
+    throw new StrataError('bad-request', `a ${name} frame has ${payload.length} bytes, needs ${bytes}`);
+  }
+}

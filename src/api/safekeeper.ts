@@ -1,0 +1,330 @@
+/**
+ * The safekeeper as other services see it: a client for each use of a connection. The bytes are in safekeeper-protocol.ts.
+ *
+ *   SafekeeperClient   status, list, create and delete timelines
+ *   readWal            a timeline's WAL from an LSN on, following the commit LSN
+ *   watchCommits       the commit LSNs of all timelines, as they move
+ *   SafekeeperConnection   frames, for who speaks the protocol itself (the proposer)
+ *
+ * Nothing here connects anew: a stream that ends rejects with `unavailable` and the caller starts another one from where it got to.
+ */
+import { connect, type Socket } from 'node:net';
+import { errorTable, type ErrorCode, StrataError } from '../base/errors.ts';
+import { type Frame, FrameReader } from '../base/frames.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import {
+  decodeJson,
+  decodeProgress,
+  decodeWal,
+  type ErrorBody,
+  encodeHello,
+  encodeJson,
+  FRAME,
+  type Greeting,
+  type ReadRequest,
+  type TimelineProgress,
+  type WalChunk,
+} from './safekeeper-protocol.ts';
+
+export type { TimelineProgress, WalChunk } from './safekeeper-protocol.ts';
+
+const CONNECT_TIMEOUT_MS = 5_000;
+const CALL_TIMEOUT_MS = 30_000;
+/** Frames that a stream's consumer has not taken yet; beyond it the socket is paused. */
+const MAX_QUEUED_FRAMES = 16;
+
+export interface SafekeeperAddress {
+  readonly host: string;
+  readonly port: number;
+}
+
+/** What must be known to start a timeline's log. */
+export interface TimelineIdentity {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  /** Where the branch begins: its ancestor's LSN, the end of a whole record. */
+  readonly startLsn: Lsn;
+  readonly pgVersion: number;
+  /** Postgres' system identifier, a u64 in decimal. */
+  readonly systemId: string;
+}
+
+export interface SafekeeperTimelineStatus extends TimelineIdentity {
+  readonly term: number;
+  readonly lastLogTerm: number;
+  readonly flushLsn: Lsn;
+  readonly commitLsn: Lsn;
+  /** Proposers that are connected now. */
+  readonly proposerCount: number;
+}
+
+export interface SafekeeperEndpoint {
+  readonly address: SafekeeperAddress;
+  readonly token: string;
+}
+
+export interface ReadWalOptions extends SafekeeperEndpoint, ReadRequest {
+  readonly signal?: AbortSignal;
+}
+
+/**
+ * Reads WAL from `fromLsn` up to the commit LSN and follows it. Each chunk begins where the one before ended; a chunk without bytes only
+ * brings a newer commit LSN. Ends by the signal; rejects with `not-found`, `bad-request` (before the timeline's start), `unavailable`.
+ */
+export async function* readWal(options: ReadWalOptions): AsyncGenerator<WalChunk, void, void> {
+  const { tenantId, timelineId, fromLsn, term } = options;
+  const request: ReadRequest = { tenantId, timelineId, fromLsn, ...(term === undefined ? {} : { term }) };
+  for await (const frame of streamFrames(options, encodeJson(FRAME.read, request), options.signal)) {
+    if (frame.type === FRAME.wal) yield decodeWal(frame.payload);
+  }
+}
+
+export interface WatchCommitsOptions extends SafekeeperEndpoint {
+  readonly signal?: AbortSignal;
+}
+
+/**
+ * All timelines of the safekeeper first (possibly in several batches, possibly an empty one), then each that moved, coalesced. A commit LSN
+ * may be lower than one seen before the safekeeper restarted: the consumer keeps the highest.
+ */
+export async function* watchCommits(options: WatchCommitsOptions): AsyncGenerator<TimelineProgress[], void, void> {
+  for await (const frame of streamFrames(options, encodeJson(FRAME.watch, {}), options.signal)) {
+    if (frame.type === FRAME.progress) yield decodeProgress(frame.payload);
+  }
+}
+
+/** Calls to one safekeeper, over one connection made when first needed and made anew after a loss. */
+export class SafekeeperClient {
+  readonly #endpoint: SafekeeperEndpoint;
+  readonly #pending = new Map<number, { resolve(result: unknown): void; reject(error: Error): void }>();
+  #connection: SafekeeperConnection | undefined;
+  #nextId = 1;
+
+  constructor(endpoint: SafekeeperEndpoint) {
+    this.#endpoint = endpoint;
+  }
+
+  /** Rejects with `not-found` for a timeline that this safekeeper does not have. */
+  async status(tenantId: string, timelineId: string): Promise<SafekeeperTimelineStatus> {
+    return (await this.#call('status', { tenantId, timelineId })) as SafekeeperTimelineStatus;
+  }
+
+  async list(): Promise<TimelineProgress[]> {
+    return (await this.#call('list', {})) as TimelineProgress[];
+  }
+
+  /** Durable when it resolves. Repeatable with the same identity. A greeting creates the timeline too. */
+  async createTimeline(timeline: TimelineIdentity): Promise<void> {
+    await this.#call('createTimeline', timeline);
+  }
+
+  /** Durable when it resolves; the id can never be used again. Repeatable; deleting what never was leaves a tombstone too. */
+  async deleteTimeline(tenantId: string, timelineId: string): Promise<void> {
+    await this.#call('deleteTimeline', { tenantId, timelineId });
+  }
+
+  close(): void {
+    this.#connection?.close();
+    this.#connection = undefined;
+  }
+
+  #call(method: string, params: unknown): Promise<unknown> {
+    this.#connection ??= this.#connect();
+    const connection = this.#connection;
+    const id = this.#nextId++;
+    return new Promise((resolve, reject) => {
+      const timer = setTimeout(() => {
+        this.#pending.delete(id);
+        reject(new StrataError('timeout', `safekeeper ${method} gave no answer in ${CALL_TIMEOUT_MS} ms`));
+      }, CALL_TIMEOUT_MS);
+      this.#pending.set(id, {
+        resolve: (result) => {
+          clearTimeout(timer);
+          resolve(result);
+        },
+        reject: (error) => {
+          clearTimeout(timer);
+          reject(error);
+        },
+      });
+      connection.write(encodeJson(FRAME.request, { id, method, params }));
+    });
+  }
+
+  #connect(): SafekeeperConnection {
+    const connection = new SafekeeperConnection(this.#endpoint, {
+      onFrame: (frame) => {
+        if (frame.type === FRAME.response) this.#answered(frame);
+      },
+      onClose: (error) => {
+        if (this.#connection === connection) this.#connection = undefined;
+        const calls = [...this.#pending.values()];
+        this.#pending.clear();
+        for (const call of calls) call.reject(error);
+      },
+    });
+    return connection;
+  }
+
+  #answered(frame: Frame): void {
+    const { id, result, error } = decodeJson(frame.payload) as { id: number; result?: unknown; error?: ErrorBody };
+    const call = this.#pending.get(id);
+    this.#pending.delete(id);
+    if (error === undefined) call?.resolve(result);
+    else call?.reject(toError(error));
+  }
+}
+
+export interface ConnectionHandlers {
+  onFrame(frame: Frame): void;
+  /** Called once, whoever closed. */
+  onClose(error: StrataError): void;
+}
+
+/** One connection, greeted with the token; writing may begin at once. */
+export class SafekeeperConnection {
+  readonly #socket: Socket;
+  readonly #handlers: ConnectionHandlers;
+  readonly #name: string;
+  #closed = false;
+
+  constructor(endpoint: SafekeeperEndpoint, handlers: ConnectionHandlers) {
+    const { host, port } = endpoint.address;
+    this.#handlers = handlers;
+    this.#name = `safekeeper ${host}:${port}`;
+    const socket = connect({ host, port, noDelay: true });
+    this.#socket = socket;
+    const reader = new FrameReader();
+    const timer = setTimeout(
+      () => this.#close(new StrataError('unavailable', `${this.#name} gave no answer in ${CONNECT_TIMEOUT_MS} ms`)),
+      CONNECT_TIMEOUT_MS,
+    );
+    socket.on('error', (error) => {
+      this.#close(new StrataError('unavailable', `${this.#name}: ${error.message}`, { cause: error }));
+    });
+    socket.on('close', () => {
+      clearTimeout(timer);
+      this.#close(new StrataError('unavailable', `${this.#name} closed the connection`));
+    });
+    socket.on('data', (chunk) => {
+      try {
+        reader.push(chunk);
+        for (let frame = reader.next(); frame !== undefined && !this.#closed; frame = reader.next()) {
+          if (frame.type === FRAME.helloReply) clearTimeout(timer);
+          else if (frame.type === FRAME.error) this.#close(toError(decodeJson(frame.payload) as ErrorBody));
+          else handlers.onFrame(frame);
+        }
+      } catch (error) {
+        this.#close(
+          error instanceof StrataError
+            ? error
+            : new StrataError('internal', `${this.#name}: ${String(error)}`, { cause: error }),
+        );
+      }
+    });
+    socket.write(encodeHello(endpoint.token));
+  }
+
+  /** Bytes that wait in this process to be sent. */
+  get queuedBytes(): number {
+    return this.#socket.writableLength;
+  }
+
+  /** The parts leave as one write. */
+  write(...parts: readonly Uint8Array[]): void {
+    if (this.#closed) return;
+    if (parts.length === 1) {
+      this.#socket.write(parts[0]!);
+      return;
+    }
+    this.#socket.cork();
+    for (const part of parts) this.#socket.write(part);
+    this.#socket.uncork();
+  }
+
+  /** Calls back once when all that was written has left this process. */
+  onceDrained(callback: () => void): void {
+    this.#socket.once('drain', callback);
+  }
+
+  pause(): void {
+    this.#socket.pause();
+  }
+
+  resume(): void {
+    this.#socket.resume();
+  }
+
+  close(): void {
+    this.#close(new StrataError('unavailable', `the connection to ${this.#name} was closed`));
+  }
+
+  /** Sends what was written, then closes. */
+  end(): void {
+    this.#socket.end();
+  }
+
+  #close(error: StrataError): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    this.#socket.destroy();
+    this.#handlers.onClose(error);
+  }
+}
+
+/** The frames that answer one opening frame, with a bound on those that wait to be taken. */
+async function* streamFrames(
+  endpoint: SafekeeperEndpoint,
+  opening: Buffer,
+  signal: AbortSignal | undefined,
+): AsyncGenerator<Frame, void, void> {
+  if (signal?.aborted) return;
+  const queue: Frame[] = [];
+  let closed: StrataError | undefined;
+  let wake: (() => void) | undefined;
+  const connection = new SafekeeperConnection(endpoint, {
+    onFrame: (frame) => {
+      queue.push(frame);
+      if (queue.length >= MAX_QUEUED_FRAMES) connection.pause();
+      wake?.();
+    },
+    onClose: (error) => {
+      closed = error;
+      wake?.();
+    },
+  });
+  const onAbort = (): void => connection.close();
+  signal?.addEventListener('abort', onAbort, { once: true });
+  connection.write(opening);
+  try {
+    for (;;) {
+      const frame = queue.shift();
+      if (signal?.aborted) return;
+      if (frame !== undefined) {
+        if (queue.length === 0) connection.resume();
+        yield frame;
+      } else if (closed !== undefined) {
+        throw closed;
+      } else {
+        await new Promise<void>((resolve) => {
+          wake = resolve;
+        });
+        wake = undefined;
+      }
+    }
+  } finally {
+    signal?.removeEventListener('abort', onAbort);
+    connection.close();
+  }
+}
+
+function toError(body: ErrorBody): StrataError {
+  const code: ErrorCode = Object.hasOwn(errorTable, body.code) ? (body.code as ErrorCode) : 'internal';
+  return new StrataError(code, body.message);
+}
+
+/** The greeting of a proposer for this timeline. */
+export function greetingOf(timeline: TimelineIdentity, mayCreate: boolean): Greeting {
+  const { tenantId, timelineId, startLsn, pgVersion, systemId } = timeline;
+  return { tenantId, timelineId, startLsn, pgVersion, systemId, mayCreate, generation: 0 };
+}

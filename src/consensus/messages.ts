@@ -1,0 +1,76 @@
+/**
+ * What proposers and acceptors say to each other. The rules are in acceptor.ts and proposer.ts, the bytes in api/safekeeper-protocol.ts.
+ *
+ * A proposer speaks to each acceptor in this order, again on each new connection:
+ *   greeting → greeting-reply, vote → vote-reply, elected → append-reply, append… → append-reply…
+ * Acknowledgements are cumulative. A refusal or a term-notice can come at any time.
+ */
+import type { Lsn } from '../postgres/lsn.ts';
+
+/** From `startLsn` on, the log was written by the leader of `term`. */
+export interface TermStart {
+  readonly term: number;
+  readonly startLsn: Lsn;
+}
+
+/** Ascending in term; LSNs never descend. The first entry is term 0 at the timeline's start: the past that a branch begins with. */
+export type TermHistory = readonly TermStart[];
+
+export interface VoteRequest {
+  readonly kind: 'vote';
+  readonly term: number;
+}
+
+export interface VoteReply {
+  readonly kind: 'vote-reply';
+  /** The acceptor's term after the request. */
+  readonly term: number;
+  readonly granted: boolean;
+  readonly flushLsn: Lsn;
+  readonly commitLsn: Lsn;
+  /** Of what is flushed: entries that start past flushLsn are left out. */
+  readonly history: TermHistory;
+}
+
+export interface Elected {
+  readonly kind: 'elected';
+  readonly term: number;
+  /** The highest point that the leader's log and the acceptor's have in common. Appends go on from here. */
+  readonly startLsn: Lsn;
+  /** The leader's whole history; the last entry is its own term. */
+  readonly history: TermHistory;
+}
+
+export interface Append {
+  readonly kind: 'append';
+  readonly term: number;
+  readonly beginLsn: Lsn;
+  readonly commitLsn: Lsn;
+  /** May be empty (to carry the commit LSN) and may end inside a record. */
+  readonly bytes: Buffer;
+}
+
+export interface AppendReply {
+  readonly kind: 'append-reply';
+  /** The term of the leader whose log this is. */
+  readonly term: number;
+  /** End of the last whole record that is durable. */
+  readonly flushLsn: Lsn;
+  readonly commitLsn: Lsn;
+}
+
+/** The message was not obeyed; the proposer connects anew, or gives up when the term is above its own. */
+export interface Refusal {
+  readonly kind: 'refusal';
+  readonly term: number;
+  readonly message: string;
+}
+
+/** A higher term exists: whoever leads a lower one is a leader no more. */
+export interface TermNotice {
+  readonly kind: 'term-notice';
+  readonly term: number;
+}
+
+export type ProposerMessage = VoteRequest | Elected | Append;
+export type AcceptorMessage = VoteReply | AppendReply | Refusal | TermNotice;
