@@ -59,7 +59,6 @@ export function maskPageContent(page: Buffer): void {
   page.fill(MASK_MARKER, 12, 16);
 }
 
-const ITEM_UNUSED = 0;
 const ITEM_NORMAL = 1;
 
 const HEAP_XMIN_FROZEN = 0x0300;
@@ -81,8 +80,7 @@ export function maskHeap(page: Buffer, blk: number): void {
     if (at + length > PAGE_SIZE) throw new MaskError(`item ${item} of ${length} bytes at ${at} leaves the page`);
     if (flags === ITEM_NORMAL && length >= 23) maskHeapTuple(page, at, blk, item);
     // The bytes that align the next tuple are whatever was there.
-    if (flags !== ITEM_UNUSED && length > 0)
-      page.fill(MASK_MARKER, at + length, Math.min((at + length + 7) & ~7, PAGE_SIZE));
+    if (length > 0) page.fill(MASK_MARKER, at + length, Math.min((at + length + 7) & ~7, PAGE_SIZE));
   }
 }
 
