@@ -1,0 +1,362 @@
+/**
+ * The acceptor: one safekeeper's part in one timeline's log. A state machine without clock, socket or disk: it takes messages and completions, and
+ * returns actions; the shell (safekeeper/timeline.ts, or the simulation) carries them out in order.
+ *
+ * At most one I/O action (write, truncate, persist) is out at a time; `completed` tells that it is durable. Appends that come while a
+ * write is out make up the next write together: group commit. Votes and elections wait until all that came before them is durable.
+ * After an I/O error the machine must not be used again: what the disk holds is then not known.
+ *
+ * Invariants:
+ *   - A vote is granted only for a term above every term known, and replied to only once the term is durable and so is all WAL received.
+ *   - WAL is taken only from the leader whose history this log carries, and only exactly at the write position.
+ *   - flushLsn is the end of a whole record and durable. Nothing above it was ever acknowledged.
+ *   - commitLsn ≤ flushLsn, never goes back, and nothing below it is ever cut.
+ *   - A divergent tail is cut before the history that leaves it out is persisted. A crash between the two leaves a shorter log of the old
+ *     history, which is harmless; the other order would pass the tail off as the new leader's.
+ */
+import assert from 'node:assert/strict';
+import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+import type { AcceptorMessage, Append, Elected, ProposerMessage, TermHistory, VoteRequest } from './messages.ts';
+import { highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
+
+/** What must survive a restart, replaced as a whole. */
+export interface AcceptorState {
+  readonly term: number;
+  readonly history: TermHistory;
+  /** May lag behind what was announced: it only says from where to look for the end of the log. */
+  readonly commitLsn: Lsn;
+}
+
+/** Finds where records end in a log that goes on from an LSN. Throws on bytes that are no log. */
+export interface BoundaryTracker {
+  push(lsn: Lsn, bytes: Buffer): void;
+  /** End of the last whole record; at first where it began. */
+  readonly boundaryLsn: Lsn;
+}
+
+export interface AcceptorOptions {
+  readonly state: AcceptorState;
+  /** End of the last whole record found on disk; nothing follows it there. */
+  readonly flushLsn: Lsn;
+  readonly trackBoundaries: (startLsn: Lsn) => BoundaryTracker;
+}
+
+export type AcceptorAction<Sender> =
+  /** I/O: write the chunks one after the other from beginLsn on, and make them durable. */
+  | { readonly kind: 'write'; readonly beginLsn: Lsn; readonly chunks: readonly Buffer[] }
+  /** I/O: cut the log at the LSN, durably, so that nothing after it can ever be read again. */
+  | { readonly kind: 'truncate'; readonly lsn: Lsn }
+  /** I/O: replace the durable state atomically. */
+  | { readonly kind: 'persist'; readonly state: AcceptorState }
+  | { readonly kind: 'send'; readonly to: Sender; readonly message: AcceptorMessage }
+  /** flushLsn or commitLsn moved. */
+  | { readonly kind: 'progress' }
+  /** For every proposer that is connected, other than the one that raised it. */
+  | { readonly kind: 'term-raised'; readonly by: Sender; readonly term: number };
+
+interface Waiting<Sender> {
+  readonly sender: Sender;
+  readonly message: VoteRequest | Elected | Append;
+}
+
+export class Acceptor<Sender> {
+  readonly #trackBoundaries: (startLsn: Lsn) => BoundaryTracker;
+  #term: number;
+  #history: TermHistory;
+  #commitLsn: Lsn;
+  #persistedCommitLsn: Lsn;
+  #flushLsn: Lsn;
+  /** End of what was received, durable or not; may lie inside a record. */
+  #writeLsn: Lsn;
+  #tracker: BoundaryTracker;
+  /** End of the last whole record received. */
+  #boundaryLsn: Lsn;
+  /** The leader has introduced itself since the start, so its appends continue this log. */
+  #following = false;
+  /** The highest commit LSN that the leader announced; may be past what is flushed here. */
+  #announcedCommitLsn: Lsn;
+
+  /** What to do when the I/O that is out has ended. */
+  #afterIo: ((actions: AcceptorAction<Sender>[]) => void) | undefined;
+  #queue: Waiting<Sender>[] = [];
+  /** Appends received but not handed to a write yet. */
+  #unwritten: Buffer[] = [];
+  #unwrittenBytes = 0;
+  #toAcknowledge = new Set<Sender>();
+  #saveWanted = false;
+
+  constructor(options: AcceptorOptions) {
+    const { state, flushLsn, trackBoundaries } = options;
+    assert(state.commitLsn <= flushLsn, 'what is committed is found on disk');
+    this.#term = state.term;
+    this.#history = state.history;
+    this.#commitLsn = state.commitLsn;
+    this.#persistedCommitLsn = state.commitLsn;
+    this.#announcedCommitLsn = state.commitLsn;
+    this.#flushLsn = flushLsn;
+    this.#writeLsn = flushLsn;
+    this.#trackBoundaries = trackBoundaries;
+    this.#tracker = trackBoundaries(flushLsn);
+    this.#boundaryLsn = flushLsn;
+  }
+
+  get term(): number {
+    return this.#term;
+  }
+
+  get history(): TermHistory {
+    return this.#history;
+  }
+
+  get flushLsn(): Lsn {
+    return this.#flushLsn;
+  }
+
+  get commitLsn(): Lsn {
+    return this.#commitLsn;
+  }
+
+  get lastLogTerm(): number {
+    return lastLogTerm(this.#history, this.#flushLsn);
+  }
+
+  /** The term of the leader whose log this has become, when no higher term is known: up to flushLsn it is that leader's log. */
+  get leaderTerm(): number | undefined {
+    const last = this.#history[this.#history.length - 1]!;
+    return last.term === this.#term && this.lastLogTerm === this.#term ? this.#term : undefined;
+  }
+
+  /** WAL held in memory until the disk is free. */
+  get unwrittenBytes(): number {
+    return this.#unwrittenBytes;
+  }
+
+  get isIdle(): boolean {
+    return this.#afterIo === undefined && this.#queue.length === 0 && this.#unwrittenBytes === 0;
+  }
+
+  receive(sender: Sender, message: ProposerMessage): AcceptorAction<Sender>[] {
+    const actions: AcceptorAction<Sender>[] = [];
+    if (message.kind === 'append' && this.#queue.length === 0) {
+      this.#append(sender, message, actions);
+    } else {
+      this.#queue.push({ sender, message });
+    }
+    this.#advance(actions);
+    return actions;
+  }
+
+  /** The I/O that was out is done and durable. */
+  completed(): AcceptorAction<Sender>[] {
+    const actions: AcceptorAction<Sender>[] = [];
+    const after = this.#afterIo;
+    assert(after !== undefined, 'an I/O action was out');
+    this.#afterIo = undefined;
+    after(actions);
+    this.#advance(actions);
+    return actions;
+  }
+
+  /** Persists the commit LSN at the next chance if it has moved. */
+  save(): AcceptorAction<Sender>[] {
+    const actions: AcceptorAction<Sender>[] = [];
+    this.#saveWanted = true;
+    this.#advance(actions);
+    return actions;
+  }
+
+  /** A sender that is gone needs no replies. */
+  forget(sender: Sender): void {
+    this.#toAcknowledge.delete(sender);
+    this.#queue = this.#queue.filter((waiting) => waiting.sender !== sender);
+  }
+
+  #advance(actions: AcceptorAction<Sender>[]): void {
+    while (this.#afterIo === undefined) {
+      if (this.#unwritten.length > 0) {
+        this.#startWrite(actions);
+        return;
+      }
+      const next = this.#queue.shift();
+      if (next === undefined) break;
+      const { sender, message } = next;
+      if (message.kind === 'vote') this.#vote(sender, message, actions);
+      else if (message.kind === 'elected') this.#elected(sender, message, actions);
+      else this.#append(sender, message, actions);
+    }
+    if (this.#afterIo === undefined && this.#saveWanted) {
+      this.#saveWanted = false;
+      if (this.#commitLsn !== this.#persistedCommitLsn) this.#persist(actions, () => {});
+    }
+  }
+
+  #vote(sender: Sender, message: VoteRequest, actions: AcceptorAction<Sender>[]): void {
+    if (message.term <= this.#term) {
+      actions.push({ kind: 'send', to: sender, message: this.#voteReply(false) });
+      return;
+    }
+    this.#raiseTerm(message.term);
+    this.#persist(actions, (later) => {
+      later.push({ kind: 'send', to: sender, message: this.#voteReply(true) });
+      later.push({ kind: 'term-raised', by: sender, term: message.term });
+    });
+  }
+
+  #voteReply(granted: boolean): AcceptorMessage {
+    return {
+      kind: 'vote-reply',
+      term: this.#term,
+      granted,
+      flushLsn: this.#flushLsn,
+      commitLsn: this.#commitLsn,
+      history: historyUpTo(this.#history, this.#flushLsn),
+    };
+  }
+
+  #elected(sender: Sender, message: Elected, actions: AcceptorAction<Sender>[]): void {
+    const { term, startLsn, history } = message;
+    if (term < this.#term) {
+      this.#refuse(sender, `term ${term} is over`, actions);
+      return;
+    }
+    if (term > this.#term) {
+      // Known from a vote as a rule. It is made durable by itself, before anything is cut.
+      this.#raiseTerm(term);
+      this.#queue.unshift({ sender, message });
+      this.#persist(actions, (later) => later.push({ kind: 'term-raised', by: sender, term }));
+      return;
+    }
+    if (history[history.length - 1]?.term !== term) {
+      this.#refuse(sender, `the history of the leader of term ${term} does not end with its term`, actions);
+      return;
+    }
+    const commonLsn = highestCommonPoint(history, this.#history, this.#flushLsn);
+    if (commonLsn !== startLsn) {
+      // This log has moved since the vote, through an older connection of the same leader. It asks again.
+      const logs = `${formatLsn(commonLsn)}, not ${formatLsn(startLsn)}`;
+      this.#refuse(sender, `the logs are the same up to ${logs}`, actions);
+      return;
+    }
+    if (startLsn < this.#commitLsn) {
+      const cut = `cut at ${formatLsn(startLsn)}, below the commit LSN ${formatLsn(this.#commitLsn)}`;
+      this.#refuse(sender, `the leader of term ${term} would ${cut}`, actions);
+      return;
+    }
+    if (this.#writeLsn === startLsn) {
+      this.#follow(sender, message, actions);
+      return;
+    }
+    actions.push({ kind: 'truncate', lsn: startLsn });
+    this.#following = false;
+    this.#afterIo = (later) => {
+      this.#flushLsn = startLsn;
+      this.#writeLsn = startLsn;
+      later.push({ kind: 'progress' });
+      this.#follow(sender, message, later);
+    };
+  }
+
+  #follow(sender: Sender, message: Elected, actions: AcceptorAction<Sender>[]): void {
+    const finish = (later: AcceptorAction<Sender>[]): void => {
+      this.#tracker = this.#trackBoundaries(this.#flushLsn);
+      this.#boundaryLsn = this.#flushLsn;
+      this.#following = true;
+      this.#announcedCommitLsn = this.#commitLsn;
+      later.push({ kind: 'send', to: sender, message: this.#appendReply() });
+    };
+    if (sameHistory(this.#history, message.history)) {
+      finish(actions);
+      return;
+    }
+    this.#history = message.history;
+    this.#persist(actions, finish);
+  }
+
+  #append(sender: Sender, message: Append, actions: AcceptorAction<Sender>[]): void {
+    const { term, beginLsn, commitLsn, bytes } = message;
+    if (term !== this.#term) {
+      this.#refuse(sender, `append of term ${term}`, actions);
+      return;
+    }
+    if (!this.#following || this.#history[this.#history.length - 1]!.term !== term) {
+      this.#refuse(sender, `append before the leader of term ${term} has introduced itself`, actions);
+      return;
+    }
+    if (bytes.length > 0) {
+      if (beginLsn !== this.#writeLsn) {
+        const gap = `append at ${formatLsn(beginLsn)}, the write position is ${formatLsn(this.#writeLsn)}`;
+        this.#refuse(sender, gap, actions);
+        return;
+      }
+      try {
+        this.#tracker.push(beginLsn, bytes);
+      } catch (error) {
+        this.#following = false; // The tracker is not usable: the leader has to begin anew from the last whole record.
+        this.#refuse(sender, `append is not WAL: ${error instanceof Error ? error.message : String(error)}`, actions);
+        return;
+      }
+      this.#boundaryLsn = this.#tracker.boundaryLsn;
+      this.#writeLsn += bytes.length;
+      this.#unwritten.push(bytes);
+      this.#unwrittenBytes += bytes.length;
+      this.#toAcknowledge.add(sender);
+    }
+    if (commitLsn > this.#announcedCommitLsn) this.#announcedCommitLsn = commitLsn;
+    if (this.#adoptCommit()) actions.push({ kind: 'progress' });
+  }
+
+  #startWrite(actions: AcceptorAction<Sender>[]): void {
+    const chunks = this.#unwritten;
+    const endLsn = this.#writeLsn;
+    const boundaryLsn = this.#boundaryLsn;
+    const senders = this.#toAcknowledge;
+    actions.push({ kind: 'write', beginLsn: endLsn - this.#unwrittenBytes, chunks });
+    this.#unwritten = [];
+    this.#unwrittenBytes = 0;
+    this.#toAcknowledge = new Set();
+    this.#afterIo = (later) => {
+      const moved = boundaryLsn > this.#flushLsn;
+      if (moved) this.#flushLsn = boundaryLsn;
+      if (this.#adoptCommit() || moved) later.push({ kind: 'progress' });
+      for (const sender of senders) later.push({ kind: 'send', to: sender, message: this.#appendReply() });
+    };
+  }
+
+  #adoptCommit(): boolean {
+    const commitLsn = Math.min(this.#announcedCommitLsn, this.#flushLsn);
+    if (commitLsn <= this.#commitLsn) return false;
+    this.#commitLsn = commitLsn;
+    return true;
+  }
+
+  /** Only as the leader's follower: the history's last term says whose log is acknowledged. */
+  #appendReply(): AcceptorMessage {
+    const { term } = this.#history[this.#history.length - 1]!;
+    return { kind: 'append-reply', term, flushLsn: this.#flushLsn, commitLsn: this.#commitLsn };
+  }
+
+  #refuse(sender: Sender, message: string, actions: AcceptorAction<Sender>[]): void {
+    actions.push({ kind: 'send', to: sender, message: { kind: 'refusal', term: this.#term, message } });
+  }
+
+  #raiseTerm(term: number): void {
+    this.#term = term;
+    this.#following = false;
+  }
+
+  #persist(actions: AcceptorAction<Sender>[], after: (actions: AcceptorAction<Sender>[]) => void): void {
+    const state = { term: this.#term, history: this.#history, commitLsn: this.#commitLsn };
+    actions.push({ kind: 'persist', state });
+    this.#afterIo = (later) => {
+      this.#persistedCommitLsn = state.commitLsn;
+      after(later);
+    };
+  }
+}
+
+function sameHistory(a: TermHistory, b: TermHistory): boolean {
+  return (
+    a.length === b.length &&
+    a.every((entry, index) => entry.term === b[index]!.term && entry.startLsn === b[index]!.startLsn)
+  );
+}
