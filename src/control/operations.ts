@@ -73,7 +73,10 @@ export class Operations {
       } catch (thrown) {
         const error = toStrataError(thrown);
         const delayMs = outcome.retry && errorTable[error.code].retry ? RETRY_DELAYS_MS[attempt] : undefined;
-        if (delayMs !== undefined && (await this.#waitToRetry(id, error, delayMs))) continue;
+        if (delayMs !== undefined) {
+          if (await this.#waitToRetry(id, error, delayMs)) continue;
+          throw error; // The platform stops: the row stays open and the next start takes it up.
+        }
         this.#state.transaction(() => {
           this.fail(id, error.message);
           outcome.onFailed?.(error);
