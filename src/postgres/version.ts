@@ -120,6 +120,11 @@ export function versionOfWalMagic(magic: number): PgVersion | undefined {
   return PG_VERSIONS.find((version) => FACTS[version].walPageMagic === magic);
 }
 
+/** The major whose clusters carry this catalog version, if it is one of ours. */
+export function versionOfCatalog(catalogVersion: number): PgVersion | undefined {
+  return PG_VERSIONS.find((version) => FACTS[version].catalogVersion === catalogVersion);
+}
+
 /** Name of a prepared transaction's file in pg_twophase. Until 16 only the xid is in it, from 17 the epoch too. */
 export function twoPhaseFileName(version: PgVersion, epoch: number, xid: number): string {
   const low = xid.toString(16).toUpperCase().padStart(8, '0');
