@@ -4,6 +4,7 @@ import type { WorkloadSessions } from './recorded-wal.ts';
 
 export async function btreeWorkload({ sql }: WorkloadSessions): Promise<void> {
   await duplicates(sql);
+  await fullPagesOfPostingLists(sql);
   await deepTree(sql);
   await deadItems(sql);
 }
@@ -24,6 +25,24 @@ async function duplicates(sql: Sql): Promise<void> {
   await sql(`INSERT INTO bt_dup SELECT 7, repeat('z', i % 10) FROM generate_series(1, 3000) i`);
   await sql(`DELETE FROM bt_dup WHERE k IN (1, 2)`);
   await sql(`VACUUM bt_dup`);
+}
+
+/** Insertions into the middle of posting lists on pages that are full: the page and the list are split at once. */
+async function fullPagesOfPostingLists(sql: Sql): Promise<void> {
+  await sql(`CREATE TABLE bt_full (k int)`);
+  await sql(`INSERT INTO bt_full SELECT i % 300 FROM generate_series(1, 36000) i`);
+  await sql(`DELETE FROM bt_full WHERE ctid >= '(20,0)' AND ctid < '(50,0)'`);
+  await sql(`VACUUM bt_full`);
+  await sql(`CREATE INDEX bt_full_k ON bt_full (k) WITH (fillfactor = 100)`);
+  await sql(`INSERT INTO bt_full SELECT i * 7919 % 300 FROM generate_series(1, 6000) i`);
+
+  // One value only: a page may be split between a list and the item that follows from splitting it.
+  await sql(`CREATE TABLE bt_same (k int)`);
+  await sql(`INSERT INTO bt_same SELECT 1 FROM generate_series(1, 30000) i`);
+  await sql(`DELETE FROM bt_same WHERE ctid::text ~ '[357],'`);
+  await sql(`VACUUM bt_same`);
+  await sql(`CREATE INDEX bt_same_k ON bt_same (k) WITH (fillfactor = 100)`);
+  await sql(`INSERT INTO bt_same SELECT 1 FROM generate_series(1, 9000) i`);
 }
 
 /** Wide keys, few to a page: deep trees from few rows. Splits on all levels, whole subtrees deleted, a fast root, reused pages. */

@@ -6,6 +6,7 @@
  * image it should become: it counts as trusted, not as compared.
  */
 
+import assert from 'node:assert/strict';
 import { readFileSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 
@@ -17,7 +18,9 @@ import { RM_XLOG, rmgrName } from '../../src/postgres/rmgr.ts';
 import type { PgVersion } from '../../src/postgres/version.ts';
 import { WalReader } from '../../src/postgres/wal/reader.ts';
 import type { WalBlock, WalRecord } from '../../src/postgres/wal/record.ts';
-import { typeName } from '../../src/pageserver/redo/index-tuple.ts';
+import { indexRecordTypes, typeName } from '../../src/pageserver/redo/index-tuple.ts';
+import { recordWal } from './recorded-wal.ts';
+import type { WorkloadSessions } from './recorded-wal.ts';
 
 export interface AccessMethodRedo {
   readonly redo: (page: Buffer, record: WalRecord, blockId: number, version: PgVersion) => boolean;
@@ -140,4 +143,29 @@ function imageOf(record: WalRecord, block: WalBlock): Buffer {
   const page = Buffer.alloc(8192);
   restoreImage(page, record, block);
   return page;
+}
+
+/**
+ * Runs a workload and asserts that every page that its resource manager's records change is, after replay, what Postgres made of it; and
+ * that every type of record appeared, but for `absent`.
+ */
+export async function assertReplays(
+  rmid: number,
+  method: AccessMethodRedo,
+  workload: (sessions: WorkloadSessions) => Promise<void>,
+  absent: readonly string[] = [],
+): Promise<void> {
+  using wal = await recordWal(workload);
+  const report = checkReplay(wal.directory, wal.startLsn, wal.version, new Map([[rmid, method]]));
+  assert.deepEqual(report.mismatches.slice(0, 5), []);
+  const prefix = `${rmgrName(rmid)}/`;
+  const expected = indexRecordTypes().filter((type) => type.startsWith(prefix) && !absent.includes(type));
+  assert.deepEqual(
+    expected.filter((type) => !report.counts.has(type)),
+    [],
+    'types that never appeared',
+  );
+  let compared = 0;
+  for (const count of report.counts.values()) compared += count.compared;
+  assert.ok(compared > 100, `${compared} pages were compared`);
 }
