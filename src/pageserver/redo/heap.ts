@@ -16,7 +16,7 @@
  * Bit 0x80 of an insert or update says that the new page is made anew. Clearing bits of the visibility map is not done here: it is a
  * change of another page (derived.ts).
  *
- * Invariants: a record that does not fit the page throws PageError; every record but TRUNCATE sets the page's LSN.
+ * Invariant: a record that does not fit the page throws PageError.
  */
 
 import {
@@ -29,7 +29,6 @@ import {
   pageInit,
   pageMaxOffset,
   setPageFlag,
-  setPageLsn,
   setPagePrunable,
 } from '../../postgres/page.ts';
 import { findBlock } from '../../postgres/wal/record.ts';
@@ -76,7 +75,8 @@ export const UPDATE_NEW_ALL_VISIBLE_CLEARED = 0x02;
 const UPDATE_PREFIX_FROM_OLD = 0x20;
 const UPDATE_SUFFIX_FROM_OLD = 0x40;
 
-export function redoHeap(page: Buffer, record: WalRecord, blockId: number): void {
+/** Replays the record on its block `blockId`. Returns true: the page's LSN is to become the record's. */
+export function redoHeap(page: Buffer, record: WalRecord, blockId: number): boolean {
   const operation = record.info & OPMASK;
   if (blockId !== 0 && !(blockId === 1 && (operation === HEAP_UPDATE || operation === HEAP_HOT_UPDATE))) {
     throw new PageError(`records of this type change no block ${blockId}`);
@@ -108,7 +108,7 @@ export function redoHeap(page: Buffer, record: WalRecord, blockId: number): void
     default:
       throw new PageError('records of this type change no blocks');
   }
-  setPageLsn(page, record.endLsn);
+  return true;
 }
 
 function redoInsert(page: Buffer, record: WalRecord, block: WalBlock): void {

@@ -36,7 +36,6 @@ import {
   setItemRedirect,
   setItemUnused,
   setPageFlag,
-  setPageLsn,
 } from '../../postgres/page.ts';
 import { versionFacts } from '../../postgres/version.ts';
 import type { PgVersion } from '../../postgres/version.ts';
@@ -68,7 +67,8 @@ const FROZEN_XID = 2;
 const FREEZE_PLAN_SIZE = 12;
 const MULTI_INSERT_HEADER_SIZE = 7;
 
-export function redoHeap2(page: Buffer, record: WalRecord, blockId: number, version: PgVersion): void {
+/** Replays the record on its block `blockId`. Returns whether the page's LSN is to become the record's. */
+export function redoHeap2(page: Buffer, record: WalRecord, blockId: number, version: PgVersion): boolean {
   const operation = record.info & OPMASK;
   if (blockId !== 0 && !(blockId === 1 && operation === HEAP2_VISIBLE)) {
     throw new PageError(`records of this type change no block ${blockId}`);
@@ -76,9 +76,7 @@ export function redoHeap2(page: Buffer, record: WalRecord, blockId: number, vers
   const block = findBlock(record, blockId)!;
   switch (operation) {
     case HEAP2_VISIBLE:
-      // Sets the LSN itself, where it must be set.
-      redoVisible(page, record, blockId);
-      return;
+      return redoVisible(page, record, blockId);
     case HEAP2_MULTI_INSERT:
       redoMultiInsert(page, record, block);
       break;
@@ -96,18 +94,18 @@ export function redoHeap2(page: Buffer, record: WalRecord, blockId: number, vers
     default:
       throw new PageError('records of this type change no blocks');
   }
-  setPageLsn(page, record.endLsn);
+  return true;
 }
 
 /**
  * The heap page's LSN stays: Postgres moves it only where checksums or wal_log_hints are on, which the record does not tell and
  * Strata's computes never have. The map page's LSN moves only when bits change.
  */
-function redoVisible(page: Buffer, record: WalRecord, blockId: number): void {
+function redoVisible(page: Buffer, record: WalRecord, blockId: number): boolean {
   need(record, 5);
   if (blockId === 1) {
     setPageFlag(page, PD_ALL_VISIBLE, true);
-    return;
+    return false;
   }
   const heap = findBlock(record, 1);
   const map = findBlock(record, 0);
@@ -118,9 +116,9 @@ function redoVisible(page: Buffer, record: WalRecord, blockId: number): void {
   const flags = record.bytes[record.mainOffset + 4]! & VISIBILITYMAP_VALID_BITS;
   const byte = visibilityMapByte(heap.blk);
   const shift = visibilityMapShift(heap.blk);
-  if (((page[byte]! >> shift) & VISIBILITYMAP_VALID_BITS) === flags) return;
+  if (((page[byte]! >> shift) & VISIBILITYMAP_VALID_BITS) === flags) return false;
   page[byte] = page[byte]! | (flags << shift);
-  setPageLsn(page, record.endLsn);
+  return true;
 }
 
 function redoMultiInsert(page: Buffer, record: WalRecord, block: WalBlock): void {

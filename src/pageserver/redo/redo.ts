@@ -49,13 +49,14 @@ export function applyRecord(page: Buffer, record: WalRecord, blockId: number, ve
       return;
     }
     if (block.willInit) page.fill(0);
-    redo(page, record, blockId, version);
+    if (redo(page, record, blockId, version)) setPageLsn(page, record.endLsn);
   } catch (error) {
     throw asRedoError(error, record, version);
   }
 }
 
-function redo(page: Buffer, record: WalRecord, blockId: number, version: PgVersion): void {
+/** Returns whether the page's LSN is to become the record's. */
+function redo(page: Buffer, record: WalRecord, blockId: number, version: PgVersion): boolean {
   switch (record.rmid) {
     case RM_HEAP:
       return redoHeap(page, record, blockId);
@@ -74,7 +75,7 @@ function redo(page: Buffer, record: WalRecord, blockId: number, version: PgVersi
  * Masks in a page, in place, what may differ between the primary's and ours after a record of this resource manager. Postgres compares
  * without a mask where there is none. Throws MaskError when the page cannot be masked.
  */
-export function maskPage(page: Buffer, rmid: number, blk: number): void {
+export function maskPage(page: Buffer, rmid: number, blk: number, _version: PgVersion): void {
   switch (rmid) {
     case RM_HEAP:
     case RM_HEAP2:

@@ -6,7 +6,7 @@
  * The page's special space is u32 0x1717 and 4 bytes of padding.
  */
 
-import { PageError, pageAddItem, pageInit, pageSpecial, setPageLsn } from '../../postgres/page.ts';
+import { PageError, pageAddItem, pageInit, pageSpecial } from '../../postgres/page.ts';
 import { XLR_RMGR_INFO_MASK } from '../../postgres/wal/record.ts';
 import type { WalRecord } from '../../postgres/wal/record.ts';
 
@@ -15,7 +15,8 @@ const SEQUENCE_MAGIC = 0x1717;
 const MAGIC_SIZE = 4;
 const LOCATOR_SIZE = 12;
 
-export function redoSequence(page: Buffer, record: WalRecord, blockId: number): void {
+/** Replays the record on its only block. Returns true: the page's LSN is to become the record's. */
+export function redoSequence(page: Buffer, record: WalRecord, blockId: number): boolean {
   if ((record.info & XLR_RMGR_INFO_MASK) !== SEQUENCE_LOG) throw new PageError('unknown record type');
   if (blockId !== 0) throw new PageError(`records of this type change no block ${blockId}`);
   if (record.mainLength <= LOCATOR_SIZE) throw new PageError(`main data of ${record.mainLength} bytes`);
@@ -23,5 +24,5 @@ export function redoSequence(page: Buffer, record: WalRecord, blockId: number): 
   pageInit(page, MAGIC_SIZE);
   page.writeUInt32LE(SEQUENCE_MAGIC, pageSpecial(page));
   if (pageAddItem(page, tuple, 1, 0) === 0) throw new PageError(`a tuple of ${tuple.length} bytes does not fit`);
-  setPageLsn(page, record.endLsn);
+  return true;
 }

@@ -14,9 +14,10 @@ import type { WalRecord } from '../../postgres/wal/record.ts';
 export const XLOG_FPI_FOR_HINT = 0xa0;
 export const XLOG_FPI = 0xb0;
 
-export function redoXlog(record: WalRecord, blockId: number): void {
+/** Returns false: the page and its LSN stay as they are. */
+export function redoXlog(record: WalRecord, blockId: number): boolean {
   const info = record.info & XLR_RMGR_INFO_MASK;
-  if (info === XLOG_FPI_FOR_HINT) return;
+  if (info === XLOG_FPI_FOR_HINT) return false;
   if (info === XLOG_FPI) throw new PageError(`block ${blockId} has no image to apply`);
   throw new PageError('records of this type change no blocks');
 }

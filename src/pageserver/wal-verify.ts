@@ -1,0 +1,467 @@
+/**
+ * Verification of redo against Postgres itself.
+ *
+ * WAL that was written with wal_consistency_checking = all carries, for every block that a record changes, the page as it was on the
+ * primary after the change. Here each record is replayed with our redo on pages kept from record to record, and every page is compared
+ * with its image, under the masks that Postgres uses when a standby does the same (verifyBackupPageConsistency in xlogrecovery.c). No
+ * data directory is needed:
+ *
+ * - an image that is to be applied restores its page, and there is nothing to compare;
+ * - a page that is met first by a record that needs it, without such an image, takes the expected image: it is counted as trusted;
+ * - where a page differs, or redo fails, the difference is counted and the page takes the expected image, so that one fault is counted
+ *   once.
+ *
+ * Beyond Postgres' own check, which masks them wholly:
+ *
+ * - bits of visibility-map pages are compared with the images of those pages. A bit that we have and the image has not may be cleared
+ *   by a record that comes a little later, as the primary clears the bit before it writes that record; it is a fault only if none does.
+ *   A bit that the image has and we have not is a fault at once.
+ * - PD_ALL_VISIBLE of heap pages, which decides whether the map's bits are ever cleared again.
+ *
+ * WAL is read in bounded memory; pages beyond `memoryPages` wait in a file.
+ */
+
+import { setImmediate } from 'node:timers/promises';
+
+import { PD_ALL_VISIBLE, pageFlags, pageIsNew, setPageLsn } from '../postgres/page.ts';
+import { BLOCK_SIZE } from '../postgres/page-size.ts';
+import { FORK_MAIN, FORK_VM } from '../postgres/relation.ts';
+import type { RelationKey } from '../postgres/relation.ts';
+import { RM_HEAP, RM_HEAP2, RM_SMGR, rmgrName } from '../postgres/rmgr.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import type { PgVersion } from '../postgres/version.ts';
+import { WalError } from '../postgres/wal/error.ts';
+import { WalReader } from '../postgres/wal/reader.ts';
+import type { WalBlock, WalRecord } from '../postgres/wal/record.ts';
+import type { Change } from './ingest/change.ts';
+import { NO_CHANGES } from './ingest/change.ts';
+import { heapChanges } from './ingest/heap.ts';
+import { storageChanges } from './ingest/storage.ts';
+import {
+  HEAP_BLOCKS_PER_VISIBILITY_PAGE,
+  applyDerived,
+  clearVisibilityChanges,
+  truncateVisibility,
+} from './redo/derived.ts';
+import type { DerivedChange } from './redo/derived.ts';
+import { restoreImage } from './redo/image.ts';
+import { MaskError } from './redo/masks.ts';
+import { recordTypeName } from './redo/record-type.ts';
+import { RedoError } from './redo/redo-error.ts';
+import { applyRecord, maskPage, needsPriorPage } from './redo/redo.ts';
+import type { WalSource } from './wal-directory.ts';
+import { VerifyPages } from './wal-verify-pages.ts';
+
+const DEFAULT_MEMORY_PAGES = 32_768;
+const DIFFERENCE_BYTES = 16;
+const PAGE_HEADER_SIZE = 24;
+
+export interface VerifyOptions {
+  /** Stop at the first record that ends after this. */
+  readonly endLsn?: Lsn;
+  /** Pages kept in memory (8 KiB each). */
+  readonly memoryPages?: number;
+  /** Called now and then, and at the end. */
+  readonly onProgress?: (progress: VerifyProgress) => void;
+  readonly signal?: AbortSignal;
+}
+
+export interface VerifyProgress {
+  readonly lsn: Lsn;
+  readonly startLsn: Lsn;
+  readonly endLsn: Lsn;
+  readonly records: number;
+  readonly mismatches: number;
+}
+
+/** The first difference of a record type. */
+export interface Mismatch {
+  /** Where the record starts. */
+  readonly lsn: Lsn;
+  readonly blockId: number;
+  readonly spc: number;
+  readonly db: number;
+  readonly rel: number;
+  readonly fork: number;
+  readonly blk: number;
+  /** What could not be done; or how the page differs. */
+  readonly reason: string;
+  /** Offset in the page of the first byte that differs, and some bytes from there on in hex; absent when redo failed. */
+  readonly offset?: number;
+  readonly expected?: string;
+  readonly found?: string;
+}
+
+export interface TypeReport {
+  readonly rmgr: string;
+  readonly type: string;
+  records: number;
+  /** Pages compared with their images. */
+  compared: number;
+  /** Pages restored from an image that is to be applied. */
+  restored: number;
+  /** Pages met first without such an image, which took the expected one. */
+  trusted: number;
+  /** Pages for which the record has no image: replayed where the page was known, else still unknown. */
+  unchecked: number;
+  /** Pages that differ from their image, or that redo could not make. */
+  mismatches: number;
+  firstMismatch: Mismatch | undefined;
+}
+
+export interface VerifyReport {
+  readonly version: PgVersion;
+  readonly startLsn: Lsn;
+  /** End of the last record replayed. */
+  readonly endLsn: Lsn;
+  /** Why the bytes after endLsn are no record: the usual end of WAL, or damage. Undefined when the bytes just end there. */
+  readonly stoppedBy: string | undefined;
+  readonly records: number;
+  readonly compared: number;
+  readonly restored: number;
+  readonly trusted: number;
+  readonly unchecked: number;
+  readonly mismatches: number;
+  /** By resource manager and record type, in order of first appearance. */
+  readonly types: readonly TypeReport[];
+  /** Visibility-map bits that we have and the primary had not, and that no record cleared. They are mismatches too. */
+  readonly visibilityBitsLeft: number;
+}
+
+/** Replays and compares all records of the source. Throws what reading the source throws; differences are in the report. */
+export async function verifyWal(source: WalSource, options: VerifyOptions = {}): Promise<VerifyReport> {
+  const verifier = new Verifier(source, options);
+  try {
+    return await verifier.run();
+  } finally {
+    verifier.close();
+  }
+}
+
+class Verifier {
+  readonly #source: WalSource;
+  readonly #options: VerifyOptions;
+  readonly #version: PgVersion;
+  readonly #pages: VerifyPages;
+  readonly #types = new Map<number, TypeReport>();
+  /** Relations whose creation is in this WAL: their pages that were never met are all zeros. */
+  readonly #created = new Set<string>();
+  /** Visibility-map bits that await a record that clears them: relation and heap block, the record that lacked them. */
+  readonly #pendingClears = new Map<string, { type: TypeReport; mismatch: Mismatch }>();
+  readonly #replayed = Buffer.alloc(BLOCK_SIZE);
+  readonly #expected = Buffer.alloc(BLOCK_SIZE);
+  #records = 0;
+  #mismatches = 0;
+
+  constructor(source: WalSource, options: VerifyOptions) {
+    this.#source = source;
+    this.#options = options;
+    this.#version = source.version;
+    this.#pages = new VerifyPages(options.memoryPages ?? DEFAULT_MEMORY_PAGES);
+  }
+
+  close(): void {
+    this.#pages.close();
+  }
+
+  async run(): Promise<VerifyReport> {
+    const reader = new WalReader(this.#source.startLsn, this.#version);
+    const limit = this.#options.endLsn ?? Infinity;
+    let stoppedBy: string | undefined;
+    let done = false;
+    for await (const chunk of this.#source.chunks) {
+      this.#options.signal?.throwIfAborted();
+      reader.push(chunk.lsn, chunk.bytes);
+      try {
+        for (let record = reader.next(); record !== undefined; record = reader.next()) {
+          if (record.endLsn > limit) {
+            done = true;
+            break;
+          }
+          this.#verifyRecord(record);
+        }
+      } catch (error) {
+        if (!(error instanceof WalError)) throw error;
+        stoppedBy = error.message;
+        done = true;
+      }
+      this.#progress(reader.position);
+      if (done) break;
+      await setImmediate();
+    }
+    this.#settlePendingClears();
+    this.#progress(reader.position);
+    return this.#report(reader.position, stoppedBy);
+  }
+
+  #verifyRecord(record: WalRecord): void {
+    this.#records++;
+    const type = this.#typeOf(record);
+    type.records++;
+    for (const change of this.#changesOf(record)) this.#applyChange(change);
+    for (const block of record.blocks) this.#verifyBlock(record, block, type);
+  }
+
+  #verifyBlock(record: WalRecord, block: WalBlock, type: TypeReport): void {
+    const fork = forkName(block, block.fork);
+    let page = this.#pages.get(fork, block.blk);
+    if (page === undefined) {
+      page = Buffer.alloc(BLOCK_SIZE);
+      if (needsPriorPage(record, block.id) && !this.#created.has(relationName(block))) {
+        if (!block.hasImage) {
+          type.unchecked++;
+          return;
+        }
+        restoreImage(page, record, block);
+        if (!pageIsNew(page)) setPageLsn(page, record.endLsn);
+        this.#pages.set(fork, block.blk, page);
+        type.trusted++;
+        return;
+      }
+      this.#pages.set(fork, block.blk, page);
+    }
+    try {
+      applyRecord(page, record, block.id, this.#version);
+    } catch (error) {
+      if (!(error instanceof RedoError)) throw error;
+      this.#mismatch(type, { ...placeOf(record, block), reason: error.message });
+      this.#takeExpected(record, block, fork, page);
+      return;
+    }
+    if (!block.hasImage) type.unchecked++;
+    else if (block.applyImage) type.restored++;
+    else this.#compare(record, block, type, fork, page);
+  }
+
+  #compare(record: WalRecord, block: WalBlock, type: TypeReport, fork: string, page: Buffer): void {
+    type.compared++;
+    const { blk } = block;
+    page.copy(this.#replayed);
+    restoreImage(this.#expected, record, block);
+    const reason =
+      this.#compareVisibilityBits(record, block, type) ??
+      (block.fork === FORK_MAIN && (record.rmid === RM_HEAP || record.rmid === RM_HEAP2)
+        ? compareAllVisible(this.#replayed, this.#expected)
+        : undefined);
+    if (reason === undefined && this.#replayed.equals(this.#expected)) return;
+    const masked = maskBoth(this.#replayed, this.#expected, record.rmid, blk, this.#version);
+    if (reason === undefined && masked === undefined && this.#replayed.equals(this.#expected)) return;
+    this.#mismatch(type, {
+      ...placeOf(record, block),
+      reason: reason ?? masked ?? 'the page differs',
+      ...difference(this.#replayed, this.#expected),
+    });
+    this.#takeExpected(record, block, fork, page);
+  }
+
+  /** Compares the bits of a visibility-map page with its image, both as they are before masking. */
+  #compareVisibilityBits(record: WalRecord, block: WalBlock, type: TypeReport): string | undefined {
+    if (block.fork !== FORK_VM) return undefined;
+    let lost: string | undefined;
+    for (let at = PAGE_HEADER_SIZE; at < BLOCK_SIZE; at++) {
+      const ours = this.#replayed[at]!;
+      const theirs = this.#expected[at]!;
+      if (ours === theirs) continue;
+      for (let slot = 0; slot < 4; slot++) {
+        const have = (ours >> (slot * 2)) & 3;
+        const want = (theirs >> (slot * 2)) & 3;
+        if (have === want) continue;
+        const heapBlock = block.blk * HEAP_BLOCKS_PER_VISIBILITY_PAGE + (at - PAGE_HEADER_SIZE) * 4 + slot;
+        const what = `visibility of heap block ${heapBlock} is ${have}, the primary had ${want}`;
+        if ((want & ~have) !== 0) lost ??= what;
+        else this.#awaitClear(block, heapBlock, type, { ...placeOf(record, block), reason: what, offset: at });
+      }
+    }
+    return lost;
+  }
+
+  #awaitClear(relation: RelationKey, heapBlock: number, type: TypeReport, mismatch: Mismatch): void {
+    const key = `${relationName(relation)}/${heapBlock}`;
+    if (!this.#pendingClears.has(key)) this.#pendingClears.set(key, { type, mismatch });
+  }
+
+  #settlePendingClears(): void {
+    for (const { type, mismatch } of this.#pendingClears.values()) this.#mismatch(type, mismatch);
+  }
+
+  #takeExpected(record: WalRecord, block: WalBlock, fork: string, page: Buffer): void {
+    if (!block.hasImage) {
+      this.#pages.delete(fork, block.blk);
+      return;
+    }
+    restoreImage(page, record, block);
+    if (!pageIsNew(page)) setPageLsn(page, record.endLsn);
+  }
+
+  #changesOf(record: WalRecord): readonly Change[] {
+    if (record.rmid === RM_HEAP || record.rmid === RM_HEAP2) return heapChanges(record);
+    if (record.rmid === RM_SMGR) return storageChanges(record);
+    return NO_CHANGES;
+  }
+
+  #applyChange(change: Change): void {
+    switch (change.kind) {
+      case 'clear-visibility':
+        for (const { heapBlock } of change.clears) {
+          if (this.#pendingClears.size > 0) this.#pendingClears.delete(`${relationName(change.relation)}/${heapBlock}`);
+        }
+        for (const derived of clearVisibilityChanges(change.clears)) this.#applyDerived(change.relation, derived);
+        return;
+      case 'create-fork':
+        this.#dropFork(change.fork, change.fork.fork);
+        if (change.fork.fork === FORK_MAIN) this.#created.add(relationName(change.fork));
+        return;
+      case 'truncate-relation':
+        this.#truncate(change.relation, change);
+        return;
+      case 'drop-relation':
+        for (let fork = FORK_MAIN; fork <= 3; fork++) this.#dropFork(change.relation, fork);
+        this.#created.delete(relationName(change.relation));
+        this.#forgetPendingClears(`${relationName(change.relation)}/`);
+        return;
+      case 'copy-database':
+      case 'drop-database':
+        this.#pages.drop(`${change.spc}/${change.db}/`);
+        for (const name of this.#created)
+          if (name.startsWith(`${change.spc}/${change.db}/`)) this.#created.delete(name);
+        this.#forgetPendingClears(`${change.spc}/${change.db}/`);
+        return;
+    }
+  }
+
+  #truncate(relation: RelationKey, change: { blocks: number; main: boolean; visibility: boolean }): void {
+    if (change.main) this.#pages.truncate(forkName(relation, FORK_MAIN), change.blocks);
+    if (!change.visibility) return;
+    const { mapBlocks, change: derived } = truncateVisibility(change.blocks);
+    this.#pages.truncate(forkName(relation, FORK_VM), mapBlocks);
+    if (derived !== undefined) this.#applyDerived(relation, derived);
+    this.#forgetPendingClears(`${relationName(relation)}/`);
+  }
+
+  /** A map page that is not known stays so. */
+  #applyDerived(relation: RelationKey, change: DerivedChange): void {
+    const page = this.#pages.get(forkName(relation, FORK_VM), change.page);
+    if (page !== undefined) applyDerived(page, change.subtype, change.payload);
+  }
+
+  #dropFork(relation: RelationKey, fork: number): void {
+    this.#pages.truncate(forkName(relation, fork), 0);
+  }
+
+  #forgetPendingClears(prefix: string): void {
+    for (const key of this.#pendingClears.keys()) if (key.startsWith(prefix)) this.#pendingClears.delete(key);
+  }
+
+  #mismatch(type: TypeReport, mismatch: Mismatch): void {
+    type.mismatches++;
+    this.#mismatches++;
+    type.firstMismatch ??= mismatch;
+  }
+
+  #typeOf(record: WalRecord): TypeReport {
+    const key = (record.rmid << 8) | (record.info & 0xf0);
+    let type = this.#types.get(key);
+    if (type === undefined) {
+      type = newType(rmgrName(record.rmid), recordTypeName(record, this.#version));
+      this.#types.set(key, type);
+    }
+    return type;
+  }
+
+  #progress(lsn: Lsn): void {
+    const { startLsn, endLsn } = this.#source;
+    this.#options.onProgress?.({ lsn, startLsn, endLsn, records: this.#records, mismatches: this.#mismatches });
+  }
+
+  #report(endLsn: Lsn, stoppedBy: string | undefined): VerifyReport {
+    const byName = new Map<string, TypeReport>();
+    for (const type of this.#types.values()) {
+      const name = `${type.rmgr}/${type.type}`;
+      const same = byName.get(name);
+      if (same === undefined) byName.set(name, { ...type });
+      else addType(same, type);
+    }
+    const types = [...byName.values()];
+    const total = newType('', '');
+    for (const type of types) addType(total, type);
+    return {
+      version: this.#version,
+      startLsn: this.#source.startLsn,
+      endLsn,
+      stoppedBy,
+      records: this.#records,
+      compared: total.compared,
+      restored: total.restored,
+      trusted: total.trusted,
+      unchecked: total.unchecked,
+      mismatches: total.mismatches,
+      types,
+      visibilityBitsLeft: this.#pendingClears.size,
+    };
+  }
+}
+
+function newType(rmgr: string, type: string): TypeReport {
+  const counts = { records: 0, compared: 0, restored: 0, trusted: 0, unchecked: 0, mismatches: 0 };
+  return { rmgr, type, ...counts, firstMismatch: undefined };
+}
+
+/** Some types have more than one value of info: they are one line in the report. */
+function addType(to: TypeReport, from: TypeReport): void {
+  to.records += from.records;
+  to.compared += from.compared;
+  to.restored += from.restored;
+  to.trusted += from.trusted;
+  to.unchecked += from.unchecked;
+  to.mismatches += from.mismatches;
+  to.firstMismatch ??= from.firstMismatch;
+}
+
+function relationName(relation: RelationKey): string {
+  return `${relation.spc}/${relation.db}/${relation.rel}`;
+}
+
+function forkName(relation: RelationKey, fork: number): string {
+  return `${relation.spc}/${relation.db}/${relation.rel}/${fork}`;
+}
+
+function placeOf(record: WalRecord, block: WalBlock): Omit<Mismatch, 'reason'> {
+  const { spc, db, rel, fork, blk } = block;
+  return { lsn: record.startLsn, blockId: block.id, spc, db, rel, fork, blk };
+}
+
+function compareAllVisible(replayed: Buffer, expected: Buffer): string | undefined {
+  const ours = (pageFlags(replayed) & PD_ALL_VISIBLE) !== 0;
+  const theirs = (pageFlags(expected) & PD_ALL_VISIBLE) !== 0;
+  return ours === theirs ? undefined : `PD_ALL_VISIBLE is ${ours}, the primary had ${theirs}`;
+}
+
+/** Masks both pages; returns why that cannot be done. */
+function maskBoth(
+  replayed: Buffer,
+  expected: Buffer,
+  rmid: number,
+  blk: number,
+  version: PgVersion,
+): string | undefined {
+  try {
+    maskPage(replayed, rmid, blk, version);
+    maskPage(expected, rmid, blk, version);
+    return undefined;
+  } catch (error) {
+    if (error instanceof MaskError || error instanceof RangeError) return error.message;
+    throw error;
+  }
+}
+
+function difference(found: Buffer, expected: Buffer): Pick<Mismatch, 'offset' | 'expected' | 'found'> {
+  let offset = 0;
+  while (offset < BLOCK_SIZE && found[offset] === expected[offset]) offset++;
+  if (offset === BLOCK_SIZE) return {};
+  const end = offset + DIFFERENCE_BYTES;
+  return {
+    offset,
+    expected: expected.subarray(offset, end).toString('hex'),
+    found: found.subarray(offset, end).toString('hex'),
+  };
+}
