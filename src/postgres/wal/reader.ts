@@ -66,8 +66,8 @@ export class WalReader {
   #partialHeaderChecked = false;
   /** Start of a record whose end was replaced by the record that comes now. */
   #overwritten: Lsn | undefined;
-  /** A switch record that waits for the end of its segment. */
-  #switch: WalRecord | undefined;
+  /** A checked record, while bytes before its end LSN (padding, or the rest of a switched segment) are still to come. */
+  #pending: WalRecord | undefined;
   #failure: WalError | undefined;
 
   /** `startLsn` is the start of a record or the end of one (which may be the start of a page). */
@@ -99,14 +99,9 @@ export class WalReader {
     if (lsn > end)
       throw new WalError(end, `bytes are missing: the next ones given are at ${lsn - end} bytes after this`);
     let fresh = lsn === end ? bytes : bytes.subarray(Math.min(end - lsn, bytes.length));
-    const left = this.#bytes.length - this.#at;
-    if (left > 0) {
-      fresh = Buffer.concat([this.#bytes.subarray(this.#at), fresh]);
-      this.#base += this.#at;
-    } else {
-      this.#base += this.#bytes.length;
-    }
-    this.#at = left < 0 ? -left : 0;
+    if (this.#at < this.#bytes.length) fresh = Buffer.concat([this.#bytes.subarray(this.#at), fresh]);
+    this.#base += this.#at;
+    this.#at = 0;
     this.#bytes = fresh;
   }
 
@@ -126,7 +121,7 @@ export class WalReader {
 
   #read(): WalRecord | undefined {
     for (;;) {
-      if (this.#switch !== undefined) return this.#finishSwitch();
+      if (this.#pending !== undefined) return this.#takePending();
       const bytes = this.#bytes;
       const at = this.#at;
       if (at >= bytes.length) return undefined;
@@ -144,7 +139,7 @@ export class WalReader {
       if (bytes.length - at < 4) return undefined;
       const total = (bytes[at]! | (bytes[at + 1]! << 8) | (bytes[at + 2]! << 16) | (bytes[at + 3]! << 24)) >>> 0;
       if (total < RECORD_HEADER_SIZE || total > MAX_RECORD_SIZE) throw new WalError(lsn, `record length ${total}`);
-      if (total <= WAL_PAGE_SIZE - inPage && total <= bytes.length - at) {
+      if (total <= WAL_PAGE_SIZE - inPage && maxAlign(total) <= bytes.length - at) {
         const whole = bytes.subarray(at, at + total);
         this.#checkHeader(whole, lsn);
         const record = this.#finish(whole, lsn, maxAlign(lsn + total));
@@ -226,32 +221,31 @@ export class WalReader {
     }
   }
 
-  /** Checks and decodes a whole record. Undefined for a switch record, which is given out when its segment's end is here. */
+  /** Checks and decodes a whole record. Undefined when bytes before its end LSN are still to come. */
   #finish(whole: Buffer, startLsn: Lsn, endLsn: Lsn): WalRecord | undefined {
     checkCrc(whole, startLsn);
-    const isXlog = whole[17] === RM_XLOG;
-    const info = whole[16]! & XLR_RMGR_INFO_MASK;
+    const isSwitch = whole[17] === RM_XLOG && (whole[16]! & XLR_RMGR_INFO_MASK) === XLOG_SWITCH;
+    const end = isSwitch ? segmentStart(endLsn - 1) + WAL_SEGMENT_SIZE : endLsn;
+    const record = decodeWalRecord(whole, startLsn, end);
     if (this.#overwritten !== undefined) {
-      checkOverwrite(decodeWalRecord(whole, startLsn, endLsn), this.#overwritten);
+      checkOverwrite(record, this.#overwritten);
       this.#overwritten = undefined;
     }
-    if (isXlog && info === XLOG_SWITCH) {
-      const segmentEnd = segmentStart(endLsn - 1) + WAL_SEGMENT_SIZE;
-      this.#switch = decodeWalRecord(whole, startLsn, segmentEnd);
+    if (end > this.pushLsn) {
+      this.#pending = record;
       return undefined;
     }
-    const record = decodeWalRecord(whole, startLsn, endLsn);
     this.#took(record);
     return record;
   }
 
-  #finishSwitch(): WalRecord | undefined {
-    const record = this.#switch!;
+  #takePending(): WalRecord | undefined {
+    const record = this.#pending!;
     if (this.pushLsn < record.endLsn) {
-      this.#at = Math.max(this.#at, this.#bytes.length);
+      this.#at = this.#bytes.length;
       return undefined;
     }
-    this.#switch = undefined;
+    this.#pending = undefined;
     this.#took(record);
     return record;
   }

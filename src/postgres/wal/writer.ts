@@ -4,22 +4,25 @@
  * Postgres reads a record only from a segment whose first page has a right header, and from pages that have one. So a segment made here
  * holds, besides the record, the header of its first page and the header of the page the record begins on; all the rest is a hole. What
  * lies before the record on its page is zero: Postgres never reads it, as the record's own LSN is given to it (in the control file).
- * The header of that page does not say that a record goes on from the page before even where one did: only a reader of that earlier
- * record would ask.
+ * The header of that page says that what comes before the record on it belongs to a record from an earlier page, so that tools which
+ * look for the first record of a page find ours.
  */
 
 import { open } from 'node:fs/promises';
 import { join } from 'node:path';
 import {
   maxAlign,
+  pageHeaderSize,
   pageOffset,
   pageStart,
-  segmentOffset,
   segmentStart,
   skipPageHeader,
   WAL_LONG_HEADER_SIZE,
+  WAL_PAGE_SIZE,
+  WAL_SEGMENT_SIZE,
+  walFileName,
+  writeLsn,
 } from '../lsn.ts';
-import { WAL_PAGE_SIZE, WAL_SEGMENT_SIZE, walFileName, writeLsn } from '../lsn.ts';
 import type { Lsn } from '../lsn.ts';
 import type { PgVersion } from '../version.ts';
 import { WAL_TIMELINE_ID, writePageHeader } from './page-header.ts';
@@ -110,10 +113,10 @@ export function walSegmentWithTail(lsn: Lsn, bytes: Buffer, version: PgVersion, 
     const from = Math.max(lsn, start);
     const to = Math.min(end, start + WAL_SEGMENT_SIZE);
     const writes: { offset: number; bytes: Buffer }[] = [];
-    if (from > start) writes.push({ offset: 0, bytes: pageHeader(start, version, systemId) });
     const page = pageStart(from);
-    if (from > page && page > start)
-      writes.push({ offset: segmentOffset(page), bytes: pageHeader(page, version, systemId) });
+    if (page > start) writes.push({ offset: 0, bytes: pageHeader(start, 0, version, systemId) });
+    if (from > page)
+      writes.push({ offset: page - start, bytes: pageHeader(page, pageOffset(from), version, systemId) });
     writes.push({ offset: from - start, bytes: bytes.subarray(from - lsn, to - lsn) });
     segments.push({ name: walFileName(WAL_TIMELINE_ID, start), startLsn: start, writes });
   }
@@ -133,7 +136,10 @@ export async function writeSparseSegments(directory: string, segments: readonly 
   }
 }
 
-function pageHeader(pageLsn: Lsn, version: PgVersion, systemId: bigint): Buffer {
-  const bytes = Buffer.alloc(WAL_LONG_HEADER_SIZE);
-  return bytes.subarray(0, writePageHeader(bytes, 0, { pageLsn, remaining: 0, systemId, version }));
+/** The header of a page whose first `used` bytes, header included, hold nothing that begins here. */
+function pageHeader(pageLsn: Lsn, used: number, version: PgVersion, systemId: bigint): Buffer {
+  const bytes = Buffer.alloc(pageHeaderSize(pageLsn));
+  const remaining = Math.max(0, used - bytes.length);
+  writePageHeader(bytes, 0, { pageLsn, remaining, systemId, version });
+  return bytes;
 }
