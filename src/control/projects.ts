@@ -142,7 +142,7 @@ export class Projects {
       const endpoint = this.#endpoints.insert(project, branchId, {});
       return { endpointId: endpoint.id, operationId: operations.begin('create_timeline', { projectId, branchId }) };
     });
-    await this.finishCreate(begun.operationId, projectId, branchId);
+    await this.#branches.finishCreate(begun.operationId, branchId);
     const started = this.#endpoints.start(projectId, begun.endpointId);
     return {
       project: this.get(projectId),
@@ -150,16 +150,6 @@ export class Projects {
       endpoint: started.endpoint,
       operationIds: [begun.operationId, ...started.operationIds],
     };
-  }
-
-  /** Makes the first branch's timeline. On failure the project never was. */
-  async finishCreate(operationId: string, projectId: string, branchId: string): Promise<void> {
-    try {
-      await this.#branches.finishCreate(operationId, branchId);
-    } catch (error) {
-      this.#context.state.update('projects', projectId, { deleted_at: this.#context.now() });
-      throw error;
-    }
   }
 
   update(projectId: string, options: ProjectUpdateOptions): ProjectRow {
@@ -186,6 +176,10 @@ export class Projects {
     const { state, operations, now } = this.#context;
     const { project, removals } = state.transaction(() => {
       const row = this.get(projectId);
+      const unready = this.#branches.all(projectId).find((branch) => branch.state !== 'ready');
+      if (unready !== undefined) {
+        throw new StrataError('locked', `branch ${unready.name} of project ${projectId} is still being created`);
+      }
       state.update('projects', projectId, { deleted_at: now() });
       const branches = childrenFirst(this.#branches.all(projectId));
       return {
@@ -193,23 +187,10 @@ export class Projects {
         removals: branches.map((branch) => ({ branch, operationId: this.#branches.hide(branch) })),
       };
     });
-    const done = Promise.all(
-      removals.map(({ branch, operationId }) => this.#branches.finishDelete(operationId, branch)),
-    );
-    const work = done.then(() => this.purge(projectId));
-    operations.inBackground(`deletion of project ${projectId}`, work);
+    for (const { branch, operationId } of removals) {
+      operations.inBackground(`deletion of branch ${branch.id}`, this.#branches.finishDelete(operationId, branch));
+    }
     return project;
-  }
-
-  /** Removes a deleted project's last rows, once no branch of it is left. */
-  purge(projectId: string): void {
-    const { state } = this.#context;
-    state.transaction(() => {
-      const left = state.get('SELECT 1 FROM branches WHERE project_id = ? LIMIT 1', projectId);
-      if (left !== undefined) return;
-      state.run('DELETE FROM operations WHERE project_id = ?', projectId);
-      state.run('DELETE FROM projects WHERE id = ? AND deleted_at IS NOT NULL', projectId);
-    });
   }
 
   #refusePgVersion(version: number): void {
