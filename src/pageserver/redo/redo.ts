@@ -12,10 +12,13 @@
  */
 
 import { PageError, pageIsNew, setPageLsn } from '../../postgres/page.ts';
-import { RM_HEAP, RM_HEAP2, RM_SEQ, RM_XLOG, rmgrName } from '../../postgres/rmgr.ts';
+import { RM_BTREE, RM_GIN, RM_HASH, RM_HEAP, RM_HEAP2, RM_SEQ, RM_XLOG, rmgrName } from '../../postgres/rmgr.ts';
 import type { PgVersion } from '../../postgres/version.ts';
 import { findBlock } from '../../postgres/wal/record.ts';
 import type { WalRecord } from '../../postgres/wal/record.ts';
+import { maskBtree, redoBtree } from './btree.ts';
+import { maskGin, redoGin } from './gin.ts';
+import { maskHash, redoHash } from './hash.ts';
 import { redoHeap } from './heap.ts';
 import { redoHeap2 } from './heap2.ts';
 import { ImageError, restoreImage } from './image.ts';
@@ -62,6 +65,12 @@ function redo(page: Buffer, record: WalRecord, blockId: number, version: PgVersi
       return redoHeap(page, record, blockId);
     case RM_HEAP2:
       return redoHeap2(page, record, blockId, version);
+    case RM_BTREE:
+      return redoBtree(page, record, blockId, version);
+    case RM_HASH:
+      return redoHash(page, record, blockId, version);
+    case RM_GIN:
+      return redoGin(page, record, blockId, version);
     case RM_SEQ:
       return redoSequence(page, record, blockId);
     case RM_XLOG:
@@ -75,11 +84,17 @@ function redo(page: Buffer, record: WalRecord, blockId: number, version: PgVersi
  * Masks in a page, in place, what may differ between the primary's and ours after a record of this resource manager. Postgres compares
  * without a mask where there is none. Throws MaskError when the page cannot be masked.
  */
-export function maskPage(page: Buffer, rmid: number, blk: number, _version: PgVersion): void {
+export function maskPage(page: Buffer, rmid: number, blk: number, version: PgVersion): void {
   switch (rmid) {
     case RM_HEAP:
     case RM_HEAP2:
       return maskHeap(page, blk);
+    case RM_BTREE:
+      return maskBtree(page, blk, version);
+    case RM_HASH:
+      return maskHash(page, blk, version);
+    case RM_GIN:
+      return maskGin(page, blk, version);
     case RM_SEQ:
       return maskSequence(page);
   }
