@@ -25,8 +25,8 @@ export interface RecordedWal extends Disposable {
 
 /** What a workload may do: `sql` runs on the first session; `connect` opens another one, closed at the end. */
 export interface WorkloadSessions {
-  sql(text: string): Promise<pg.QueryResult>;
-  connect(): Promise<pg.Client>;
+  readonly sql: (text: string) => Promise<pg.QueryResult>;
+  readonly connect: () => Promise<pg.Client>;
 }
 
 const PORT = 5432;
