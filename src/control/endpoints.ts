@@ -216,12 +216,12 @@ export class Endpoints {
   }
 
   async wake(endpointId: string, signal?: AbortSignal): Promise<RunningCompute> {
+    const row = this.#find(endpointId);
+    if (row === undefined) throw new StrataError('not-found', `endpoint ${endpointId} does not exist`);
     const running = this.#running(endpointId);
     if (running !== undefined) return running;
     let starting = this.#starting.get(endpointId);
     if (starting === undefined) {
-      const row = this.#find(endpointId);
-      if (row === undefined) throw new StrataError('not-found', `endpoint ${endpointId} does not exist`);
       starting = this.#beginStart(row).done;
       this.#context.operations.inBackground(`wake of endpoint ${endpointId}`, starting);
     }

@@ -1,0 +1,230 @@
+/**
+ * A world for tests of the control plane alone: storage and computes in memory, with their contracts checked (ancestors exist, timelines with children
+ * stay, calls for one endpoint do not overlap) and failures on demand. The end-to-end tests use the real ones.
+ */
+import assert from 'node:assert/strict';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { setImmediate as turn } from 'node:timers/promises';
+import type {
+  ActivitySample,
+  BranchPoint,
+  CatalogSpec,
+  ComputeExitListener,
+  Computes,
+  ComputeSpec,
+  NewTimeline,
+  Storage,
+  TimelineStatus,
+} from '../api/control.ts';
+import type { RunningCompute } from '../api/wake.ts';
+import { StrataError } from '../base/errors.ts';
+import { createLog } from '../base/log.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import type { ControlConfig } from './context.ts';
+import { Control } from './control.ts';
+
+export const TEMPLATE_LSN = 0x1500000;
+
+interface FakeTimeline {
+  readonly tenantId: string;
+  readonly ancestor: BranchPoint | undefined;
+  head: Lsn;
+  readonly commits: { readonly atUs: number; readonly lsn: Lsn }[];
+}
+
+export class FakeStorage implements Storage {
+  readonly timelines = new Map<string, FakeTimeline>();
+  /** Thrown by the next calls of createTimeline and deleteTimeline, in order. */
+  readonly failures: Error[] = [];
+
+  async ensureTemplate(pgVersion: number): Promise<BranchPoint> {
+    const timelineId = String(pgVersion).padStart(32, '0');
+    if (!this.timelines.has(timelineId)) {
+      this.timelines.set(timelineId, {
+        tenantId: '0'.repeat(32),
+        ancestor: undefined,
+        head: TEMPLATE_LSN,
+        commits: [],
+      });
+    }
+    return { timelineId, lsn: TEMPLATE_LSN };
+  }
+
+  async createTimeline(timeline: NewTimeline): Promise<void> {
+    await this.#turn();
+    const existing = this.timelines.get(timeline.timelineId);
+    if (existing !== undefined) {
+      assert.deepEqual(existing.ancestor, timeline.ancestor, 'a timeline is created again with the same ancestor');
+      return;
+    }
+    const ancestor = this.#get(timeline.ancestor.timelineId);
+    assert(timeline.ancestor.lsn <= ancestor.head, 'a timeline begins in its ancestor’s history');
+    const { tenantId } = timeline;
+    this.timelines.set(timeline.timelineId, {
+      tenantId,
+      ancestor: timeline.ancestor,
+      head: timeline.ancestor.lsn,
+      commits: [],
+    });
+  }
+
+  async deleteTimeline(_tenantId: string, timelineId: string): Promise<void> {
+    await this.#turn();
+    for (const other of this.timelines.values()) {
+      if (other.ancestor?.timelineId === timelineId) throw new StrataError('conflict', `${timelineId} has children`);
+    }
+    this.timelines.delete(timelineId);
+  }
+
+  async headLsn(timelineId: string): Promise<Lsn> {
+    return this.#get(timelineId).head;
+  }
+
+  async resolveLsn(_timelineId: string, lsn: Lsn): Promise<Lsn> {
+    return lsn - (lsn % 8);
+  }
+
+  async lsnForTimestamp(timelineId: string, timestampUs: number): Promise<Lsn | undefined> {
+    return this.#get(timelineId).commits.findLast((commit) => commit.atUs <= timestampUs)?.lsn;
+  }
+
+  async status(timelineId: string): Promise<TimelineStatus> {
+    const timeline = this.#get(timelineId);
+    return { oldestLsn: timeline.ancestor?.lsn ?? 0, newestLsn: timeline.head, logicalSizeBytes: 7_654_321 };
+  }
+
+  /** A commit on the timeline; returns its LSN. */
+  commit(timelineId: string, atUs: number): Lsn {
+    const timeline = this.#get(timelineId);
+    timeline.head += 64;
+    timeline.commits.push({ atUs, lsn: timeline.head });
+    return timeline.head;
+  }
+
+  #get(timelineId: string): FakeTimeline {
+    const timeline = this.timelines.get(timelineId);
+    if (timeline === undefined) throw new StrataError('not-found', `timeline ${timelineId} does not exist`);
+    return timeline;
+  }
+
+  async #turn(): Promise<void> {
+    await turn();
+    const failure = this.failures.shift();
+    if (failure !== undefined) throw failure;
+  }
+}
+
+export class FakeComputes implements Computes {
+  readonly specs = new Map<string, ComputeSpec>();
+  /** Every start, suspend, kill and catalog, in order. */
+  readonly calls: string[] = [];
+  readonly catalogs = new Map<string, CatalogSpec>();
+  readonly samples = new Map<string, ActivitySample>();
+  /** Thrown by the next starts. */
+  readonly startFailures: Error[] = [];
+  readonly #busy = new Set<string>();
+  #exitListener: ComputeExitListener = () => {};
+
+  start(spec: ComputeSpec): Promise<RunningCompute> {
+    return this.#alone(spec.endpointId, `start ${spec.endpointId}`, () => {
+      const failure = this.startFailures.shift();
+      if (failure !== undefined) throw failure;
+      this.specs.set(spec.endpointId, spec);
+      if (spec.catalog !== undefined) this.catalogs.set(spec.endpointId, spec.catalog);
+      return { endpointId: spec.endpointId, socketPath: `/run/${spec.endpointId}` };
+    });
+  }
+
+  running(endpointId: string): RunningCompute | undefined {
+    if (!this.specs.has(endpointId) || this.#busy.has(endpointId)) return undefined;
+    return { endpointId, socketPath: `/run/${endpointId}` };
+  }
+
+  async suspend(endpointId: string): Promise<void> {
+    await this.#alone(endpointId, `suspend ${endpointId}`, () => this.specs.delete(endpointId));
+  }
+
+  async kill(endpointId: string, forget: boolean): Promise<void> {
+    await this.#alone(endpointId, `kill ${endpointId}${forget ? ' and forget' : ''}`, () =>
+      this.specs.delete(endpointId),
+    );
+  }
+
+  async applyCatalog(endpointId: string, catalog: CatalogSpec): Promise<void> {
+    await this.#alone(endpointId, `catalog ${endpointId}`, () => this.catalogs.set(endpointId, catalog));
+  }
+
+  async activity(endpointId: string): Promise<ActivitySample> {
+    return this.samples.get(endpointId) ?? quietSample;
+  }
+
+  onExit(listener: ComputeExitListener): void {
+    this.#exitListener = listener;
+  }
+
+  crash(endpointId: string): void {
+    this.specs.delete(endpointId);
+    this.#exitListener(endpointId, 'killed by signal 9');
+  }
+
+  async #alone<T>(endpointId: string, call: string, work: () => T): Promise<T> {
+    assert(!this.#busy.has(endpointId), `calls for one endpoint come one at a time: ${call}`);
+    this.#busy.add(endpointId);
+    this.calls.push(call);
+    await turn();
+    this.#busy.delete(endpointId);
+    return work();
+  }
+}
+
+export const quietSample: ActivitySample = {
+  busyBackendCount: 0,
+  walsenderCount: 0,
+  activeSubscriptionCount: 0,
+  autovacuumWorkerCount: 0,
+};
+
+export class World {
+  readonly storage = new FakeStorage();
+  readonly computes = new FakeComputes();
+  readonly dataDirectory = mkdtempSync(join(tmpdir(), 'strata-control-'));
+  nowMs = Date.UTC(2026, 0, 31, 12);
+  control: Control;
+
+  constructor(config: Partial<ControlConfig> = {}) {
+    this.control = this.#open(config);
+  }
+
+  /** As after a crash: what is in memory is gone, computes too; the state file and the storage are as they were. */
+  async restart(): Promise<void> {
+    this.computes.specs.clear();
+    this.control = this.#open({});
+    await this.control.recover();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.control.close();
+    rmSync(this.dataDirectory, { recursive: true });
+  }
+
+  #open(config: Partial<ControlConfig>): Control {
+    return Control.open({
+      dataDirectory: this.dataDirectory,
+      storage: this.storage,
+      computes: this.computes,
+      log: createLog({ name: 'test', level: 'silent' }),
+      now: () => this.nowMs,
+      config: {
+        proxyHost: '127.0.0.1',
+        proxyPort: 55432,
+        domain: 'localhost',
+        defaultPgVersion: 17,
+        availablePgVersions: [17],
+        suspendTimeoutSeconds: 300,
+        ...config,
+      },
+    });
+  }
+}
