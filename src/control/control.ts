@@ -6,6 +6,7 @@
 import { join } from 'node:path';
 import { API_KEY_FILE_NAME, type Computes, type Storage } from '../api/control.ts';
 import type { EndpointRequest, RunningCompute, WakeService } from '../api/wake.ts';
+import { StrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { ApiKeys } from './api-keys.ts';
 import { Branches, purgeProject } from './branches.ts';
@@ -19,7 +20,7 @@ import { childrenFirst, Projects } from './projects.ts';
 import { SecretBox } from './secrets.ts';
 import { type BranchRow, type EndpointRow, type OperationRow, type ProjectRow, type RoleRow, State } from './state.ts';
 
-const STATE_FILE_NAME = 'control.sqlite';
+const STATE_FILE_NAME = 'state.db';
 const PASSWORD_KEY_FILE_NAME = 'password-key';
 
 export interface ControlOptions {
@@ -101,6 +102,7 @@ export class Control implements WakeService {
   /** Waits for work in the background; the computes are the caller's to stop. */
   async close(): Promise<void> {
     await this.#idleMonitor.close();
+    this.endpoints.close();
     await this.operations.close();
     this.context.state.close();
   }
@@ -140,6 +142,25 @@ export class Control implements WakeService {
       database: database.name,
       endpointId: endpoint.id,
     });
+  }
+
+  /** Of the oldest project's default branch, for its first database and that database's owner. */
+  defaultConnectionUri(): string {
+    const { state } = this.context;
+    const project = state.get<ProjectRow>(
+      'SELECT * FROM projects WHERE deleted_at IS NULL ORDER BY created_at, id LIMIT 1',
+    );
+    if (project === undefined) throw new StrataError('not-found', 'there is no project');
+    const branch = this.branches.defaultBranch(project.id);
+    const endpoint = this.endpoints.ofBranch(branch.id)[0];
+    const database = this.catalog.databases(branch.id)[0];
+    if (endpoint === undefined || database === undefined) {
+      throw new StrataError(
+        'not-found',
+        `branch ${branch.name} of project ${project.id} has no endpoint or no database`,
+      );
+    }
+    return this.connectionUri(endpoint, database.owner_name, database.name);
   }
 
   #closeInterrupted(operation: OperationRow): void {

@@ -38,6 +38,7 @@ export class Endpoints {
   readonly #context: ControlContext;
   readonly #catalog: Catalog;
   readonly #lanes = new Lanes();
+  #isClosed = false;
   /** The start that the next wake may wait for: asked, and no suspend asked after it. */
   readonly #starting = new Map<string, Promise<RunningCompute>>();
 
@@ -45,6 +46,11 @@ export class Endpoints {
     this.#context = context;
     this.#catalog = catalog;
     context.computes.onExit((endpointId, reason) => this.#onExit(endpointId, reason));
+  }
+
+  /** From now on computes may stop without it being written. */
+  close(): void {
+    this.#isClosed = true;
   }
 
   list(projectId: string): EndpointRow[] {
@@ -388,6 +394,7 @@ export class Endpoints {
   }
 
   #onExit(endpointId: string, reason: string): void {
+    if (this.#isClosed) return;
     this.#context.log.warn({ endpointId, reason }, 'a compute stopped by itself; the next connection starts it again');
     this.noteStopped(endpointId);
   }

@@ -13,6 +13,7 @@ import { newOperationId } from './ids.ts';
 import { type Page, type PageRequest, decodeCursor, encodeCursor } from './pagination.ts';
 import type { OperationAction, OperationRow, OperationStatus, State } from './state.ts';
 
+const CLOSE_DEADLINE_MS = 10_000;
 const RETRY_DELAYS_MS = [100, 300, 1000, 3000, 10_000];
 
 export interface OperationRefs {
@@ -103,10 +104,10 @@ export class Operations {
     while (this.#inFlight.size > 0) await Promise.all(this.#inFlight);
   }
 
-  /** Ends waits for retries, then waits for background work. What did not finish stays open for the next start. */
+  /** Ends waits for retries, then waits a while for background work. What did not finish stays open for the next start. */
   async close(): Promise<void> {
     this.#stopping.abort();
-    await this.idle();
+    await Promise.race([this.idle(), sleep(CLOSE_DEADLINE_MS, undefined, { ref: false })]);
   }
 
   finish(id: string): void {

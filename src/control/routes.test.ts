@@ -116,8 +116,8 @@ test('a project is created, shown, listed, renamed and deleted with all the fiel
   hasFields(at(created, 'databases', 0), 'database');
   hasFields(at(created, 'operations', 0), 'operation');
   const id = String(at(created, 'project', 'id'));
-  const password = at(created, 'roles', 0, 'password');
-  const endpoint = at(created, 'endpoints', 0, 'id');
+  const password = String(at(created, 'roles', 0, 'password'));
+  const endpoint = String(at(created, 'endpoints', 0, 'id'));
   assert.equal(
     at(created, 'connection_uris', 0, 'connection_uri'),
     `postgresql://stratadb_owner:${password}@127.0.0.1:55432/stratadb?sslmode=require&options=endpoint%3D${endpoint}`,
@@ -271,8 +271,8 @@ test('lists go on from a cursor until every item was seen once', async () => {
     for (let cursor: string | undefined = ''; cursor !== undefined;) {
       const page: Json = await api.ok(200, 'GET', `${project}/branches?limit=2&${order}${cursor}`);
       names.push(...(page['branches'] as Json[]).map((item) => String(item['name'])));
-      const next = at(page, 'pagination', 'next');
-      cursor = next === undefined ? undefined : `&cursor=${String(next)}`;
+      const next = at(page, 'pagination', 'next') as string | undefined;
+      cursor = next === undefined ? undefined : `&cursor=${next}`;
     }
     assert.equal(names.length, 7, order);
     assert.deepEqual(names.toSorted(), ['b0', 'b1', 'b2', 'b3', 'b4', 'b5', 'main'], order);
