@@ -89,6 +89,13 @@ export class VerifyPages {
     for (const fork of this.#forks.keys()) if (fork.startsWith(prefix)) this.truncate(fork, 0);
   }
 
+  /** Calls back with every page, which is not to be changed. */
+  forEach(visit: (page: Buffer, fork: ForkName, blk: number) => void): void {
+    for (const [fork, slots] of this.#forks) {
+      for (const blk of slots.keys()) visit(this.get(fork, blk)!, fork, blk);
+    }
+  }
+
   close(): void {
     this.#forks.clear();
     this.#inMemory.clear();

@@ -63,6 +63,8 @@ export interface VerifyOptions {
   readonly memoryPages?: number;
   /** Called now and then, and at the end. */
   readonly onProgress?: (progress: VerifyProgress) => void;
+  /** Called at the end with the pages as replay left them. */
+  readonly onPages?: (pages: VerifyPages) => void;
   readonly signal?: AbortSignal;
 }
 
@@ -191,6 +193,7 @@ class Verifier {
     }
     this.#settlePendingClears();
     this.#progress(reader.position);
+    this.#options.onPages?.(this.#pages);
     return this.#report(reader.position, stoppedBy);
   }
 

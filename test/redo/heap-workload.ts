@@ -240,3 +240,45 @@ async function databases(sql: Sql): Promise<void> {
   await sql(`CREATE DATABASE h_db_copy STRATEGY file_copy`);
   await sql(`DROP DATABASE h_db_log`);
 }
+
+/** Sessions that change, lock, delete and bring back the same few rows at once, while another one runs VACUUM. */
+export async function concurrentWorkload({ sql, connect }: WorkloadSessions): Promise<void> {
+  await sql(`CREATE TABLE c_rows (id int PRIMARY KEY, n int, pad text) WITH (fillfactor = 70)`);
+  await sql(`INSERT INTO c_rows SELECT i, 0, repeat('c', i % 60) FROM generate_series(1, 4000) i`);
+  await sql(`VACUUM c_rows`);
+  const until = Date.now() + 2_500;
+  const changes = [
+    `UPDATE c_rows SET n = n + 1 WHERE id = $1`,
+    `UPDATE c_rows SET pad = repeat('d', $1::int % 90) WHERE id = $1::int`,
+    `DELETE FROM c_rows WHERE id = $1`,
+    `INSERT INTO c_rows VALUES ($1, 0, 'back') ON CONFLICT (id) DO NOTHING`,
+    `SELECT 1 FROM c_rows WHERE id = $1 FOR UPDATE`,
+    `SELECT 1 FROM c_rows WHERE id = $1 FOR KEY SHARE`,
+    `SELECT 1 FROM c_rows WHERE id = $1 FOR SHARE`,
+  ];
+  const change = async (session: number): Promise<void> => {
+    const client = await connect();
+    for (let step = session; Date.now() < until; step++) {
+      const statements = 1 + (step % 4);
+      if (statements > 1) await client.query('BEGIN');
+      // Rising ids within a transaction: sessions never wait for each other in a circle.
+      const first = (step * 7919) % 3500;
+      for (let i = 0; i < statements; i++) {
+        await client.query({
+          name: `s${(step + i) % changes.length}`,
+          text: changes[(step + i) % changes.length]!,
+          values: [first + i * 100],
+        });
+      }
+      if (statements > 1) await client.query(step % 5 === 0 ? 'ROLLBACK' : 'COMMIT');
+    }
+  };
+  const vacuum = async (): Promise<void> => {
+    while (Date.now() < until) {
+      await sql(`VACUUM c_rows`);
+      await sql(`VACUUM (FREEZE) c_rows`);
+      await sleep(20);
+    }
+  };
+  await Promise.all([change(1), change(2000), change(4000), change(6000), vacuum()]);
+}
