@@ -165,3 +165,9 @@ export function decodeKey(bytes: Buffer, offset = 0): Key {
 export function formatKey(key: Key): string {
   return encodeKey(key).toString('hex');
 }
+
+/** The smallest key above `key`. */
+export function nextKey(key: Key): Key {
+  const { kind, spc, db, rel, fork, blk } = key;
+  return blk < 0xffffffff ? makeKey(kind, spc, db, rel, fork, blk + 1) : prefixRange(kind, spc, db, rel, fork).end;
+}

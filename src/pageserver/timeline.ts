@@ -1,20 +1,44 @@
 /**
  * A timeline: one line of history, as ingest writes it and everybody else reads it.
+ *
+ * Changes go to the open memory layer. When it is large or old enough it is frozen and flushed to a delta layer; then the timeline's
+ * index names that layer, and diskConsistentLsn moves up to its end. A process that dies comes back at diskConsistentLsn, and
+ * pulls from the safekeepers what came after.
+ *
+ * Invariants:
+ * - A value is visible when `lastRecordLsn` has reached its LSN, and then never changes. (The WAL index is the one exception: its last
+ *   chunk is put again, longer, under lastRecordLsn before a flush.)
+ * - A memory layer is dropped only when the index that names its layer file is durable.
+ * - Reads are synchronous, so that a flush that ends never changes what one read sees.
  */
 
+import assert from 'node:assert/strict';
+import { readdir, rm } from 'node:fs/promises';
+import { dirname, join } from 'node:path';
+import { StrataError } from '../base/errors.ts';
+import { formatLsn } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
+import { BLOCK_SIZE } from '../postgres/page-size.ts';
+import type { PgVersion } from '../postgres/version.ts';
+import { flushMemoryLayer } from './flush.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
-
-/** What a scan finds: a key that exists, and its value as an image. */
-export type KeyImage = [key: Key, image: Buffer];
+import { replaceFile, syncDirectory } from './layers/durable.ts';
+import { LayerFile } from './layers/layer-file.ts';
+import type { LayerCache } from './layers/layer-file.ts';
+import { layerFileName } from './layers/layer-format.ts';
+import type { LayerDescription } from './layers/layer-format.ts';
+import { LayerMap } from './layers/layer-map.ts';
+import { MemoryLayer } from './layers/memory-layer.ts';
+import type { History, HistoryReader, KeyImage, Lineage, LineageStep } from './read.ts';
+import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
+import type { TimelineIndex } from './timeline-index.ts';
 
 /**
  * Takes the changes of WAL records, in the order of the log. Everything is synchronous: a record is taken whole or,
  * after `discard`, not at all.
  */
 export interface TimelineWriter {
-  /** 15 to 18. */
-  readonly pgVersion: number;
+  readonly pgVersion: PgVersion;
   /** End of the last record that was made visible. */
   readonly lastRecordLsn: Lsn;
   /** Stores an encoded value (value.ts; copied) of `key` under `lsn`, the end of the record it comes from. Not visible before `advance`. */
@@ -36,8 +60,7 @@ export interface TimelineWriter {
 
 /** Reads a timeline as it was at an LSN, through its ancestors. An LSN above `lastRecordLsn` has to be waited for first. */
 export interface TimelineReader {
-  /** 15 to 18. */
-  readonly pgVersion: number;
+  readonly pgVersion: PgVersion;
   /** End of the last record that is visible. */
   readonly lastRecordLsn: Lsn;
   /** Start of that record: what the next record's xl_prev has to be. */
@@ -48,6 +71,460 @@ export interface TimelineReader {
   getPages(fork: RelationFork, firstBlk: number, count: number, lsn: Lsn): Buffer;
   /** The keys that existed at `lsn`, sorted. */
   scan(range: KeyRange, lsn: Lsn): KeyImage[];
-  /** Resolves when `lsn` is visible; rejects with a WaitLsnError on timeout, abort, or when ingest has stopped. */
+  /** Resolves when `lsn` is visible; rejects with `timeout`, or `unavailable` on abort and when ingest has stopped. */
   waitLsn(lsn: Lsn, timeoutMs: number, signal?: AbortSignal): Promise<void>;
+}
+
+export type { KeyImage } from './read.ts';
+
+export interface TimelineOptions {
+  readonly reader: HistoryReader;
+  readonly layerCache: LayerCache;
+  readonly limits: TimelineLimits;
+  readonly now: () => number;
+  /** Bytes of all timelines' memory layers, kept up to date by each. */
+  readonly memory: { bytes: number };
+  /** Called after each flush, with the error when it failed; it is tried again. */
+  readonly onFlush: (timeline: Timeline, error: unknown) => void;
+  /** For tests: called before each step of a change on disk. */
+  readonly onStep?: (step: string) => void;
+}
+
+export interface TimelineLimits {
+  /** The open layer is frozen and flushed when it holds this much. */
+  readonly flushBytes: number;
+  /** Frozen layers that may wait for their flush before ingest has to wait. */
+  readonly frozenLayersMax: number;
+}
+
+const FLUSH_RETRY_DELAY_MS = 1_000;
+/** Above every LSN: reads what was put but is not yet visible. */
+const UNCOMMITTED_LSN = Number.MAX_SAFE_INTEGER;
+let timelineCount = 0;
+
+interface FrozenLayer {
+  readonly layer: MemoryLayer;
+  readonly lastRecordLsn: Lsn;
+  readonly lastRecordStartLsn: Lsn;
+}
+
+interface Waiter {
+  readonly lsn: Lsn;
+  resolve(): void;
+  reject(error: StrataError): void;
+}
+
+export class Timeline implements TimelineWriter, TimelineReader, History {
+  readonly number = ++timelineCount;
+  readonly directory: string;
+  readonly ancestor: Timeline | undefined;
+  readonly layerMap = new LayerMap();
+  beforeFlush?: () => void;
+  readonly #options: TimelineOptions;
+  #index: TimelineIndex;
+  #lastRecordLsn: Lsn;
+  #lastRecordStartLsn: Lsn;
+  #open: MemoryLayer;
+  /** Oldest first. */
+  #frozen: FrozenLayer[] = [];
+  /** The open layer and the frozen ones, newest first. */
+  #memoryLayers: MemoryLayer[];
+  #lineage: Lineage | undefined;
+  #areAncestorsVisible = false;
+  readonly #waiters = new Set<Waiter>();
+  #nextWaiterLsn: Lsn = Infinity;
+  #flushing: Promise<void> | undefined;
+  #indexWritten: Promise<void> = Promise.resolve();
+  #ingestError: Error | undefined;
+  #flushError: unknown;
+  #stopped: 'closed' | 'deleted' | undefined;
+
+  constructor(directory: string, index: TimelineIndex, ancestor: Timeline | undefined, options: TimelineOptions) {
+    this.directory = directory;
+    this.ancestor = ancestor;
+    this.#options = options;
+    this.#index = index;
+    this.#lastRecordLsn = index.diskConsistentLsn;
+    this.#lastRecordStartLsn = index.diskConsistentRecordLsn;
+    this.#open = new MemoryLayer(this.#lastRecordLsn + 1, options.now());
+    this.#memoryLayers = [this.#open];
+    for (const layer of index.layers) this.layerMap.insert(this.#layerFile(layer));
+  }
+
+  get tenantId(): string {
+    return this.#index.tenantId;
+  }
+
+  get timelineId(): string {
+    return this.#index.timelineId;
+  }
+
+  get pgVersion(): PgVersion {
+    return this.#index.pgVersion;
+  }
+
+  /** The durable state. */
+  get index(): TimelineIndex {
+    return this.#index;
+  }
+
+  get lastRecordLsn(): Lsn {
+    return this.#lastRecordLsn;
+  }
+
+  get lastRecordStartLsn(): Lsn {
+    return this.#lastRecordStartLsn;
+  }
+
+  get diskConsistentLsn(): Lsn {
+    return this.#index.diskConsistentLsn;
+  }
+
+  get memoryLayers(): readonly MemoryLayer[] {
+    return this.#memoryLayers;
+  }
+
+  /** Bytes that wait to be flushed. */
+  get memoryBytes(): number {
+    return this.#memoryLayers.reduce((sum, layer) => sum + layer.sizeBytes, 0);
+  }
+
+  /** Bytes of the open layer. */
+  get openBytes(): number {
+    return this.#open.sizeBytes;
+  }
+
+  /** When the oldest put that is not yet in a layer being flushed was made; undefined when there is none. */
+  get openSinceMs(): number | undefined {
+    return this.#open.isEmpty ? undefined : this.#open.createdAtMs;
+  }
+
+  /** The oldest LSN that can be read, here or in an ancestor. */
+  get oldestLsn(): Lsn {
+    let root: Timeline = this;
+    while (root.ancestor !== undefined) root = root.ancestor;
+    return root.index.startLsn;
+  }
+
+  /** Why ingest has stopped, if it has. */
+  get ingestError(): Error | undefined {
+    return this.#ingestError;
+  }
+
+  /** Why the last flush failed, if it did. */
+  get flushError(): unknown {
+    return this.#flushError;
+  }
+
+  // ---- writing
+
+  put(key: Key, lsn: Lsn, value: Buffer): void {
+    assert(lsn >= this.#lastRecordLsn, 'a put is above what is visible');
+    this.#put(key, lsn, value);
+  }
+
+  get(key: Key): Buffer | undefined {
+    return this.#options.reader.read(this.lineage, key, UNCOMMITTED_LSN, this.pgVersion);
+  }
+
+  advance(endLsn: Lsn, recordStartLsn: Lsn): void {
+    assert(endLsn > this.#lastRecordLsn, 'the last record LSN rises');
+    this.#lastRecordLsn = endLsn;
+    this.#lastRecordStartLsn = recordStartLsn;
+    if (endLsn >= this.#nextWaiterLsn) this.#wake();
+  }
+
+  /** Freezes the open layer when it is large enough. To be called between two records. */
+  freezeIfFull(): void {
+    if (this.#open.sizeBytes >= this.#options.limits.flushBytes) this.freeze();
+  }
+
+  discard(): void {
+    const before = this.#open.sizeBytes;
+    this.#open.discardAbove(this.#lastRecordLsn);
+    this.#options.memory.bytes += this.#open.sizeBytes - before;
+  }
+
+  /** Resolves when ingest may go on; undefined when it may at once. */
+  writable(): Promise<void> | undefined {
+    if (this.#frozen.length <= this.#options.limits.frozenLayersMax) return undefined;
+    return this.#flushing;
+  }
+
+  // ---- reading
+
+  getImage(key: Key, lsn: Lsn): Buffer | undefined {
+    return this.#options.reader.read(this.lineage, key, lsn, this.pgVersion);
+  }
+
+  getPages(fork: RelationFork, firstBlk: number, count: number, lsn: Lsn): Buffer {
+    const pages = Buffer.alloc(count * BLOCK_SIZE);
+    this.readPages(fork, firstBlk, count, lsn, pages, 0);
+    return pages;
+  }
+
+  /** As getPages, into `out`, which is zeroes from `offset` on. */
+  readPages(fork: RelationFork, firstBlk: number, count: number, lsn: Lsn, out: Buffer, offset: number): void {
+    this.#options.reader.readPages(this.lineage, fork, firstBlk, count, lsn, this.pgVersion, out, offset);
+  }
+
+  scan(range: KeyRange, lsn: Lsn = UNCOMMITTED_LSN): KeyImage[] {
+    return this.#options.reader.scan(this.lineage, range, lsn, this.pgVersion);
+  }
+
+  /** Whether `lsn` can be read now: ingested, here and in the ancestors. */
+  isVisible(lsn: Lsn): boolean {
+    return lsn <= this.#lastRecordLsn && this.#invisibleAncestor(lsn) === undefined && this.#stopped === undefined;
+  }
+
+  async waitLsn(lsn: Lsn, timeoutMs: number, signal?: AbortSignal): Promise<void> {
+    const deadline = performance.now() + timeoutMs;
+    for (;;) {
+      const ancestor = this.#invisibleAncestor(lsn);
+      if (ancestor === undefined) break;
+      await ancestor.timeline.#waitOwn(ancestor.lsn, deadline - performance.now(), signal);
+    }
+    await this.#waitOwn(lsn, deadline - performance.now(), signal);
+  }
+
+  /** This timeline's history and what it inherits. */
+  get lineage(): Lineage {
+    this.#lineage ??= this.#makeLineage();
+    return this.#lineage;
+  }
+
+  // ---- lifetime
+
+  /** Stops ingest of this timeline: its waiters are told why. Undefined: it goes on. */
+  setIngestError(error: Error | undefined): void {
+    this.#ingestError = error;
+    if (error !== undefined) this.#failWaiters(this.#stoppedError());
+  }
+
+  /** Starts a new open layer and has the old one flushed. To be called between two records. */
+  freeze(): void {
+    this.discard();
+    if (this.#lastRecordLsn >= this.#open.lsnStart) this.beforeFlush?.();
+    if (this.#open.isEmpty && this.#lastRecordLsn === this.#lastFrozenLsn()) return;
+    this.#frozen.push({
+      layer: this.#open,
+      lastRecordLsn: this.#lastRecordLsn,
+      lastRecordStartLsn: this.#lastRecordStartLsn,
+    });
+    this.#open = new MemoryLayer(this.#lastRecordLsn + 1, this.#options.now());
+    this.#memoryLayers = [this.#open, ...this.#frozen.map((frozen) => frozen.layer).reverse()];
+    this.#flushing ??= this.#flushAll().finally(() => (this.#flushing = undefined));
+  }
+
+  /** Makes everything that is visible now durable in layers. Rejects when writing fails; it is tried again in the background. */
+  async flush(): Promise<void> {
+    this.freeze();
+    this.#retryFlush();
+    const target = this.#lastFrozenLsn();
+    while (this.diskConsistentLsn < target && this.#stopped === undefined) {
+      await this.#flushing;
+      if (this.#flushError !== undefined) throw this.#flushError;
+    }
+  }
+
+  /** Flushes and closes. What cannot be written comes again from the safekeepers. */
+  async close(): Promise<void> {
+    if (this.#stopped !== undefined) return;
+    try {
+      await this.flush();
+    } finally {
+      await this.#stop('closed');
+    }
+  }
+
+  /** Forgets everything: a durable tombstone first, then the files. */
+  async delete(): Promise<void> {
+    await this.#stop('deleted');
+    await this.#writeIndex((index) => ({ ...index, isDeleted: true, layers: [] }));
+    this.#options.onStep?.('timeline deleted');
+    await removeTimelineDirectory(this.directory);
+  }
+
+  async #stop(how: 'closed' | 'deleted'): Promise<void> {
+    this.#stopped = how;
+    this.#failWaiters(this.#stoppedError());
+    await this.#flushing;
+    for (const layer of this.layerMap.all()) layer.close();
+    for (const layer of this.#memoryLayers) this.#options.memory.bytes -= layer.sizeBytes;
+    this.#memoryLayers = [];
+  }
+
+  // ---- inside
+
+  #put(key: Key, lsn: Lsn, value: Buffer): void {
+    const before = this.#open.sizeBytes;
+    this.#open.put(key, lsn, value);
+    this.#options.memory.bytes += this.#open.sizeBytes - before;
+  }
+
+  #lastFrozenLsn(): Lsn {
+    return this.#frozen.at(-1)?.lastRecordLsn ?? this.diskConsistentLsn;
+  }
+
+  async #flushAll(): Promise<void> {
+    for (let frozen = this.#frozen[0]; frozen !== undefined && this.#stopped !== 'deleted'; frozen = this.#frozen[0]) {
+      try {
+        await this.#flushOne(frozen);
+        this.#flushError = undefined;
+        this.#options.onFlush(this, undefined);
+      } catch (error) {
+        this.#flushError = error;
+        this.#options.onFlush(this, error);
+        if (this.#stopped !== undefined) return;
+        setTimeout(() => this.#retryFlush(), FLUSH_RETRY_DELAY_MS).unref();
+        return;
+      }
+    }
+  }
+
+  #retryFlush(): void {
+    if (this.#stopped !== undefined || this.#frozen.length === 0) return;
+    this.#flushing ??= this.#flushAll().finally(() => (this.#flushing = undefined));
+  }
+
+  async #flushOne(frozen: FrozenLayer): Promise<void> {
+    const { layer, lastRecordLsn, lastRecordStartLsn } = frozen;
+    let written: LayerDescription | undefined;
+    if (!layer.isEmpty) {
+      this.#options.onStep?.('flush begins');
+      written = await flushMemoryLayer(layer, {
+        directory: this.directory,
+        timelineId: this.timelineId,
+        lsnEnd: lastRecordLsn + 1,
+        read: (key, lsn) => this.getImage(key, lsn),
+      });
+      this.#options.onStep?.('layer written');
+    }
+    await this.#writeIndex((index) => ({
+      ...index,
+      diskConsistentLsn: lastRecordLsn,
+      diskConsistentRecordLsn: lastRecordStartLsn,
+      layers: written === undefined ? index.layers : [...index.layers, written],
+    }));
+    this.#options.onStep?.('index written');
+    if (this.#stopped === 'deleted') return;
+    if (written !== undefined) this.layerMap.insert(this.#layerFile(written));
+    this.#frozen.shift();
+    this.#memoryLayers = this.#memoryLayers.filter((other) => other !== layer);
+    this.#options.memory.bytes -= layer.sizeBytes;
+  }
+
+  /** Replaces the index by what `change` makes of it; one change at a time. */
+  #writeIndex(change: (index: TimelineIndex) => TimelineIndex): Promise<void> {
+    const written = this.#indexWritten.then(async () => {
+      const index = change(this.#index);
+      await replaceFile(join(this.directory, TIMELINE_INDEX_NAME), encodeTimelineIndex(index));
+      this.#index = index;
+    });
+    this.#indexWritten = written.catch(() => {});
+    return written;
+  }
+
+  #layerFile(description: LayerDescription): LayerFile {
+    return new LayerFile(join(this.directory, layerFileName(description)), description, this.#options.layerCache);
+  }
+
+  #makeLineage(): Lineage {
+    const steps: LineageStep[] = [{ history: this, endLsn: Infinity }];
+    let endLsn = Infinity;
+    for (let child: Timeline = this; child.ancestor !== undefined; child = child.ancestor) {
+      endLsn = Math.min(endLsn, child.index.startLsn);
+      const { ancestor } = child;
+      // A timeline that has nothing up to the branch point, and never will, need not be visited.
+      if (ancestor.lastRecordLsn < endLsn || ancestor.#oldestValueLsn() <= endLsn) {
+        steps.push({ history: ancestor, endLsn });
+      }
+    }
+    return steps;
+  }
+
+  #oldestValueLsn(): Lsn {
+    const oldest = this.#memoryLayers.findLast((layer) => !layer.isEmpty);
+    return Math.min(this.layerMap.oldestLsn, oldest?.lsnStart ?? Infinity);
+  }
+
+  /** The nearest ancestor that has not ingested yet what is inherited of it. */
+  #invisibleAncestor(lsn: Lsn): { timeline: Timeline; lsn: Lsn } | undefined {
+    if (this.#areAncestorsVisible) return undefined;
+    let endLsn = lsn;
+    for (let child: Timeline = this; child.ancestor !== undefined; child = child.ancestor) {
+      endLsn = Math.min(endLsn, child.index.startLsn);
+      if (child.ancestor.#lastRecordLsn < endLsn) return { timeline: child.ancestor, lsn: endLsn };
+    }
+    this.#areAncestorsVisible = lsn >= this.index.startLsn;
+    return undefined;
+  }
+
+  #waitOwn(lsn: Lsn, timeoutMs: number, signal: AbortSignal | undefined): Promise<void> {
+    if (this.#stopped !== undefined) return Promise.reject(this.#stoppedError());
+    if (lsn <= this.#lastRecordLsn) return Promise.resolve();
+    if (this.#ingestError !== undefined) return Promise.reject(this.#stoppedError());
+    return new Promise((resolve, reject) => {
+      const finish = (): void => {
+        clearTimeout(timer);
+        signal?.removeEventListener('abort', onAbort);
+        this.#waiters.delete(waiter);
+      };
+      const waiter: Waiter = {
+        lsn,
+        resolve: () => {
+          finish();
+          resolve();
+        },
+        reject: (error) => {
+          finish();
+          reject(error);
+        },
+      };
+      const where = `${formatLsn(lsn)} of timeline ${this.timelineId}`;
+      const onAbort = (): void => waiter.reject(new StrataError('unavailable', `the wait for ${where} was given up`));
+      const timer = setTimeout(
+        () =>
+          waiter.reject(
+            new StrataError(
+              'timeout',
+              `${where} is not ingested after ${timeoutMs} ms, only ${formatLsn(this.#lastRecordLsn)} is`,
+            ),
+          ),
+        Math.max(0, timeoutMs),
+      );
+      signal?.addEventListener('abort', onAbort, { once: true });
+      this.#waiters.add(waiter);
+      this.#nextWaiterLsn = Math.min(this.#nextWaiterLsn, lsn);
+      if (signal?.aborted) onAbort();
+    });
+  }
+
+  #wake(): void {
+    this.#nextWaiterLsn = Infinity;
+    for (const waiter of this.#waiters) {
+      if (waiter.lsn <= this.#lastRecordLsn) waiter.resolve();
+      else this.#nextWaiterLsn = Math.min(this.#nextWaiterLsn, waiter.lsn);
+    }
+  }
+
+  #failWaiters(error: StrataError): void {
+    for (const waiter of this.#waiters) waiter.reject(error);
+    this.#nextWaiterLsn = Infinity;
+  }
+
+  #stoppedError(): StrataError {
+    const what = `timeline ${this.timelineId}`;
+    if (this.#stopped === 'deleted') return new StrataError('not-found', `${what} is deleted`);
+    if (this.#stopped === 'closed') return new StrataError('unavailable', `${what} is closed`);
+    return new StrataError('unavailable', `${what} cannot be ingested: ${this.#ingestError?.message}`);
+  }
+}
+
+/** Removes what a timeline's folder holds, the index last. Missing files are none of its concern. */
+export async function removeTimelineDirectory(directory: string): Promise<void> {
+  const names = await readdir(directory);
+  for (const name of names) if (name !== TIMELINE_INDEX_NAME) await rm(join(directory, name), { force: true });
+  await rm(directory, { recursive: true, force: true });
+  await syncDirectory(dirname(directory));
 }

@@ -1,0 +1,104 @@
+/**
+ * Blocks: the unit in which a layer file is compressed, checksummed and read.
+ *
+ *   offset  size  field (little-endian)
+ *        0     4  CRC32C of everything after this field
+ *        4     1  type: 1 values, 2 keys, 3 index
+ *        5     1  compression: 0 none, 1 zstd (one frame)
+ *        6     2  zero
+ *        8     4  raw length: of the content
+ *       12     4  stored length: of the bytes that follow
+ *       16     …  the content, compressed or not
+ *
+ * A block says itself how long it is, so that a file can be walked from its first block on without its index.
+ * A block whose checksum, type or lengths are not as expected is damaged: it is never used, and the error names file and offset.
+ */
+
+import { constants, zstdCompress, zstdDecompressSync } from 'node:zlib';
+import { crc32c } from '../../base/crc32c.ts';
+import { StrataError } from '../../base/errors.ts';
+
+export const BLOCK_HEADER_BYTES = 16;
+export const BLOCK_TYPE = { values: 1, keys: 2, index: 3 } as const;
+export const MAX_BLOCK_BYTES = 1024 * 1024 * 1024 + 65536;
+
+const COMPRESSION_NONE = 0;
+const COMPRESSION_ZSTD = 1;
+const ZSTD_OPTIONS = { params: { [constants.ZSTD_c_compressionLevel]: 1 } };
+
+export class LayerDamagedError extends StrataError {
+  readonly file: string;
+  readonly offset: number;
+
+  constructor(file: string, offset: number, reason: string) {
+    super('internal', `layer file ${file} is damaged at offset ${offset}: ${reason}`);
+    this.name = 'LayerDamagedError';
+    this.file = file;
+    this.offset = offset;
+  }
+}
+
+/** Compresses on the thread pool and calls back with the whole block, header included. `raw` must stay as it is until then. */
+export function encodeBlock(type: number, raw: Buffer): Promise<Buffer> {
+  return new Promise((resolve, reject) => {
+    zstdCompress(raw, ZSTD_OPTIONS, (error, compressed) => {
+      if (error !== null) reject(error);
+      else if (compressed.length < raw.length) resolve(frame(type, COMPRESSION_ZSTD, raw.length, compressed));
+      else resolve(frame(type, COMPRESSION_NONE, raw.length, raw));
+    });
+  });
+}
+
+function frame(type: number, compression: number, rawLength: number, stored: Buffer): Buffer {
+  const block = Buffer.allocUnsafe(BLOCK_HEADER_BYTES + stored.length);
+  block[4] = type;
+  block[5] = compression;
+  block.writeUInt16LE(0, 6);
+  block.writeUInt32LE(rawLength, 8);
+  block.writeUInt32LE(stored.length, 12);
+  stored.copy(block, BLOCK_HEADER_BYTES);
+  block.writeUInt32LE(crc32c(block, 4), 0);
+  return block;
+}
+
+/** The content of a whole block that was read at `offset` of `file`. May refer to `block`. */
+export function decodeBlock(block: Buffer, type: number, file: string, offset: number): Buffer {
+  if (block.length < BLOCK_HEADER_BYTES) {
+    throw new LayerDamagedError(file, offset, `${block.length} bytes are too few for a block`);
+  }
+  const storedLength = block.readUInt32LE(12);
+  if (BLOCK_HEADER_BYTES + storedLength !== block.length) {
+    throw new LayerDamagedError(file, offset, `block has ${block.length} bytes, its header says ${storedLength} + 16`);
+  }
+  const checksum = crc32c(block, 4);
+  if (checksum !== block.readUInt32LE(0)) {
+    throw new LayerDamagedError(file, offset, `checksum is ${hex(checksum)}, block says ${hex(block.readUInt32LE(0))}`);
+  }
+  if (block[4] !== type) throw new LayerDamagedError(file, offset, `block has type ${block[4]}, expected ${type}`);
+  const rawLength = block.readUInt32LE(8);
+  const stored = block.subarray(BLOCK_HEADER_BYTES);
+  let raw: Buffer;
+  if (block[5] === COMPRESSION_NONE) {
+    raw = stored;
+  } else if (block[5] === COMPRESSION_ZSTD && rawLength <= MAX_BLOCK_BYTES) {
+    raw = decompress(stored, rawLength, file, offset);
+  } else {
+    throw new LayerDamagedError(file, offset, `compression ${block[5]} of ${rawLength} bytes is not known`);
+  }
+  if (raw.length !== rawLength) {
+    throw new LayerDamagedError(file, offset, `content has ${raw.length} bytes, block says ${rawLength}`);
+  }
+  return raw;
+}
+
+function decompress(stored: Buffer, rawLength: number, file: string, offset: number): Buffer {
+  try {
+    return zstdDecompressSync(stored, { chunkSize: Math.max(rawLength, 64), maxOutputLength: Math.max(rawLength, 64) });
+  } catch (error) {
+    throw new LayerDamagedError(file, offset, `zstd: ${(error as Error).message}`);
+  }
+}
+
+function hex(value: number): string {
+  return value.toString(16).padStart(8, '0');
+}

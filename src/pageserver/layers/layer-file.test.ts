@@ -1,0 +1,179 @@
+import assert from 'node:assert/strict';
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { after, before, describe, test } from 'node:test';
+import fc from 'fast-check';
+import { ALL_KEYS, compareKeys, formatKey, makeKey, relationBlockKey } from '../key.ts';
+import type { Key } from '../key.ts';
+import { encodeDerived, encodeImage } from '../value.ts';
+import { Chain } from './chain.ts';
+import { LayerCache, LayerFile } from './layer-file.ts';
+import { layerFileName } from './layer-format.ts';
+import type { LayerDescription, LayerKind } from './layer-format.ts';
+import { LayerWriter } from './layer-writer.ts';
+
+const TIMELINE = '0123456789abcdef0123456789abcdef';
+
+interface Entry {
+  readonly key: Key;
+  readonly lsn: number;
+  readonly value: Buffer;
+}
+
+describe('layer files', () => {
+  let directory: string;
+  before(() => (directory = mkdtempSync(join(tmpdir(), 'strata-layers-'))));
+  after(() => rmSync(directory, { recursive: true }));
+
+  async function write(
+    entries: readonly Entry[],
+    kind: LayerKind,
+    lsnStart: number,
+    lsnEnd: number,
+  ): Promise<LayerFile> {
+    const writer = await LayerWriter.create(directory, { kind, timelineId: TIMELINE, lsnStart, lsnEnd });
+    for (const { key, lsn, value } of entries) {
+      writer.add(key, lsn, value);
+      if (writer.isBusy) await writer.drain();
+    }
+    return openLayer(await writer.finish());
+  }
+
+  function openLayer(description: LayerDescription): LayerFile {
+    const cache = new LayerCache({ blockBytesMax: 1024 * 1024, openFilesMax: 4 });
+    return new LayerFile(join(directory, layerFileName(description)), description, cache);
+  }
+
+  test('a small delta layer has exactly these bytes', async () => {
+    const entries = [
+      { key: relationBlockKey(1663, 5, 16384, 0, 7), lsn: 0x1000, value: encodeImage(Buffer.from('abc')) },
+      { key: relationBlockKey(1663, 5, 16384, 0, 7), lsn: 0x1010, value: encodeDerived(9, Buffer.from('xy')) },
+      { key: relationBlockKey(1663, 5, 16384, 0, 8), lsn: 0x1008, value: encodeImage(Buffer.from('de')) },
+    ];
+    const layer = await write(entries, 'delta', 0x1000, 0x1011);
+    const name =
+      '030000067f0000000500004000' +
+      '0000000007-' +
+      '030000067f0000000500004000' +
+      '0000000009__0000000000001000-0000000000001011';
+    assert.equal(layerFileName(layer.description), name);
+    const bytes = readFileSync(layer.path);
+    const expected = [
+      '53545241' + '54414c59' + '0100' + '01' + '0000000000', // header
+      '........' + '01' + '00' + '0000' + '0b000000' + '0b000000', // value block, not compressed
+      '01' + '616263' + '04' + '09' + '7879' + '01' + '6465',
+      '........' + '02' + '00' + '0000' + '2e000000' + '2e000000', // key block
+      '03000000' + '00000000' + '00000000',
+      '00' + '030000067f00000005000040000000000007' + '00' + '00' + '04' + '01',
+      '12' + '10' + '00' + '04' + '04',
+      '11' + '08' + '08' + '00' + '03' + '01',
+    ].join('');
+    assert.match(bytes.toString('hex'), new RegExp(`^${expected}`));
+    assert.equal(bytes.subarray(-8).toString('latin1'), 'STRATALY');
+    assert.equal(bytes.subarray(-120, -104).toString('hex'), TIMELINE);
+    assert.deepEqual(layer.footer, {
+      kind: 'delta',
+      timelineId: TIMELINE,
+      keyStart: entries[0]!.key,
+      keyEnd: relationBlockKey(1663, 5, 16384, 0, 9),
+      lsnStart: 0x1000,
+      lsnEnd: 0x1011,
+      indexOffset: 16 + 16 + 11 + 16 + 46,
+      indexLength: layer.footer.indexLength,
+      entryCount: 3,
+      valueBytes: 11,
+    });
+    layer.close();
+  });
+
+  test('what is written is read: every value in order, every chain, every key range', async () => {
+    const key = fc
+      .tuple(
+        fc.constantFrom(0, 3, 7),
+        fc.constantFrom(1663, 0xffffffff),
+        fc.constantFrom(0, 5, 0xfffffffe),
+        fc.constantFrom(1, 16384),
+        fc.constantFrom(0, 2),
+        fc.constantFrom(0, 1, 2, 500, 0xffffffff),
+      )
+      .map((fields) => makeKey(...fields));
+    const entry = fc.record({
+      key,
+      lsn: fc.integer({ min: 2 ** 40, max: 2 ** 40 + 40 }),
+      length: fc.oneof(fc.integer({ min: 0, max: 50 }), fc.constantFrom(8192, 40_000)),
+      isImage: fc.boolean(),
+    });
+    await fc.assert(
+      fc.asyncProperty(fc.array(entry, { minLength: 1, maxLength: 300 }), async (drawn) => {
+        const entries = drawn
+          .map(({ key: k, lsn, length, isImage }, i) => {
+            const payload = Buffer.alloc(length, i);
+            return { key: k, lsn, value: isImage ? encodeImage(payload) : encodeDerived(1, payload) };
+          })
+          .sort((a, b) => compareKeys(a.key, b.key) || a.lsn - b.lsn);
+        const layer = await write(entries, 'delta', 2 ** 40, 2 ** 40 + 41);
+        const read: Entry[] = [];
+        layer.forEachValue((k, lsn, value) => read.push({ key: k, lsn, value }));
+        assert.deepEqual(read, entries);
+        for (const { key: k } of drawn) {
+          const lsn = 2 ** 40 + 20;
+          const chain = new Chain();
+          layer.collect(k, lsn, 2 ** 40 + 5, chain);
+          const expected = entries.filter((e) => compareKeys(e.key, k) === 0 && e.lsn <= lsn && e.lsn > 2 ** 40 + 5);
+          const base = expected.findLastIndex((e) => e.value[0] === 1);
+          const wanted = expected.slice(Math.max(0, base)).reverse();
+          assert.deepEqual(
+            chain.values,
+            wanted.map((e) => e.value),
+          );
+          assert.deepEqual(
+            chain.lsns,
+            wanted.map((e) => e.lsn),
+          );
+          const above: string[] = [];
+          layer.forEachKey({ start: k, end: ALL_KEYS.end }, (found) => above.push(formatKey(found)));
+          const distinct = new Set(entries.filter((e) => compareKeys(e.key, k) >= 0).map((e) => formatKey(e.key)));
+          assert.deepEqual(above, [...distinct]);
+        }
+        assert.equal(layer.collect(makeKey(5, 0, 0, 0, 0, 0), 2 ** 40, -1, new Chain()), false);
+        layer.close();
+        rmSync(layer.path);
+      }),
+      { numRuns: 40 },
+    );
+  });
+
+  test('any damaged byte is found, and the error names the file', async () => {
+    const entries = Array.from({ length: 40 }, (_, i) => ({
+      key: relationBlockKey(1663, 5, 16384, 0, i),
+      lsn: 100 + i,
+      value: encodeImage(Buffer.alloc(3000, `page ${i}`)),
+    }));
+    const layer = await write(entries, 'delta', 100, 200);
+    const whole = readFileSync(layer.path);
+    for (let at = 16; at < whole.length; at += at < whole.length - 400 ? 13 : 1) {
+      const damaged = Buffer.from(whole);
+      damaged[at]! ^= 1 << (at % 8);
+      writeFileSync(layer.path, damaged);
+      const opened = openLayer(layer.description);
+      assert.throws(
+        () => opened.forEachValue(() => {}),
+        (error: Error) => error.name === 'LayerDamagedError' && error.message.includes(layer.path),
+        `a bit flipped at ${at} is found`,
+      );
+      opened.close();
+    }
+    writeFileSync(layer.path, whole.subarray(0, -1));
+    const short = openLayer(layer.description);
+    assert.throws(() => short.forEachValue(() => {}), /file has \d+ bytes, the timeline's index says/);
+  });
+
+  test('a layer that is given up leaves no file', async () => {
+    const before = readdirSync(directory).length;
+    const writer = await LayerWriter.create(directory, { kind: 'image', timelineId: TIMELINE, lsnStart: 1, lsnEnd: 2 });
+    for (let i = 0; i < 20; i++) writer.add(relationBlockKey(1, 1, 1, 0, i), 1, encodeImage(Buffer.alloc(8192, i)));
+    await writer.abort();
+    assert.equal(readdirSync(directory).length, before);
+  });
+});

@@ -1,0 +1,174 @@
+/**
+ * Reading history: a key's value at an LSN is the newest image at or below it plus the changes after that, replayed.
+ *
+ * The way goes from new to old: what is in memory, then the layers, then the ancestor at the branch point, until something needs nothing
+ * older. It ends early at a value that an earlier read has made (PageCache). All of it is synchronous: a read sees one state.
+ *
+ * A change that cannot be replayed fails the read; nothing of it is kept or served.
+ */
+
+import type { Lsn } from '../postgres/lsn.ts';
+import { BLOCK_SIZE } from '../postgres/page-size.ts';
+import type { PgVersion } from '../postgres/version.ts';
+import { compareKeys, makeKey, KEY_KIND, relationSizeKey } from './key.ts';
+import type { Key, KeyRange, RelationFork } from './key.ts';
+import { Chain } from './layers/chain.ts';
+import type { LayerMap } from './layers/layer-map.ts';
+import type { MemoryLayer } from './layers/memory-layer.ts';
+import type { PageCache } from './page-cache.ts';
+import { IMAGE_HEADER_BYTES, VALUE_KIND } from './value.ts';
+
+/** One timeline's own part of history. */
+export interface History {
+  /** Never used again for another timeline by this process. */
+  readonly number: number;
+  /** What is read above this LSN is not yet visible to others, and may still be discarded. */
+  readonly lastRecordLsn: Lsn;
+  /** Newest first. */
+  readonly memoryLayers: readonly MemoryLayer[];
+  readonly layerMap: LayerMap;
+}
+
+/** A history and up to where it counts. */
+export interface LineageStep {
+  readonly history: History;
+  /** The branch point of the step before; Infinity for the timeline that is read. */
+  readonly endLsn: Lsn;
+}
+
+/** A timeline's history and those that it inherits, nearest first. */
+export type Lineage = readonly LineageStep[];
+
+/** Applies a value of kind record, init record or derived, whose LSN is `lsn`, to a page in place. Throws when it cannot. */
+export type Replay = (page: Buffer, value: Buffer, lsn: Lsn, pgVersion: PgVersion) => void;
+
+/** What a scan finds: a key that exists, and its value as an image. */
+export type KeyImage = [key: Key, image: Buffer];
+
+export class HistoryReader {
+  readonly #cache: PageCache;
+  readonly #replay: Replay;
+
+  constructor(cache: PageCache, replay: Replay) {
+    this.#cache = cache;
+    this.#replay = replay;
+  }
+
+  /** The value at `lsn`; undefined when the key does not exist there. May be shared: not to be changed. */
+  read(lineage: Lineage, key: Key, lsn: Lsn, pgVersion: PgVersion): Buffer | undefined {
+    const chain = new Chain();
+    let owner: History | undefined;
+    let ownerLsn: Lsn = 0;
+    let base: Buffer | undefined;
+    for (const { history, endLsn } of lineage) {
+      const at = lsn < endLsn ? lsn : endLsn;
+      const cached = this.#cache.find(history.number, key, at);
+      if (cached !== undefined && cached.toLsn >= at) {
+        if (owner === undefined) return cached.image;
+        base = cached.image;
+        chain.end = 'floor';
+      } else {
+        const isOver = collect(history, key, at, cached === undefined ? -1 : cached.toLsn, chain);
+        if (owner === undefined && chain.values.length > 0) {
+          owner = history;
+          ownerLsn = at;
+        }
+        if (cached !== undefined && (!isOver || chain.end === 'floor')) {
+          base = cached.image;
+          chain.end = 'floor';
+          if (owner === undefined) {
+            cached.toLsn = Math.min(at, history.lastRecordLsn);
+            return base;
+          }
+        }
+      }
+      if (chain.end !== undefined) break;
+    }
+    if (owner === undefined) return undefined;
+    const image = this.#materialise(chain, base, pgVersion);
+    const fromLsn = chain.lsns[0]!;
+    if (image !== undefined && fromLsn <= owner.lastRecordLsn) {
+      const wasReplayed = chain.values[0]![0] !== VALUE_KIND.image;
+      this.#cache.put(owner.number, key, fromLsn, Math.min(ownerLsn, owner.lastRecordLsn), image, wasReplayed);
+    }
+    return image;
+  }
+
+  /** Writes `count` pages to `out`, which is zeroes, from `offset` on. Pages past the fork's end at `lsn` stay zeroes. */
+  readPages(
+    lineage: Lineage,
+    fork: RelationFork,
+    firstBlk: number,
+    count: number,
+    lsn: Lsn,
+    pgVersion: PgVersion,
+    out: Buffer,
+    offset: number,
+  ): void {
+    const { spc, db, rel, fork: forkNumber } = fork;
+    const size = this.read(lineage, relationSizeKey(spc, db, rel, forkNumber), lsn, pgVersion);
+    if (size === undefined) return;
+    const end = Math.min(firstBlk + count, size.readUInt32LE(0));
+    for (let blk = firstBlk; blk < end; blk++) {
+      const key = makeKey(KEY_KIND.relationBlock, spc, db, rel, forkNumber, blk);
+      const page = this.read(lineage, key, lsn, pgVersion);
+      if (page !== undefined) page.copy(out, offset + (blk - firstBlk) * BLOCK_SIZE);
+    }
+  }
+
+  /** The keys of the range that exist at `lsn`, sorted. */
+  scan(lineage: Lineage, range: KeyRange, lsn: Lsn, pgVersion: PgVersion): KeyImage[] {
+    const found: KeyImage[] = [];
+    let previous: Key | undefined;
+    for (const key of candidateKeys(lineage, range, lsn)) {
+      if (previous !== undefined && compareKeys(previous, key) === 0) continue;
+      previous = key;
+      const image = this.read(lineage, key, lsn, pgVersion);
+      if (image !== undefined) found.push([key, image]);
+    }
+    return found;
+  }
+
+  #materialise(chain: Chain, floorBase: Buffer | undefined, pgVersion: PgVersion): Buffer | undefined {
+    const { values, lsns } = chain;
+    let next = values.length - 1;
+    let page: Buffer | undefined;
+    if (chain.end === 'base') {
+      const oldest = values[next]!;
+      if (oldest[0] === VALUE_KIND.image || oldest[0] === VALUE_KIND.tombstone) {
+        const base = oldest[0] === VALUE_KIND.image ? oldest.subarray(IMAGE_HEADER_BYTES) : undefined;
+        if (--next < 0) return base;
+        page = base === undefined ? undefined : Buffer.from(base);
+      }
+    } else if (floorBase !== undefined) {
+      page = Buffer.from(floorBase);
+    }
+    // A block below its fork's end that was never written is a page of zeroes.
+    page ??= Buffer.alloc(BLOCK_SIZE);
+    for (; next >= 0; next--) this.#replay(page, values[next]!, lsns[next]!, pgVersion);
+    return page;
+  }
+}
+
+function collect(history: History, key: Key, lsn: Lsn, floor: Lsn, chain: Chain): boolean {
+  for (const layer of history.memoryLayers) {
+    if (layer.lsnStart <= lsn && layer.collect(key, lsn, floor, chain)) return true;
+  }
+  return history.layerMap.collect(key, lsn, floor, chain);
+}
+
+/** Every key of the range that may exist at `lsn`, sorted; some more than once, some that do not exist there. */
+function candidateKeys(lineage: Lineage, range: KeyRange, lsn: Lsn): Key[] {
+  const keys: Key[] = [];
+  let sourceCount = 0;
+  for (const { history, endLsn } of lineage) {
+    const at = Math.min(lsn, endLsn);
+    const sources = [
+      ...history.memoryLayers.filter((layer) => layer.lsnStart <= at),
+      ...history.layerMap.overlapping(range, at),
+    ];
+    for (const source of sources) source.forEachKey(range, (key) => keys.push(key));
+    sourceCount += sources.length;
+  }
+  return sourceCount > 1 ? keys.sort(compareKeys) : keys;
+}

@@ -1,0 +1,119 @@
+/**
+ * A timeline's index: the file that says what the timeline is and which layers it consists of. What it does not name does not exist.
+ *
+ *   line 1   `strata-timeline-index 1 <length of the rest in bytes> <CRC32C of the rest, 8 hex digits>`
+ *   rest     JSON: TimelineIndex, where LSNs are text of 16 hex digits, and each layer is [file name, size in bytes]
+ *
+ * The file is only ever replaced whole: written beside it, fsynced, renamed, and the folder fsynced. So a crash leaves the old or
+ * the new; layer files that it does not name are remains of a flush that did not end, and are removed at start.
+ *
+ * Invariant: with the layers, and the ancestor's history up to ancestor.lsn, every LSN from there (or from startLsn, for a timeline without an
+ * ancestor) to diskConsistentLsn can be read. What came later must be pulled from the safekeepers again.
+ */
+
+import { crc32c } from '../base/crc32c.ts';
+import { StrataError } from '../base/errors.ts';
+import { lsnFromHex, lsnToHex } from '../postgres/lsn.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import { toPgVersion } from '../postgres/version.ts';
+import type { PgVersion } from '../postgres/version.ts';
+import { decodeKey } from './key.ts';
+import { layerFileName } from './layers/layer-format.ts';
+import type { LayerDescription } from './layers/layer-format.ts';
+
+export const TIMELINE_INDEX_NAME = 'index';
+const MAGIC = 'strata-timeline-index';
+const VERSION = 1;
+
+export interface TimelineIndex {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly pgVersion: PgVersion;
+  readonly ancestor: { readonly timelineId: string; readonly lsn: Lsn } | undefined;
+  /** Where the timeline's own WAL begins: its ancestor.lsn, or the end of the last record of the cluster that was imported. */
+  readonly startLsn: Lsn;
+  /** Start of the record that ends at startLsn. */
+  readonly startRecordLsn: Lsn;
+  readonly diskConsistentLsn: Lsn;
+  /** Start of the record that ends at diskConsistentLsn. */
+  readonly diskConsistentRecordLsn: Lsn;
+  /** Set before anything is removed: from then on the timeline does not exist, whatever files are left. */
+  readonly isDeleted: boolean;
+  readonly layers: readonly LayerDescription[];
+}
+
+interface TimelineIndexJson {
+  tenantId: string;
+  timelineId: string;
+  pgVersion: number;
+  ancestor: { timelineId: string; lsn: string } | null;
+  startLsn: string;
+  startRecordLsn: string;
+  diskConsistentLsn: string;
+  diskConsistentRecordLsn: string;
+  isDeleted: boolean;
+  layers: [string, number][];
+}
+
+export function encodeTimelineIndex(index: TimelineIndex): Buffer {
+  const { ancestor } = index;
+  const json: TimelineIndexJson = {
+    tenantId: index.tenantId,
+    timelineId: index.timelineId,
+    pgVersion: index.pgVersion,
+    ancestor: ancestor === undefined ? null : { timelineId: ancestor.timelineId, lsn: lsnToHex(ancestor.lsn) },
+    startLsn: lsnToHex(index.startLsn),
+    startRecordLsn: lsnToHex(index.startRecordLsn),
+    diskConsistentLsn: lsnToHex(index.diskConsistentLsn),
+    diskConsistentRecordLsn: lsnToHex(index.diskConsistentRecordLsn),
+    isDeleted: index.isDeleted,
+    layers: index.layers.map((layer) => [layerFileName(layer), layer.sizeBytes]),
+  };
+  const rest = Buffer.from(`${JSON.stringify(json)}\n`);
+  const checksum = crc32c(rest).toString(16).padStart(8, '0');
+  return Buffer.concat([Buffer.from(`${MAGIC} ${VERSION} ${rest.length} ${checksum}\n`), rest]);
+}
+
+/** Throws `internal`, naming the file, when the bytes are not a whole index of a known version. */
+export function decodeTimelineIndex(bytes: Buffer, file: string): TimelineIndex {
+  const damaged = (reason: string): StrataError =>
+    new StrataError('internal', `timeline index ${file} is damaged: ${reason}`);
+  const lineEnd = bytes.indexOf(0x0a);
+  const head = /^([a-z-]+) (\d+) (\d+) ([0-9a-f]{8})$/.exec(bytes.toString('latin1', 0, Math.max(0, lineEnd)));
+  if (head === null || head[1] !== MAGIC) throw damaged('it does not begin as an index');
+  if (Number(head[2]) !== VERSION) throw damaged(`format version ${head[2]} is not known`);
+  const rest = bytes.subarray(lineEnd + 1);
+  if (rest.length !== Number(head[3])) throw damaged(`it has ${rest.length} bytes, its first line says ${head[3]}`);
+  const checksum = crc32c(rest);
+  if (checksum !== parseInt(head[4]!, 16)) throw damaged(`checksum is ${checksum.toString(16)}, not ${head[4]}`);
+  const json = JSON.parse(rest.toString('utf8')) as TimelineIndexJson;
+  return {
+    tenantId: json.tenantId,
+    timelineId: json.timelineId,
+    pgVersion: toPgVersion(json.pgVersion),
+    ancestor:
+      json.ancestor === null ? undefined : { timelineId: json.ancestor.timelineId, lsn: lsnFromHex(json.ancestor.lsn) },
+    startLsn: lsnFromHex(json.startLsn),
+    startRecordLsn: lsnFromHex(json.startRecordLsn),
+    diskConsistentLsn: lsnFromHex(json.diskConsistentLsn),
+    diskConsistentRecordLsn: lsnFromHex(json.diskConsistentRecordLsn),
+    isDeleted: json.isDeleted,
+    layers: json.layers.map(([name, sizeBytes]) => parseLayer(name, sizeBytes, damaged)),
+  };
+}
+
+const LAYER_NAME = /^([0-9a-f]{36})-([0-9a-f]{36})__([0-9A-F]{16})(?:-([0-9A-F]{16}))?$/;
+
+function parseLayer(name: string, sizeBytes: number, damaged: (reason: string) => StrataError): LayerDescription {
+  const match = LAYER_NAME.exec(name);
+  if (match === null) throw damaged(`"${name}" is not the name of a layer`);
+  const lsnStart = lsnFromHex(match[3]!);
+  return {
+    kind: match[4] === undefined ? 'image' : 'delta',
+    keyStart: decodeKey(Buffer.from(match[1]!, 'hex')),
+    keyEnd: decodeKey(Buffer.from(match[2]!, 'hex')),
+    lsnStart,
+    lsnEnd: match[4] === undefined ? lsnStart + 1 : lsnFromHex(match[4]),
+    sizeBytes,
+  };
+}

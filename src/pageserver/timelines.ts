@@ -1,0 +1,383 @@
+/**
+ * The timelines of a pageserver: a folder for each, with its index and its layers.
+ *
+ *   <data dir>/timelines/<timeline id>/index                 what the timeline is (timeline-index.ts)
+ *   <data dir>/timelines/<timeline id>/<key>-<key>__<lsn>…   layers (layers/layer-format.ts)
+ *
+ * A folder without an index is the remains of a creation or import that did not end, and is removed at start; so are files that an index
+ * does not name. Creating a timeline writes its index and nothing else, whatever the size of what it inherits.
+ */
+
+import assert from 'node:assert/strict';
+import { mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { mkdir, rm } from 'node:fs/promises';
+import { join } from 'node:path';
+import { fsyncDirectory } from '../base/durable-file.ts';
+import { StrataError, toStrataError } from '../base/errors.ts';
+import type { Logger } from '../base/log.ts';
+import { formatLsn } from '../postgres/lsn.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import type { PgVersion } from '../postgres/version.ts';
+import { ImportTarget } from './import-target.ts';
+import { replaceFile, syncDirectory } from './layers/durable.ts';
+import { LayerCache } from './layers/layer-file.ts';
+import { layerFileName } from './layers/layer-format.ts';
+import { PageCache } from './page-cache.ts';
+import { HistoryReader } from './read.ts';
+import type { Replay } from './read.ts';
+import { removeTimelineDirectory, Timeline } from './timeline.ts';
+import type { TimelineOptions } from './timeline.ts';
+import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
+import type { TimelineIndex } from './timeline-index.ts';
+
+export interface StoreLimits {
+  /** An open memory layer is flushed at this size. */
+  readonly flushBytes: number;
+  /** … or at this age. */
+  readonly flushAgeMs: number;
+  /** All memory layers together; beyond it the largest is flushed, whatever its size. */
+  readonly memoryBytesMax: number;
+  /** Frozen layers of one timeline that may wait for their flush before its ingest has to wait. */
+  readonly frozenLayersMax: number;
+  readonly blockCacheBytes: number;
+  readonly pageCacheBytes: number;
+  readonly openFilesMax: number;
+}
+
+export const DEFAULT_LIMITS: StoreLimits = {
+  flushBytes: 64 * 1024 * 1024,
+  flushAgeMs: 5 * 60_000,
+  memoryBytesMax: 384 * 1024 * 1024,
+  frozenLayersMax: 1,
+  blockCacheBytes: 96 * 1024 * 1024,
+  pageCacheBytes: 128 * 1024 * 1024,
+  openFilesMax: 512,
+};
+
+export interface TimelinesOptions {
+  readonly replay: Replay;
+  readonly log: Logger;
+  readonly limits?: Partial<StoreLimits>;
+  readonly now?: () => number;
+  /** For tests: called before and after steps of changes on disk, by name. */
+  readonly onStep?: (step: string) => void;
+}
+
+export interface NewTimeline {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly ancestorTimelineId: string;
+  /** The end of a record of the ancestor. */
+  readonly ancestorLsn: Lsn;
+  /** Where that record starts. */
+  readonly ancestorRecordLsn: Lsn;
+}
+
+export interface NewImport {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly pgVersion: PgVersion;
+  /** The end of the cluster's last record: the state that is imported, and where the timeline's WAL begins. */
+  readonly lsn: Lsn;
+  /** Where that record starts. */
+  readonly recordLsn: Lsn;
+}
+
+const ID = /^[0-9a-f]{32}$/;
+
+export class Timelines {
+  readonly #directory: string;
+  readonly #options: TimelineOptions;
+  readonly #limits: StoreLimits;
+  readonly #log: Logger;
+  readonly #timelines = new Map<string, Timeline>();
+  /** Timelines that could not be loaded, and why. */
+  readonly #broken = new Map<string, string>();
+  /** Ids of timelines being created, imported or deleted. */
+  readonly #busy = new Set<string>();
+  readonly #childCounts = new Map<string, number>();
+  readonly #flushFailing = new Set<Timeline>();
+
+  private constructor(directory: string, options: TimelinesOptions) {
+    const limits = { ...DEFAULT_LIMITS, ...options.limits };
+    this.#directory = directory;
+    this.#limits = limits;
+    this.#log = options.log;
+    this.#options = {
+      reader: new HistoryReader(new PageCache(limits.pageCacheBytes), options.replay),
+      layerCache: new LayerCache({ blockBytesMax: limits.blockCacheBytes, openFilesMax: limits.openFilesMax }),
+      limits,
+      now: options.now ?? Date.now,
+      memory: { bytes: 0 },
+      onFlush: (timeline, error) => this.#flushed(timeline, error),
+      ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
+    };
+  }
+
+  /** Loads what is there; removes what creations, flushes and deletions have left behind. Layers are opened when they are first read. */
+  static async open(dataDir: string, options: TimelinesOptions): Promise<Timelines> {
+    const timelines = new Timelines(join(dataDir, 'timelines'), options);
+    for (const directory of timelines.#load()) await removeTimelineDirectory(directory);
+    return timelines;
+  }
+
+  /** Throws `not-found`, or `internal` for a timeline whose files are damaged. */
+  get(timelineId: string): Timeline {
+    const timeline = this.#timelines.get(timelineId);
+    if (timeline !== undefined) return timeline;
+    const reason = this.#broken.get(timelineId);
+    if (reason !== undefined) throw new StrataError('internal', reason);
+    throw new StrataError('not-found', `timeline ${timelineId} does not exist on this pageserver`);
+  }
+
+  find(timelineId: string): Timeline | undefined {
+    return this.#timelines.get(timelineId);
+  }
+
+  all(): IterableIterator<Timeline> {
+    return this.#timelines.values();
+  }
+
+  get broken(): ReadonlyMap<string, string> {
+    return this.#broken;
+  }
+
+  /** Bytes in memory that wait to be flushed, over all timelines. */
+  get memoryBytes(): number {
+    return this.#options.memory.bytes;
+  }
+
+  /** Durable when it resolves. Repeatable with the same parameters; `conflict` with others. */
+  async create(request: NewTimeline): Promise<Timeline> {
+    const { tenantId, timelineId, ancestorTimelineId, ancestorLsn, ancestorRecordLsn } = request;
+    const existing = this.#existing(timelineId);
+    if (existing !== undefined) {
+      const { ancestor } = existing.index;
+      if (
+        existing.tenantId === tenantId &&
+        ancestor?.timelineId === ancestorTimelineId &&
+        ancestor.lsn === ancestorLsn
+      ) {
+        return existing;
+      }
+      throw new StrataError('conflict', `timeline ${timelineId} exists with another tenant, ancestor or LSN`);
+    }
+    const ancestor = this.get(ancestorTimelineId);
+    if (ancestorLsn < ancestor.index.startLsn || ancestorLsn > ancestor.lastRecordLsn) {
+      const { startLsn } = ancestor.index;
+      throw new StrataError(
+        'bad-request',
+        `${formatLsn(ancestorLsn)} is not in timeline ${ancestorTimelineId}, which has ${formatLsn(startLsn)} to ${formatLsn(ancestor.lastRecordLsn)}`,
+      );
+    }
+    return this.#exclusively(timelineId, async () => {
+      this.#addChild(ancestorTimelineId, 1); // before the first await: the ancestor cannot be deleted meanwhile
+      try {
+        const index: TimelineIndex = {
+          tenantId,
+          timelineId,
+          pgVersion: ancestor.pgVersion,
+          ancestor: { timelineId: ancestorTimelineId, lsn: ancestorLsn },
+          startLsn: ancestorLsn,
+          startRecordLsn: ancestorRecordLsn,
+          diskConsistentLsn: ancestorLsn,
+          diskConsistentRecordLsn: ancestorRecordLsn,
+          isDeleted: false,
+          layers: [],
+        };
+        return await this.#install(index, ancestor);
+      } catch (error) {
+        this.#addChild(ancestorTimelineId, -1);
+        throw error;
+      }
+    });
+  }
+
+  /** A new timeline without ancestor, whose state `write` puts into the target. Nothing of it is there when that fails. */
+  async import(request: NewImport, write: (target: ImportTarget) => Promise<void>): Promise<Timeline> {
+    const { tenantId, timelineId, pgVersion, lsn, recordLsn } = request;
+    const existing = this.#existing(timelineId);
+    if (existing !== undefined) {
+      throw new StrataError('conflict', `timeline ${timelineId} exists`);
+    }
+    return this.#exclusively(timelineId, async () => {
+      const directory = join(this.#directory, timelineId);
+      await mkdir(directory, { mode: 0o700 });
+      const target = new ImportTarget(directory, timelineId, lsn);
+      try {
+        await write(target);
+        const layers = await target.finish();
+        const index: TimelineIndex = {
+          tenantId,
+          timelineId,
+          pgVersion,
+          ancestor: undefined,
+          startLsn: lsn,
+          startRecordLsn: recordLsn,
+          diskConsistentLsn: lsn,
+          diskConsistentRecordLsn: recordLsn,
+          isDeleted: false,
+          layers,
+        };
+        return await this.#install(index, undefined);
+      } catch (error) {
+        await target.abort();
+        await rm(directory, { recursive: true, force: true });
+        throw error;
+      }
+    });
+  }
+
+  /** Durable when it resolves. Repeatable: what does not exist is success. `conflict` when the timeline has children. */
+  async delete(timelineId: string): Promise<void> {
+    const timeline = this.#existing(timelineId);
+    if (timeline === undefined) return;
+    const childCount = this.#childCounts.get(timelineId) ?? 0;
+    if (childCount > 0) throw new StrataError('conflict', `timeline ${timelineId} has ${childCount} children`);
+    await this.#exclusively(timelineId, async () => {
+      await timeline.delete();
+      this.#timelines.delete(timelineId);
+      if (timeline.ancestor !== undefined) this.#addChild(timeline.ancestor.timelineId, -1);
+    });
+  }
+
+  /** Flushes what is old, and the largest layers while memory is short. To be called from time to time, and when ingest has put much. */
+  flushDue(): void {
+    const now = this.#options.now();
+    const { flushAgeMs, memoryBytesMax } = this.#limits;
+    for (const timeline of this.#timelines.values()) {
+      if (timeline.openSinceMs !== undefined && now - timeline.openSinceMs >= flushAgeMs) timeline.freeze();
+    }
+    if (this.memoryBytes <= memoryBytesMax) return;
+    let largest: Timeline | undefined;
+    let openBytes = 0;
+    for (const timeline of this.#timelines.values()) {
+      openBytes += timeline.openBytes;
+      if (timeline.openBytes > (largest?.openBytes ?? 0)) largest = timeline;
+    }
+    // What is frozen already is on its way out.
+    if (openBytes > memoryBytesMax / 2) largest?.freeze();
+  }
+
+  /** Flushes and closes all. What cannot be written is logged; it comes again from the safekeepers. */
+  async close(): Promise<void> {
+    for (const timeline of this.#timelines.values()) {
+      await timeline.close().catch((error: unknown) => {
+        this.#log.error({ timelineId: timeline.timelineId, err: error }, 'timeline was closed without its last flush');
+      });
+    }
+  }
+
+  #existing(timelineId: string): Timeline | undefined {
+    if (!ID.test(timelineId)) throw new StrataError('bad-request', `"${timelineId}" is not a timeline id`);
+    if (this.#busy.has(timelineId)) throw new StrataError('locked', `timeline ${timelineId} is being changed`);
+    if (this.#broken.has(timelineId)) return this.get(timelineId);
+    return this.#timelines.get(timelineId);
+  }
+
+  async #exclusively<T>(timelineId: string, action: () => Promise<T>): Promise<T> {
+    assert(!this.#busy.has(timelineId), 'one change of a timeline at a time');
+    this.#busy.add(timelineId);
+    try {
+      return await action();
+    } finally {
+      this.#busy.delete(timelineId);
+    }
+  }
+
+  async #install(index: TimelineIndex, ancestor: Timeline | undefined): Promise<Timeline> {
+    const directory = join(this.#directory, index.timelineId);
+    await mkdir(directory, { recursive: true, mode: 0o700 });
+    this.#options.onStep?.('timeline folder made');
+    // The folder first: an index in a folder that a power cut removes is none.
+    await syncDirectory(this.#directory);
+    await replaceFile(join(directory, TIMELINE_INDEX_NAME), encodeTimelineIndex(index));
+    this.#options.onStep?.('timeline created');
+    const timeline = new Timeline(directory, index, ancestor, this.#options);
+    this.#timelines.set(index.timelineId, timeline);
+    return timeline;
+  }
+
+  #addChild(timelineId: string, count: number): void {
+    this.#childCounts.set(timelineId, (this.#childCounts.get(timelineId) ?? 0) + count);
+  }
+
+  #flushed(timeline: Timeline, error: unknown): void {
+    const { timelineId } = timeline;
+    if (error === undefined) {
+      if (this.#flushFailing.delete(timeline)) this.#log.info({ timelineId }, 'flush works again');
+    } else if (!this.#flushFailing.has(timeline)) {
+      this.#flushFailing.add(timeline);
+      this.#log.error({ timelineId, err: error }, 'flush failed; it is tried again every second');
+    }
+  }
+
+  /** The folders of deleted timelines are left to be removed. */
+  #load(): string[] {
+    const deleted: string[] = [];
+    mkdirSync(this.#directory, { recursive: true, mode: 0o700 });
+    const indexes = new Map<string, TimelineIndex>();
+    let removed = false;
+    for (const timelineId of readdirSync(this.#directory)) {
+      const directory = join(this.#directory, timelineId);
+      if (!ID.test(timelineId)) continue;
+      const names = readdirSync(directory);
+      if (!names.includes(TIMELINE_INDEX_NAME)) {
+        rmSync(directory, { recursive: true });
+        removed = true;
+        continue;
+      }
+      const path = join(directory, TIMELINE_INDEX_NAME);
+      try {
+        const index = decodeTimelineIndex(readFileSync(path), path);
+        if (index.isDeleted) {
+          deleted.push(directory);
+          continue;
+        }
+        removeUnnamed(directory, names, index);
+        indexes.set(timelineId, index);
+      } catch (error) {
+        this.#breaks(timelineId, toStrataError(error).message);
+      }
+    }
+    if (removed) fsyncDirectory(this.#directory);
+    for (const timelineId of indexes.keys()) this.#loadWithAncestors(timelineId, indexes);
+    return deleted;
+  }
+
+  /** Makes the timeline, after its ancestors; without recursion, as they may be thousands. */
+  #loadWithAncestors(timelineId: string, indexes: ReadonlyMap<string, TimelineIndex>): void {
+    const path: TimelineIndex[] = [];
+    for (let id: string | undefined = timelineId; id !== undefined && !this.#timelines.has(id);) {
+      const index: TimelineIndex | undefined = indexes.get(id);
+      if (index === undefined || this.#broken.has(id)) {
+        const missing = id;
+        for (const { timelineId: child } of path) {
+          this.#breaks(child, `timeline ${child} cannot be read: its ancestor ${missing} is damaged or not there`);
+        }
+        return;
+      }
+      path.push(index);
+      id = index.ancestor?.timelineId;
+    }
+    for (const index of path.reverse()) {
+      const ancestor = index.ancestor === undefined ? undefined : this.#timelines.get(index.ancestor.timelineId);
+      const directory = join(this.#directory, index.timelineId);
+      this.#timelines.set(index.timelineId, new Timeline(directory, index, ancestor, this.#options));
+      if (ancestor !== undefined) this.#addChild(ancestor.timelineId, 1);
+    }
+  }
+
+  #breaks(timelineId: string, reason: string): void {
+    if (this.#broken.has(timelineId)) return;
+    this.#broken.set(timelineId, reason);
+    this.#log.error({ timelineId, reason }, 'timeline cannot be loaded');
+  }
+}
+
+function removeUnnamed(directory: string, names: readonly string[], index: TimelineIndex): void {
+  const named = new Set(index.layers.map((layer) => layerFileName(layer)));
+  for (const name of names) {
+    if (name !== TIMELINE_INDEX_NAME && !named.has(name)) rmSync(join(directory, name), { force: true });
+  }
+}
