@@ -13,7 +13,7 @@
  *     13  vote-reply      s → c      u64 term, u64 flush LSN, u64 commit LSN, u8 granted, history
  *     14  elected         c → s      u64 term, u64 start LSN, history
  *     15  append          c → s      u64 term, u64 begin LSN, u64 commit LSN, WAL bytes
- *     16  append-reply    s → c      u64 term, u64 flush LSN, u64 commit LSN
+ *     16  append-reply    s → c      u64 term, u64 flush LSN, u64 write LSN, u64 commit LSN
  *     17  refusal         s → c      u64 term, message (UTF-8)
  *     18  term-notice     s → c      u64 term
  *         history = u32 count, count × {u64 term, u64 start LSN}
@@ -65,6 +65,7 @@ export const MAX_WAL_BYTES = 512 * 1024;
 
 const HELLO_FIXED_BYTES = 6;
 const APPEND_FIXED_BYTES = 24;
+const APPEND_REPLY_BYTES = 32;
 const WAL_FIXED_BYTES = 16;
 const PROGRESS_ENTRY_BYTES = 48;
 const HISTORY_ENTRY_BYTES = 16;
@@ -226,12 +227,13 @@ export function decodeProposerMessage(type: number, payload: Buffer): ProposerMe
 export function encodeAcceptorMessage(message: AcceptorMessage): Buffer {
   switch (message.kind) {
     case 'append-reply': {
-      const frame = Buffer.allocUnsafe(FRAME_HEADER_BYTES + 24);
-      frame.writeUInt32LE(24, 0);
+      const frame = Buffer.allocUnsafe(FRAME_HEADER_BYTES + APPEND_REPLY_BYTES);
+      frame.writeUInt32LE(APPEND_REPLY_BYTES, 0);
       frame[4] = FRAME.appendReply;
       writeLsn(frame, message.term, 5);
       writeLsn(frame, message.flushLsn, 13);
-      writeLsn(frame, message.commitLsn, 21);
+      writeLsn(frame, message.writeLsn, 21);
+      writeLsn(frame, message.commitLsn, 29);
       return frame;
     }
     case 'vote-reply': {
@@ -259,12 +261,13 @@ export function encodeAcceptorMessage(message: AcceptorMessage): Buffer {
 export function decodeAcceptorMessage(type: number, payload: Buffer): AcceptorMessage | undefined {
   switch (type) {
     case FRAME.appendReply:
-      need(payload, 24, 'append-reply');
+      need(payload, APPEND_REPLY_BYTES, 'append-reply');
       return {
         kind: 'append-reply',
         term: readLsn(payload, 0),
         flushLsn: readLsn(payload, 8),
-        commitLsn: readLsn(payload, 16),
+        writeLsn: readLsn(payload, 16),
+        commitLsn: readLsn(payload, 24),
       };
     case FRAME.voteReply:
       need(payload, VOTE_REPLY_FIXED_BYTES, 'vote-reply');

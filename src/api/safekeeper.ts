@@ -259,9 +259,18 @@ export class SafekeeperConnection {
     this.#close(new StrataError('unavailable', `the connection to ${this.#name} was closed`));
   }
 
-  /** Sends what was written, then closes. */
-  end(): void {
-    this.#socket.end();
+  /** Sends what was written, then closes; resolves when that is done, or after the timeout. */
+  async end(timeoutMs: number): Promise<void> {
+    if (this.#closed) return;
+    await new Promise<void>((resolve) => {
+      const timer = setTimeout(resolve, timeoutMs);
+      this.#socket.once('close', () => {
+        clearTimeout(timer);
+        resolve();
+      });
+      this.#socket.end();
+    });
+    this.close();
   }
 
   #close(error: StrataError): void {

@@ -1,22 +1,33 @@
 /**
  * The proposer: brings a timeline's WAL to a quorum of safekeepers. One per running primary; the rules are in consensus/proposer.ts, this
- * is its network.
+ * is its network and its memory.
+ *
+ * WAL that is not committed stays in memory, up to a bound; beyond it `append` asks the caller to wait, who then stops reading from Postgres. A
+ * bounded tail of committed WAL stays too, for safekeepers that are a little behind. One that is further behind, or comes back, is brought
+ * on from another safekeeper's disk while the others go on.
  */
-import type { EventEmitter } from 'node:events';
+import assert from 'node:assert/strict';
+import { EventEmitter } from 'node:events';
 import type { Logger } from '../base/log.ts';
+import { StrataError } from '../base/errors.ts';
 import type { SafekeeperAddress, TimelineIdentity } from '../api/safekeeper.ts';
-import type { Lsn } from '../postgres/lsn.ts';
+import { ProposerState, type ProposerAction } from '../consensus/proposer.ts';
+import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+import { ProposerPeer } from './proposer-peer.ts';
+import { WalBuffer } from './wal-buffer.ts';
 
 export interface ProposerOptions {
   readonly safekeepers: readonly SafekeeperAddress[];
   /** Scope `platform`, or `timeline` for this timeline. */
   readonly token: string;
   readonly timeline: TimelineIdentity;
-  /** Aborting closes the proposer, and rejects an election under way. */
+  /** Aborting ends the election; a proposer that is elected goes on. */
   readonly signal?: AbortSignal;
   readonly log?: Logger;
   /** WAL that is not committed yet, in memory; beyond it `append` asks the caller to wait. */
   readonly maxPendingBytes?: number;
+  /** False: safekeepers that do not know the timeline refuse, instead of starting an empty log. */
+  readonly mayCreate?: boolean;
 }
 
 export interface ProposerEvents {
@@ -28,20 +39,270 @@ export interface ProposerEvents {
   drain: [];
 }
 
-/** A leader. Everything before `startLsn` is committed on a quorum and is all that there is of the log. */
-export interface Proposer extends EventEmitter<ProposerEvents> {
-  readonly term: number;
-  readonly startLsn: Lsn;
-  readonly commitLsn: Lsn;
-  /** End of what was appended: the next append begins here. */
-  readonly endLsn: Lsn;
-  readonly fenced: boolean;
-  /** Copies the bytes. False: wait for 'drain' before appending more (nothing is refused or lost). */
-  append(lsn: Lsn, bytes: Buffer): boolean;
-  /** Resolves when everything before `lsn` is committed; rejects when the proposer is fenced, closed, or the signal aborts. */
-  waitCommitted(lsn: Lsn, signal?: AbortSignal): Promise<void>;
-  /** Tells the safekeepers the last commit LSN and disconnects. */
-  close(): Promise<void>;
+const MAX_PENDING_BYTES = 32 * 1024 * 1024;
+/** Committed WAL that is kept for safekeepers that are behind. */
+const RETAINED_BYTES = 8 * 1024 * 1024;
+/** How long the safekeepers may wait for a new commit LSN when no WAL follows that would carry it. */
+const COMMIT_NOTICE_MS = 1;
+const RETRY_MIN_MS = 20;
+const RETRY_SPREAD_MS = 180;
+const STALL_CHECK_MS = 5_000;
+const CLOSE_TIMEOUT_MS = 1_000;
+
+/**
+ * Wins an election, among those of `safekeepers` that answer. When it resolves, everything before `startLsn` is committed on a quorum and is all
+ * that there is of the log. Connects anew for ever; rejects by the signal, or when a quorum refuses for good (deleted, not allowed).
+ */
+export async function electProposer(options: ProposerOptions): Promise<Proposer> {
+  const proposer = new Proposer(options);
+  await proposer.elected();
+  return proposer;
 }
 
-export declare function electProposer(options: ProposerOptions): Promise<Proposer>;
+interface Waiter {
+  readonly lsn: Lsn;
+  resolve(): void;
+  reject(error: Error): void;
+}
+
+/** A leader. */
+export class Proposer extends EventEmitter<ProposerEvents> {
+  readonly #options: ProposerOptions;
+  readonly #maxPendingBytes: number;
+  readonly #state: ProposerState;
+  readonly #peers: readonly ProposerPeer[];
+  readonly #waiters = new Set<Waiter>();
+  readonly #stallTimer: NodeJS.Timeout;
+  readonly #onAbort = (): void => void this.close();
+  readonly #elected: Promise<void>;
+  #settleElection: { resolve(): void; reject(error: Error): void } | undefined;
+  #buffer = new WalBuffer(0);
+  #pumpScheduled = false;
+  #full = false;
+  #commitTimer: NodeJS.Timeout | undefined;
+  #retryTimer: NodeJS.Timeout | undefined;
+  #closing: Promise<void> | undefined;
+
+  constructor(options: ProposerOptions) {
+    super();
+    this.#options = options;
+    this.#maxPendingBytes = options.maxPendingBytes ?? MAX_PENDING_BYTES;
+    this.#state = new ProposerState(options.safekeepers.length);
+    this.#elected = new Promise((resolve, reject) => {
+      this.#settleElection = { resolve, reject };
+    });
+    this.#peers = options.safekeepers.map(
+      (address, index) =>
+        new ProposerPeer({
+          index,
+          address,
+          token: options.token,
+          timeline: options.timeline,
+          mayCreate: options.mayCreate ?? true,
+          state: this.#state,
+          buffer: () => this.#buffer,
+          perform: (actions) => this.#perform(actions),
+          addressOf: (peer) => options.safekeepers[peer]!,
+          onAcknowledged: () => this.#acknowledged(),
+          onRefused: () => this.#checkRefusals(),
+          log: options.log,
+        }),
+    );
+    this.#stallTimer = setInterval(() => {
+      for (const peer of this.#peers) peer.checkStall();
+    }, STALL_CHECK_MS);
+    this.#stallTimer.unref();
+    const { signal } = options;
+    if (signal === undefined) return;
+    if (signal.aborted) void this.close();
+    signal.addEventListener('abort', this.#onAbort, { once: true });
+    const finish = (): void => signal.removeEventListener('abort', this.#onAbort);
+    this.#elected.then(finish, finish);
+  }
+
+  /** Resolves when the election is won and established. */
+  elected(): Promise<void> {
+    return this.#elected;
+  }
+
+  get term(): number {
+    return this.#state.term;
+  }
+
+  get startLsn(): Lsn {
+    return this.#state.startLsn;
+  }
+
+  get commitLsn(): Lsn {
+    return this.#state.commitLsn;
+  }
+
+  /** End of what was appended: the next append begins here. */
+  get endLsn(): Lsn {
+    return this.#buffer.endLsn;
+  }
+
+  get fenced(): boolean {
+    return this.#state.phase === 'fenced';
+  }
+
+  /** Copies the bytes, which begin at endLsn. False: wait for 'drain' before appending more (nothing is refused or lost). */
+  append(lsn: Lsn, bytes: Buffer): boolean {
+    assert(
+      lsn === this.#buffer.endLsn,
+      `append at ${formatLsn(lsn)}, the log ends at ${formatLsn(this.#buffer.endLsn)}`,
+    );
+    if (this.fenced || this.#closing !== undefined) return true;
+    this.#buffer.append(bytes);
+    if (!this.#pumpScheduled) {
+      // Once for all that the caller appends now.
+      this.#pumpScheduled = true;
+      queueMicrotask(() => {
+        this.#pumpScheduled = false;
+        this.#pump();
+      });
+    }
+    // Not what is committed counts, but what is taken in: one record can be larger than the bound.
+    this.#full = this.#pendingBytes() >= this.#maxPendingBytes;
+    return !this.#full;
+  }
+
+  /** Resolves when everything before `lsn` is committed; rejects when the proposer is fenced or closed, or the signal aborts. */
+  async waitCommitted(lsn: Lsn, signal?: AbortSignal): Promise<void> {
+    if (this.#state.phase === 'established' && this.commitLsn >= lsn) return;
+    signal?.throwIfAborted();
+    if (this.fenced) throw this.#fencedError();
+    if (this.#closing !== undefined) throw closedError();
+    await new Promise<void>((resolve, reject) => {
+      const onAbort = (): void => {
+        this.#waiters.delete(waiter);
+        reject(signal?.reason as Error);
+      };
+      const finish = (): void => {
+        this.#waiters.delete(waiter);
+        signal?.removeEventListener('abort', onAbort);
+      };
+      const waiter: Waiter = {
+        lsn,
+        resolve: () => (finish(), resolve()),
+        reject: (error) => (finish(), reject(error)),
+      };
+      this.#waiters.add(waiter);
+      signal?.addEventListener('abort', onAbort, { once: true });
+    });
+  }
+
+  /** Tells the safekeepers the last commit LSN and disconnects. WAL that is not committed is forgotten. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
+    this.#stop();
+    await Promise.all(this.#peers.map((peer) => peer.close(CLOSE_TIMEOUT_MS)));
+    const why = this.#peers.map((peer) => peer.lastError?.message).filter((text) => text !== undefined);
+    const error = closedError(why.length > 0 ? `: ${why.join('; ')}` : '');
+    this.#settleElection?.reject(error);
+    for (const waiter of this.#waiters) waiter.reject(error);
+  }
+
+  #stop(): void {
+    clearInterval(this.#stallTimer);
+    clearTimeout(this.#commitTimer);
+    clearTimeout(this.#retryTimer);
+  }
+
+  #perform(actions: readonly ProposerAction[]): void {
+    for (const action of actions) {
+      switch (action.kind) {
+        case 'send':
+          this.#peers[action.peer]!.send(action.message);
+          break;
+        case 'reconnect':
+          this.#peers[action.peer]!.reconnect(action.reason);
+          break;
+        case 'stream':
+          this.#pump(); // Another one may have waited for this one's WAL.
+          break;
+        case 'leading': {
+          const startLsn = formatLsn(action.startLsn);
+          this.#options.log?.info({ term: action.term, startLsn }, 'election won');
+          this.#buffer = new WalBuffer(action.startLsn);
+          break;
+        }
+        case 'retry':
+          this.#options.log?.info({ reason: action.reason }, 'a new election is needed');
+          if (this.#closing !== undefined) break;
+          this.#retryTimer = setTimeout(
+            () => this.#perform(this.#state.elect()),
+            RETRY_MIN_MS + Math.random() * RETRY_SPREAD_MS,
+          );
+          break;
+        case 'committed':
+          this.#committed(action.lsn);
+          break;
+        case 'fenced':
+          this.#fencedBy(action.term);
+          break;
+      }
+    }
+  }
+
+  #pump(): void {
+    for (const peer of this.#peers) peer.pump();
+  }
+
+  #committed(lsn: Lsn): void {
+    if (this.#settleElection !== undefined) {
+      this.#settleElection.resolve();
+      this.#settleElection = undefined;
+    }
+    for (const waiter of this.#waiters) if (waiter.lsn <= lsn) waiter.resolve();
+    this.emit('commit', lsn);
+    const ackedByAll = Math.min(...this.#peers.map((peer) => this.#state.peer(peer.index).ackedLsn));
+    this.#buffer.trim(Math.min(lsn, Math.max(ackedByAll, lsn - RETAINED_BYTES)));
+    this.#commitTimer ??= setTimeout(() => {
+      this.#commitTimer = undefined;
+      for (const peer of this.#peers) peer.tellCommit();
+    }, COMMIT_NOTICE_MS);
+    this.#pump(); // One that recovers may find a source now.
+  }
+
+  #pendingBytes(): number {
+    return this.#buffer.endLsn - this.#state.quorumWrittenLsn;
+  }
+
+  /** A safekeeper has taken WAL in. */
+  #acknowledged(): void {
+    if (!this.#full || this.#pendingBytes() >= this.#maxPendingBytes / 2) return;
+    this.#full = false;
+    this.emit('drain');
+  }
+
+  #fencedBy(term: number): void {
+    this.#options.log?.warn({ term: this.term, higherTerm: term }, 'another proposer leads: fenced');
+    this.#stop();
+    for (const peer of this.#peers) void peer.close(0);
+    const error = this.#fencedError();
+    for (const waiter of this.#waiters) waiter.reject(error);
+    this.emit('fenced', term);
+  }
+
+  #fencedError(): StrataError {
+    return new StrataError('conflict', `another proposer leads timeline ${this.#options.timeline.timelineId}`);
+  }
+
+  /** Trying again cannot help when so many refuse for good that no quorum is left. */
+  #checkRefusals(): void {
+    const refused = this.#peers.filter((peer) => peer.isRefused);
+    if (this.#settleElection === undefined || refused.length * 2 < this.#peers.length) return;
+    this.#settleElection.reject(refused[0]!.lastError!);
+    this.#settleElection = undefined;
+    void this.close();
+  }
+}
+
+function closedError(why = ''): StrataError {
+  return new StrataError('unavailable', `the proposer was closed${why}`);
+}

@@ -66,6 +66,8 @@ export class Acceptor<Sender> {
   #commitLsn: Lsn;
   #persistedCommitLsn: Lsn;
   #flushLsn: Lsn;
+  /** End of what is durable; may lie inside a record. */
+  #durableLsn: Lsn;
   /** End of what was received, durable or not; may lie inside a record. */
   #writeLsn: Lsn;
   #tracker: BoundaryTracker;
@@ -94,6 +96,7 @@ export class Acceptor<Sender> {
     this.#persistedCommitLsn = state.commitLsn;
     this.#announcedCommitLsn = state.commitLsn;
     this.#flushLsn = flushLsn;
+    this.#durableLsn = flushLsn;
     this.#writeLsn = flushLsn;
     this.#trackBoundaries = trackBoundaries;
     this.#tracker = trackBoundaries(flushLsn);
@@ -169,6 +172,13 @@ export class Acceptor<Sender> {
   forget(sender: Sender): void {
     this.#toAcknowledge.delete(sender);
     this.#queue = this.#queue.filter((waiting) => waiting.sender !== sender);
+  }
+
+  /** No sender is left: lets go of the memory that following a log takes. The next leader introduces itself anyway. */
+  rest(): void {
+    this.#following = false;
+    this.#tracker = this.#trackBoundaries(this.#flushLsn);
+    this.#boundaryLsn = this.#flushLsn;
   }
 
   #advance(actions: AcceptorAction<Sender>[]): void {
@@ -250,6 +260,7 @@ export class Acceptor<Sender> {
     this.#following = false;
     this.#afterIo = (later) => {
       this.#flushLsn = startLsn;
+      this.#durableLsn = startLsn;
       this.#writeLsn = startLsn;
       later.push({ kind: 'progress' });
       this.#follow(sender, message, later);
@@ -315,6 +326,7 @@ export class Acceptor<Sender> {
     this.#unwrittenBytes = 0;
     this.#toAcknowledge = new Set();
     this.#afterIo = (later) => {
+      this.#durableLsn = endLsn;
       const moved = boundaryLsn > this.#flushLsn;
       if (moved) this.#flushLsn = boundaryLsn;
       if (this.#adoptCommit() || moved) later.push({ kind: 'progress' });
@@ -332,7 +344,8 @@ export class Acceptor<Sender> {
   /** Only as the leader's follower: the history's last term says whose log is acknowledged. */
   #appendReply(): AcceptorMessage {
     const { term } = this.#history[this.#history.length - 1]!;
-    return { kind: 'append-reply', term, flushLsn: this.#flushLsn, commitLsn: this.#commitLsn };
+    const [flushLsn, writeLsn, commitLsn] = [this.#flushLsn, this.#durableLsn, this.#commitLsn];
+    return { kind: 'append-reply', term, flushLsn, writeLsn, commitLsn };
   }
 
   #refuse(sender: Sender, message: string, actions: AcceptorAction<Sender>[]): void {

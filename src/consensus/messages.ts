@@ -56,6 +56,8 @@ export interface AppendReply {
   readonly term: number;
   /** End of the last whole record that is durable. */
   readonly flushLsn: Lsn;
+  /** End of what is durable, records or not: how much the acceptor has taken in. */
+  readonly writeLsn: Lsn;
   readonly commitLsn: Lsn;
 }
 

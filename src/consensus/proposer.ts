@@ -17,8 +17,8 @@
  *   - commitLsn never goes back and is acknowledged by a quorum.
  */
 import assert from 'node:assert/strict';
-import { formatLsn, type Lsn } from '../postgres/lsn.ts';
-import type { AcceptorMessage, Elected, TermHistory, VoteReply, VoteRequest } from './messages.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import type { AcceptorMessage, AppendReply, Elected, TermHistory, VoteReply, VoteRequest } from './messages.ts';
 import { compareLogs, highestCommonPoint, lastLogTerm } from './term-history.ts';
 
 export type ProposerAction =
@@ -45,8 +45,10 @@ interface Peer {
   /** The candidate term that it voted for. */
   votedTerm: number;
   vote: VoteReply | undefined;
-  /** Durable on this acceptor, as part of this term's log. */
+  /** Durable on this acceptor up to the end of a record, as part of this term's log. */
   ackedLsn: Lsn;
+  /** Durable on this acceptor, up to wherever it got. */
+  writtenLsn: Lsn;
   /** Where the next append begins. */
   sendLsn: Lsn;
   sentCommitLsn: Lsn;
@@ -55,6 +57,7 @@ interface Peer {
 export interface PeerView {
   readonly state: Peer['state'];
   readonly ackedLsn: Lsn;
+  readonly writtenLsn: Lsn;
   readonly sendLsn: Lsn;
   readonly sentCommitLsn: Lsn;
 }
@@ -80,6 +83,7 @@ export class ProposerState {
       votedTerm: 0,
       vote: undefined,
       ackedLsn: 0,
+      writtenLsn: 0,
       sendLsn: 0,
       sentCommitLsn: 0,
     }));
@@ -104,6 +108,11 @@ export class ProposerState {
 
   get history(): TermHistory {
     return this.#history;
+  }
+
+  /** What a quorum has taken in, records or not; 0 before the election. */
+  get quorumWrittenLsn(): Lsn {
+    return this.#peers.map((peer) => peer.writtenLsn).sort((a, b) => b - a)[this.#quorum - 1]!;
   }
 
   peer(index: number): PeerView {
@@ -151,7 +160,7 @@ export class ProposerState {
     if (this.#noteTerm(peer, message.term, actions)) return actions;
     if (peer.state === 'lost') return actions;
     if (message.kind === 'vote-reply') this.#voted(index, peer, message, actions);
-    else if (message.kind === 'append-reply') this.#acknowledged(index, peer, message.term, message.flushLsn, actions);
+    else if (message.kind === 'append-reply') this.#acknowledged(index, peer, message, actions);
     else if (message.kind === 'refusal') actions.push({ kind: 'reconnect', peer: index, reason: message.message });
     return actions;
   }
@@ -205,6 +214,7 @@ export class ProposerState {
     this.#peers.forEach((peer, index) => {
       peer.vote = undefined;
       peer.ackedLsn = 0;
+      peer.writtenLsn = 0;
       if (peer.state !== 'lost') this.#askVote(index, actions);
     });
   }
@@ -251,10 +261,6 @@ export class ProposerState {
     const peer = this.#peers[index]!;
     const vote = peer.vote!;
     const startLsn = highestCommonPoint(this.#history, vote.history, vote.flushLsn);
-    assert(
-      startLsn >= vote.commitLsn,
-      `the log of term ${this.#candidateTerm} holds all that is committed: ${formatLsn(startLsn)} ≥ ${formatLsn(vote.commitLsn)}`,
-    );
     peer.state = 'joining';
     peer.sendLsn = startLsn;
     peer.sentCommitLsn = 0;
@@ -262,12 +268,14 @@ export class ProposerState {
     actions.push({ kind: 'send', peer: index, message });
   }
 
-  #acknowledged(index: number, peer: Peer, term: number, flushLsn: Lsn, actions: ProposerAction[]): void {
+  #acknowledged(index: number, peer: Peer, reply: AppendReply, actions: ProposerAction[]): void {
+    const { term, flushLsn, writeLsn } = reply;
     if (term !== this.#candidateTerm || (peer.state !== 'joining' && peer.state !== 'streaming')) return;
     if (peer.state === 'joining') {
       peer.state = 'streaming';
       actions.push({ kind: 'stream', peer: index });
     }
+    if (writeLsn > peer.writtenLsn) peer.writtenLsn = writeLsn;
     if (flushLsn <= peer.ackedLsn) return;
     peer.ackedLsn = flushLsn;
     this.#advanceCommit(actions);

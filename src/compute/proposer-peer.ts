@@ -1,0 +1,256 @@
+/**
+ * A proposer's dealings with one safekeeper: connecting for ever, the election's messages, WAL from memory, and recovery from another safekeeper's
+ * disk when memory does not reach back far enough.
+ */
+import type { Logger } from '../base/log.ts';
+import { errorTable, StrataError } from '../base/errors.ts';
+import type { Frame } from '../base/frames.ts';
+import {
+  greetingOf,
+  readWal,
+  type SafekeeperAddress,
+  SafekeeperConnection,
+  type TimelineIdentity,
+} from '../api/safekeeper.ts';
+import {
+  decodeAcceptorMessage,
+  decodeGreetingReply,
+  encodeAppendHead,
+  encodeJson,
+  encodeProposerMessage,
+  FRAME,
+} from '../api/safekeeper-protocol.ts';
+import type { Elected, VoteRequest } from '../consensus/messages.ts';
+import type { ProposerAction, ProposerState } from '../consensus/proposer.ts';
+import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+import type { WalBuffer } from './wal-buffer.ts';
+
+/** Bytes that wait in this process for the socket. */
+const MAX_QUEUED_BYTES = 1024 * 1024;
+const RECONNECT_MIN_MS = 20;
+const RECONNECT_MAX_MS = 1_000;
+const RECOVERY_RETRY_MS = 100;
+const STALL_MS = 10_000;
+const NO_BYTES = Buffer.alloc(0);
+
+export interface ProposerPeerOptions {
+  readonly index: number;
+  readonly address: SafekeeperAddress;
+  readonly token: string;
+  readonly timeline: TimelineIdentity;
+  readonly mayCreate: boolean;
+  readonly state: ProposerState;
+  readonly buffer: () => WalBuffer;
+  readonly perform: (actions: readonly ProposerAction[]) => void;
+  readonly addressOf: (peer: number) => SafekeeperAddress;
+  readonly onAcknowledged: () => void;
+  /** The safekeeper said something that trying again will not change. */
+  readonly onRefused: () => void;
+  readonly log: Logger | undefined;
+}
+
+export class ProposerPeer {
+  readonly index: number;
+  readonly #options: ProposerPeerOptions;
+  readonly #name: string;
+  #connection: SafekeeperConnection | undefined;
+  #reconnectTimer: NodeJS.Timeout | undefined;
+  #reconnectDelayMs = RECONNECT_MIN_MS;
+  #recovery: AbortController | undefined;
+  #waitingForDrain = false;
+  #roomWaiter: (() => void) | undefined;
+  #heardAtMs = 0;
+  #lastError: StrataError | undefined;
+  #closed = false;
+
+  constructor(options: ProposerPeerOptions) {
+    this.index = options.index;
+    this.#options = options;
+    this.#name = `${options.address.host}:${options.address.port}`;
+    // After the constructor of the proposer, whose callbacks are used.
+    queueMicrotask(() => this.#connect());
+  }
+
+  /** Why the last connection ended. */
+  get lastError(): StrataError | undefined {
+    return this.#lastError;
+  }
+
+  get isRefused(): boolean {
+    return (
+      this.#lastError !== undefined && !errorTable[this.#lastError.code].retry && this.#lastError.code !== 'internal'
+    );
+  }
+
+  send(message: VoteRequest | Elected): void {
+    this.#connection?.write(encodeProposerMessage(message));
+  }
+
+  reconnect(reason: string): void {
+    this.#options.log?.warn({ safekeeper: this.#name, reason }, 'connecting anew');
+    this.#connection?.close();
+  }
+
+  /** Sends what may be sent now. */
+  pump(): void {
+    const { state, index } = this.#options;
+    const buffer = this.#options.buffer();
+    const peer = state.peer(index);
+    while (peer.state === 'streaming' && this.#recovery === undefined && peer.sendLsn < buffer.endLsn) {
+      if (!this.#hasRoom()) return;
+      if (peer.sendLsn < buffer.startLsn) {
+        if (state.recoverySource(index) !== undefined) this.#startRecovery();
+        return;
+      }
+      this.#append(peer.sendLsn, buffer.view(peer.sendLsn));
+    }
+  }
+
+  /** An append without WAL, if the safekeeper does not know the commit LSN yet. */
+  tellCommit(): void {
+    const { state, index } = this.#options;
+    const peer = state.peer(index);
+    if (peer.state === 'streaming' && peer.sentCommitLsn < state.commitLsn) this.#append(peer.sendLsn, NO_BYTES);
+  }
+
+  /** Breaks a connection whose safekeeper owes an answer for too long. */
+  checkStall(): void {
+    const { state, index } = this.#options;
+    const peer = state.peer(index);
+    const isAsked = peer.state === 'voting' || peer.state === 'joining' || peer.state === 'lost';
+    const owes = isAsked || (peer.state === 'streaming' && peer.writtenLsn < peer.sendLsn);
+    if (this.#connection !== undefined && owes && Date.now() - this.#heardAtMs > STALL_MS) this.reconnect('no answer');
+  }
+
+  async close(timeoutMs: number): Promise<void> {
+    if (this.#closed) return;
+    this.tellCommit();
+    this.#closed = true;
+    clearTimeout(this.#reconnectTimer);
+    this.#recovery?.abort();
+    const connection = this.#connection;
+    if (connection === undefined) return;
+    if (timeoutMs > 0) await connection.end(timeoutMs);
+    connection.close();
+  }
+
+  #connect(): void {
+    if (this.#closed) return;
+    const { address, token, timeline, mayCreate, state, perform, index } = this.#options;
+    this.#heardAtMs = Date.now();
+    const connection = new SafekeeperConnection(
+      { address, token },
+      {
+        onFrame: (frame) => this.#received(frame),
+        onClose: (error) => {
+          this.#connection = undefined;
+          this.#lastError = error;
+          this.#waitingForDrain = false;
+          this.#recovery?.abort();
+          this.#roomWaiter?.();
+          perform(state.lost(index));
+          this.#scheduleReconnect();
+        },
+      },
+    );
+    this.#connection = connection;
+    connection.write(encodeJson(FRAME.greeting, greetingOf(timeline, mayCreate)));
+  }
+
+  #scheduleReconnect(): void {
+    if (this.#closed) return;
+    this.#options.log?.debug({ safekeeper: this.#name, reason: this.#lastError?.message }, 'connection lost');
+    this.#reconnectTimer = setTimeout(() => this.#connect(), this.#reconnectDelayMs);
+    this.#reconnectDelayMs = Math.min(2 * this.#reconnectDelayMs, RECONNECT_MAX_MS);
+    if (this.isRefused) this.#options.onRefused();
+  }
+
+  #received(frame: Frame): void {
+    const { state, perform, index } = this.#options;
+    this.#heardAtMs = Date.now();
+    if (frame.type === FRAME.greetingReply) {
+      this.#lastError = undefined;
+      perform(state.greeted(index, decodeGreetingReply(frame.payload).term));
+      return;
+    }
+    const message = decodeAcceptorMessage(frame.type, frame.payload);
+    if (message === undefined) throw new StrataError('bad-request', `frame type ${frame.type} from a safekeeper`);
+    perform(state.receive(index, message));
+    if (message.kind !== 'append-reply') return;
+    this.#reconnectDelayMs = RECONNECT_MIN_MS;
+    this.#roomWaiter?.();
+    this.#options.onAcknowledged();
+  }
+
+  #append(beginLsn: Lsn, bytes: Buffer): void {
+    const { state, index } = this.#options;
+    const { term, commitLsn } = state;
+    const head = encodeAppendHead({ kind: 'append', term, beginLsn, commitLsn, bytes });
+    if (bytes.length === 0) this.#connection?.write(head);
+    else this.#connection?.write(head, bytes);
+    state.sent(index, beginLsn + bytes.length);
+  }
+
+  #hasRoom(): boolean {
+    const connection = this.#connection;
+    if (connection === undefined) return false;
+    if (connection.queuedBytes > MAX_QUEUED_BYTES) {
+      if (!this.#waitingForDrain) {
+        this.#waitingForDrain = true;
+        connection.onceDrained(() => {
+          this.#waitingForDrain = false;
+          this.#roomWaiter?.();
+          this.pump();
+        });
+      }
+      return false;
+    }
+    return true;
+  }
+
+  /** Reads what memory does not have from the disk of a safekeeper that has it, until memory goes on. */
+  #startRecovery(): void {
+    const recovery = new AbortController();
+    this.#recovery = recovery;
+    this.#recover(recovery.signal)
+      .catch((error: unknown) => {
+        this.#options.log?.info({ safekeeper: this.#name, err: error }, 'recovery has to start again');
+        return new Promise((resolve) => setTimeout(resolve, RECOVERY_RETRY_MS));
+      })
+      .finally(() => {
+        this.#recovery = undefined;
+        this.pump();
+      });
+  }
+
+  async #recover(signal: AbortSignal): Promise<void> {
+    const { state, index, buffer, timeline, token, addressOf, log } = this.#options;
+    const peer = state.peer(index);
+    const source = state.recoverySource(index);
+    if (source === undefined) throw new StrataError('unavailable', 'no safekeeper with the WAL is connected');
+    const { tenantId, timelineId } = timeline;
+    const fromLsn = peer.sendLsn;
+    log?.info({ safekeeper: this.#name, source, fromLsn: formatLsn(fromLsn) }, 'recovering from another safekeeper');
+    const chunks = readWal({
+      address: addressOf(source),
+      token,
+      tenantId,
+      timelineId,
+      fromLsn,
+      term: state.term,
+      signal,
+    });
+    for await (const { lsn, bytes } of chunks) {
+      if (bytes.length === 0) continue;
+      while (!this.#hasRoom() && !signal.aborted) {
+        await new Promise<void>((resolve) => {
+          this.#roomWaiter = resolve;
+        });
+        this.#roomWaiter = undefined;
+      }
+      if (signal.aborted || peer.state !== 'streaming' || peer.sendLsn !== lsn) return;
+      this.#append(lsn, bytes);
+      if (peer.sendLsn >= buffer().startLsn) return;
+    }
+  }
+}

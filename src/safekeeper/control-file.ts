@@ -1,0 +1,98 @@
+/**
+ * A timeline's control file: who it is and what its acceptor must not forget. Small, and replaced as a whole.
+ *
+ *   offset  size  field
+ *        0     8  magic "STRATASK"
+ *        8     4  version, u32 little-endian: 1
+ *       12     4  length n of the payload, u32
+ *       16     n  payload, JSON: ControlFile
+ *     16+n     4  CRC32C of bytes 0 to 16+n, u32
+ *
+ * Written to `control.partial`, fsynced, renamed to `control`, and the folder fsynced. A folder without `control` is a timeline whose creation
+ * never finished. The tombstone of a deleted timeline is a control file too; it stays for ever.
+ */
+import { open, readFile, rename } from 'node:fs/promises';
+import { join } from 'node:path';
+import type { TimelineIdentity } from '../api/safekeeper.ts';
+import { crc32c } from '../base/crc32c.ts';
+import type { AcceptorState } from '../consensus/acceptor.ts';
+
+export type ControlFile =
+  | { readonly kind: 'timeline'; readonly identity: TimelineIdentity; readonly acceptor: AcceptorState }
+  | { readonly kind: 'deleted'; readonly tenantId: string; readonly timelineId: string };
+
+export const CONTROL_FILE_NAME = 'control';
+
+const MAGIC = Buffer.from('STRATASK');
+const VERSION = 1;
+const HEADER_BYTES = 16;
+const CRC_BYTES = 4;
+
+export function encodeControlFile(control: ControlFile): Buffer {
+  const payload = Buffer.from(JSON.stringify(control));
+  const file = Buffer.alloc(HEADER_BYTES + payload.length + CRC_BYTES);
+  MAGIC.copy(file);
+  file.writeUInt32LE(VERSION, 8);
+  file.writeUInt32LE(payload.length, 12);
+  payload.copy(file, HEADER_BYTES);
+  file.writeUInt32LE(crc32c(file, 0, HEADER_BYTES + payload.length), HEADER_BYTES + payload.length);
+  return file;
+}
+
+/** Throws an Error that says what is wrong with the bytes. */
+export function decodeControlFile(file: Buffer): ControlFile {
+  if (file.length < HEADER_BYTES + CRC_BYTES || !file.subarray(0, MAGIC.length).equals(MAGIC)) {
+    throw new Error(`${file.length} bytes are no control file of a safekeeper`);
+  }
+  const version = file.readUInt32LE(8);
+  if (version !== VERSION) throw new Error(`control file has version ${version}, this program knows ${VERSION}`);
+  const end = HEADER_BYTES + file.readUInt32LE(12);
+  if (end + CRC_BYTES !== file.length)
+    throw new Error(`control file has ${file.length} bytes, it says ${end + CRC_BYTES}`);
+  const stored = file.readUInt32LE(end);
+  const computed = crc32c(file, 0, end);
+  if (stored !== computed) {
+    throw new Error(`control file has CRC ${stored.toString(16)}, its bytes give ${computed.toString(16)}`);
+  }
+  return JSON.parse(file.toString('utf8', HEADER_BYTES, end)) as ControlFile;
+}
+
+/** Durable when it resolves. After a rejection it is not known which content the disk holds. */
+export async function writeControlFile(directory: string, control: ControlFile): Promise<void> {
+  const path = join(directory, CONTROL_FILE_NAME);
+  const file = await open(`${path}.partial`, 'w', 0o600);
+  try {
+    await file.writeFile(encodeControlFile(control));
+    await file.sync();
+  } finally {
+    await file.close();
+  }
+  await rename(`${path}.partial`, path);
+  await syncDirectory(directory);
+}
+
+/** Undefined when there is none. */
+export async function readControlFile(directory: string): Promise<ControlFile | undefined> {
+  const path = join(directory, CONTROL_FILE_NAME);
+  let bytes: Buffer;
+  try {
+    bytes = await readFile(path);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
+  try {
+    return decodeControlFile(bytes);
+  } catch (error) {
+    throw new Error(`${path}: ${(error as Error).message}`, { cause: error });
+  }
+}
+
+export async function syncDirectory(directory: string): Promise<void> {
+  const handle = await open(directory, 'r');
+  try {
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+}

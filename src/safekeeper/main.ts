@@ -1,0 +1,60 @@
+/** A safekeeper: keeps WAL of many timelines durable, as one of the quorum. */
+import { createServer, type Socket } from 'node:net';
+import { lockDirectory } from '../base/directory-lock.ts';
+import type { Logger } from '../base/log.ts';
+import { listen } from '../base/rpc.ts';
+import { serveConnection } from './server.ts';
+import { Timelines } from './timelines.ts';
+
+export interface SafekeeperConfig {
+  /** Positive, unlike that of any other safekeeper. */
+  readonly nodeId: number;
+  readonly dataDir: string;
+  readonly host: string;
+  /** 0: any free port. */
+  readonly port: number;
+  /** Of the platform; signs tokens. */
+  readonly secret: Uint8Array;
+  readonly log: Logger;
+}
+
+export interface Safekeeper {
+  readonly port: number;
+  /** Disconnects everybody, writes down what is known and stops. */
+  close(): Promise<void>;
+}
+
+/** How long a predecessor that was just killed may take to let go of the data directory. */
+const LOCK_WAIT_MS = 5_000;
+
+/** Resolves when the safekeeper accepts connections. Throws `conflict` when another process has the data directory. */
+export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeeper> {
+  const { nodeId, dataDir, host, secret, log } = config;
+  const lock = await lockDirectory(dataDir, LOCK_WAIT_MS);
+  try {
+    const timelines = await Timelines.load(dataDir, log);
+    const sockets = new Set<Socket>();
+    const server = createServer((socket) => {
+      sockets.add(socket);
+      socket.once('close', () => sockets.delete(socket));
+      serveConnection(socket, { nodeId, secret, timelines });
+    });
+    await listen(server, host, config.port);
+    const address = server.address();
+    const port = typeof address === 'object' && address !== null ? address.port : config.port;
+    log.info({ nodeId, port, timelineCount: timelines.list().length }, 'safekeeper is ready');
+    return {
+      port,
+      close: async () => {
+        const closed = new Promise<void>((resolve) => server.close(() => resolve()));
+        for (const socket of sockets) socket.destroy();
+        await closed;
+        await timelines.close();
+        lock.release();
+      },
+    };
+  } catch (error) {
+    lock.release();
+    throw error;
+  }
+}

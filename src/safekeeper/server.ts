@@ -1,0 +1,256 @@
+/**
+ * A safekeeper's connections: proposers, readers, watchers and callers, on one port (api/safekeeper-protocol.ts).
+ *
+ * Frames of a connection are handled in order. A frame whose handling must wait (checking the token, opening a timeline) holds those
+ * behind it; a proposer's appends never wait.
+ */
+import type { Socket } from 'node:net';
+import { type Frame, FrameReader } from '../base/frames.ts';
+import { StrataError, toStrataError } from '../base/errors.ts';
+import { mayReadTimeline, type TokenClaims, verifyToken } from '../base/token.ts';
+import type { TimelineIdentity } from '../api/safekeeper.ts';
+import {
+  decodeHello,
+  decodeJson,
+  decodeProposerMessage,
+  encodeAcceptorMessage,
+  encodeGreetingReply,
+  encodeHelloReply,
+  encodeJson,
+  encodeProgress,
+  FRAME,
+  type Greeting,
+  MAX_FRAME_BYTES,
+  type ReadRequest,
+} from '../api/safekeeper-protocol.ts';
+import type { AcceptorMessage } from '../consensus/messages.ts';
+import type { ProposerLink, Timeline } from './timeline.ts';
+import { progressOf, type Timelines } from './timelines.ts';
+import { streamWal } from './wal-stream.ts';
+
+const HELLO_TIMEOUT_MS = 10_000;
+/** How long progress is gathered before it is sent to watchers. */
+const WATCH_INTERVAL_MS = 2;
+const WATCH_BATCH = 1_000;
+const MAX_QUEUED_FRAMES = 64;
+
+export interface ServerContext {
+  readonly nodeId: number;
+  readonly secret: Uint8Array;
+  readonly timelines: Timelines;
+}
+
+/** Serves one accepted connection until it closes. */
+export function serveConnection(socket: Socket, context: ServerContext): void {
+  const connection = new Connection(socket, context);
+  connection.start();
+}
+
+class Connection implements ProposerLink {
+  readonly #socket: Socket;
+  readonly #context: ServerContext;
+  readonly #reader = new FrameReader(MAX_FRAME_BYTES);
+  readonly #frames: Frame[] = [];
+  readonly #gone = new AbortController();
+  #claims: TokenClaims | undefined;
+  #timeline: Timeline | undefined;
+  #busy = false;
+
+  constructor(socket: Socket, context: ServerContext) {
+    this.#socket = socket;
+    this.#context = context;
+  }
+
+  start(): void {
+    const socket = this.#socket;
+    socket.setNoDelay(true);
+    const timer = setTimeout(() => {
+      if (this.#claims === undefined) socket.destroy();
+    }, HELLO_TIMEOUT_MS);
+    socket.on('error', () => socket.destroy());
+    socket.on('close', () => {
+      clearTimeout(timer);
+      this.#gone.abort();
+      this.#timeline?.detach(this);
+    });
+    socket.on('data', (chunk) => {
+      try {
+        this.#reader.push(chunk);
+        for (let frame = this.#reader.next(); frame !== undefined; frame = this.#reader.next()) {
+          if (this.#busy) this.#frames.push(frame);
+          else this.#handle(frame);
+        }
+        if (this.#frames.length > MAX_QUEUED_FRAMES) socket.pause();
+      } catch (error) {
+        this.fail(toStrataError(error));
+      }
+    });
+  }
+
+  // ProposerLink
+
+  send(message: AcceptorMessage): void {
+    if (!this.#socket.destroyed) this.#socket.write(encodeAcceptorMessage(message));
+  }
+
+  fail(error: StrataError): void {
+    if (this.#socket.destroyed) return;
+    this.#socket.end(encodeJson(FRAME.error, { code: error.code, message: error.message }));
+    this.#socket.destroySoon();
+  }
+
+  #handle(frame: Frame): void {
+    if (this.#socket.writableEnded) return; // It has failed.
+    const pending = this.#dispatch(frame);
+    if (pending === undefined) return;
+    this.#busy = true;
+    pending.then(
+      () => this.#resume(),
+      (error: unknown) => this.fail(toStrataError(error)),
+    );
+  }
+
+  #resume(): void {
+    this.#busy = false;
+    try {
+      while (!this.#busy && !this.#socket.destroyed) {
+        const frame = this.#frames.shift();
+        if (frame === undefined) break;
+        this.#handle(frame);
+      }
+      if (this.#frames.length === 0) this.#socket.resume();
+    } catch (error) {
+      this.fail(toStrataError(error));
+    }
+  }
+
+  #dispatch(frame: Frame): Promise<void> | undefined {
+    const { type, payload } = frame;
+    if (this.#timeline !== undefined) {
+      const message = decodeProposerMessage(type, payload);
+      if (message === undefined) throw new StrataError('bad-request', `frame type ${type} from a proposer`);
+      if (!this.#timeline.receive(this, message)) {
+        this.#socket.pause();
+        this.#timeline.onWritable(() => this.#socket.resume());
+      }
+      return undefined;
+    }
+    if (type === FRAME.hello) return this.#hello(payload);
+    if (this.#claims === undefined) throw new StrataError('unauthorized', 'the first frame must be a hello');
+    switch (type) {
+      case FRAME.greeting:
+        return this.#greeting(decodeJson(payload) as Greeting);
+      case FRAME.read:
+        return this.#read(decodeJson(payload) as ReadRequest);
+      case FRAME.watch:
+        this.#watch();
+        return undefined;
+      case FRAME.request:
+        return this.#call(decodeJson(payload) as { id: number; method: string; params: unknown });
+      default:
+        throw new StrataError('bad-request', `unknown frame type ${type}`);
+    }
+  }
+
+  async #hello(payload: Buffer): Promise<void> {
+    this.#claims = await verifyToken(this.#context.secret, decodeHello(payload));
+    this.#socket.write(encodeHelloReply(this.#context.nodeId));
+  }
+
+  async #greeting(greeting: Greeting): Promise<void> {
+    const { tenantId, timelineId, startLsn, pgVersion, systemId, mayCreate } = greeting;
+    this.#authorize(timelineId);
+    const identity: TimelineIdentity = { tenantId, timelineId, startLsn, pgVersion, systemId };
+    const timeline = await this.#context.timelines.getOrCreate(identity, mayCreate);
+    await timeline.open();
+    if (this.#gone.signal.aborted) return;
+    this.#timeline = timeline;
+    timeline.attach(this);
+    this.#socket.write(encodeGreetingReply({ nodeId: this.#context.nodeId, term: timeline.term }));
+  }
+
+  async #read(request: ReadRequest): Promise<void> {
+    this.#authorize(request.timelineId);
+    const timeline = this.#context.timelines.get(request.tenantId, request.timelineId);
+    if (request.term !== undefined) await timeline.open();
+    await streamWal(this.#socket, timeline, request, this.#gone.signal);
+  }
+
+  #watch(): void {
+    this.#requirePlatform();
+    const { timelines } = this.#context;
+    const moved = new Set<Timeline>();
+    let timer: NodeJS.Timeout | undefined;
+    const schedule = (): void => {
+      timer ??= setTimeout(flush, WATCH_INTERVAL_MS);
+    };
+    const flush = (): void => {
+      timer = undefined;
+      if (this.#socket.destroyed || this.#socket.writableNeedDrain) return; // 'drain' flushes.
+      const batch = Array.from(moved, progressOf);
+      moved.clear();
+      if (batch.length > 0) this.#socket.write(encodeProgress(batch));
+    };
+    const stop = timelines.watch((timeline) => {
+      moved.add(timeline);
+      schedule();
+    });
+    this.#socket.on('drain', schedule);
+    this.#gone.signal.addEventListener('abort', () => {
+      stop();
+      clearTimeout(timer);
+    });
+    const all = timelines.list();
+    for (let from = 0; from === 0 || from < all.length; from += WATCH_BATCH) {
+      this.#socket.write(encodeProgress(all.slice(from, from + WATCH_BATCH)));
+    }
+  }
+
+  async #call(request: { id: number; method: string; params: unknown }): Promise<void> {
+    const { id, method, params } = request;
+    let reply: unknown;
+    try {
+      reply = { id, result: (await this.#answer(method, params)) ?? null };
+    } catch (error) {
+      const { code, message } = toStrataError(error);
+      reply = { id, error: { code, message } };
+    }
+    if (!this.#socket.destroyed) this.#socket.write(encodeJson(FRAME.response, reply));
+  }
+
+  async #answer(method: string, params: unknown): Promise<unknown> {
+    const { timelines } = this.#context;
+    const { tenantId, timelineId } = params as { tenantId: string; timelineId: string };
+    switch (method) {
+      case 'status': {
+        this.#authorize(timelineId);
+        const timeline = timelines.get(tenantId, timelineId);
+        await timeline.open();
+        return timeline.status;
+      }
+      case 'list':
+        this.#requirePlatform();
+        return timelines.list();
+      case 'createTimeline':
+        this.#requirePlatform();
+        await timelines.getOrCreate(params as TimelineIdentity, true);
+        return null;
+      case 'deleteTimeline':
+        this.#requirePlatform();
+        await timelines.delete(tenantId, timelineId);
+        return null;
+      default:
+        throw new StrataError('bad-request', `unknown method "${method}"`);
+    }
+  }
+
+  #authorize(timelineId: string): void {
+    if (this.#claims === undefined || !mayReadTimeline(this.#claims, timelineId)) {
+      throw new StrataError('forbidden', `this token is not for timeline ${timelineId}`);
+    }
+  }
+
+  #requirePlatform(): void {
+    if (this.#claims?.scope !== 'platform') throw new StrataError('forbidden', 'this token is for one timeline only');
+  }
+}

@@ -1,0 +1,271 @@
+/**
+ * One timeline of a safekeeper: the acceptor (consensus/acceptor.ts) with its disk and its connections.
+ *
+ * An idle timeline is this object with its last known control file: no open file, no timer. The first proposer opens it, which finds the end
+ * of its WAL; when the last one leaves, its file is closed and its commit LSN saved.
+ *
+ * An I/O error ends it until the process is started anew: after a failed write or fsync nobody knows what the disk holds, so nothing
+ * more is acknowledged and nobody is served.
+ */
+import type { Logger } from '../base/log.ts';
+import { StrataError } from '../base/errors.ts';
+import type { SafekeeperTimelineStatus, TimelineIdentity } from '../api/safekeeper.ts';
+import { Acceptor, type AcceptorAction, type AcceptorState, type BoundaryTracker } from '../consensus/acceptor.ts';
+import type { AcceptorMessage, ProposerMessage } from '../consensus/messages.ts';
+import { lastLogTerm } from '../consensus/term-history.ts';
+import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
+import { writeControlFile } from './control-file.ts';
+import { WalStore } from './wal-store.ts';
+
+/** A proposer's connection, as the timeline needs it. */
+export interface ProposerLink {
+  send(message: AcceptorMessage): void;
+  fail(error: StrataError): void;
+}
+
+/** WAL that waits for the disk; beyond it connections are paused. */
+const MAX_UNWRITTEN_BYTES = 8 * 1024 * 1024;
+
+export class Timeline {
+  readonly identity: TimelineIdentity;
+  readonly directory: string;
+  readonly #store: WalStore;
+  readonly #log: Logger;
+  readonly #onProgress: (timeline: Timeline) => void;
+  readonly #links = new Set<ProposerLink>();
+  readonly #progressListeners = new Set<() => void>();
+  readonly #idleWaiters: (() => void)[] = [];
+  readonly #writableWaiters: (() => void)[] = [];
+  #state: AcceptorState;
+  #acceptor: Acceptor<ProposerLink> | undefined;
+  #opening: Promise<void> | undefined;
+  #failure: StrataError | undefined;
+
+  constructor(options: {
+    readonly directory: string;
+    readonly identity: TimelineIdentity;
+    readonly state: AcceptorState;
+    readonly log: Logger;
+    readonly onProgress: (timeline: Timeline) => void;
+  }) {
+    this.directory = options.directory;
+    this.identity = options.identity;
+    this.#state = options.state;
+    this.#onProgress = options.onProgress;
+    this.#log = options.log.child({ timelineId: options.identity.timelineId });
+    this.#store = new WalStore(options.directory, options.identity);
+  }
+
+  get term(): number {
+    return this.#acceptor?.term ?? this.#state.term;
+  }
+
+  get commitLsn(): Lsn {
+    return this.#acceptor?.commitLsn ?? this.#state.commitLsn;
+  }
+
+  /** Before the timeline was opened: a lower bound. */
+  get flushLsn(): Lsn {
+    return this.#acceptor?.flushLsn ?? this.#state.commitLsn;
+  }
+
+  /** See Acceptor.leaderTerm. */
+  get leaderTerm(): number | undefined {
+    return this.#acceptor?.leaderTerm;
+  }
+
+  get status(): SafekeeperTimelineStatus {
+    return {
+      ...this.identity,
+      term: this.term,
+      lastLogTerm: lastLogTerm(this.#acceptor?.history ?? this.#state.history, this.flushLsn),
+      flushLsn: this.flushLsn,
+      commitLsn: this.commitLsn,
+      proposerCount: this.#links.size,
+    };
+  }
+
+  /** Finds the end of the WAL, once. Rejects for ever after a failure. */
+  async open(): Promise<void> {
+    this.#opening ??= this.#recover();
+    await this.#opening;
+    this.throwIfFailed();
+  }
+
+  throwIfFailed(): void {
+    if (this.#failure !== undefined) throw this.#failure;
+  }
+
+  /** The timeline must be open. */
+  attach(link: ProposerLink): void {
+    this.#links.add(link);
+  }
+
+  detach(link: ProposerLink): void {
+    if (!this.#links.delete(link)) return;
+    this.#acceptor?.forget(link);
+    if (this.#links.size === 0 && this.#failure === undefined) void this.#rest();
+  }
+
+  /** From an attached link. False: `onWritable` tells when to go on. */
+  receive(link: ProposerLink, message: ProposerMessage): boolean {
+    this.throwIfFailed();
+    const acceptor = this.#acceptor!;
+    this.#perform(acceptor.receive(link, message));
+    return acceptor.unwrittenBytes < MAX_UNWRITTEN_BYTES;
+  }
+
+  onWritable(callback: () => void): void {
+    this.#writableWaiters.push(callback);
+  }
+
+  /** Calls back each time that flushLsn, commitLsn or the term changes, until the returned function is called. */
+  listen(callback: () => void): () => void {
+    this.#progressListeners.add(callback);
+    return () => this.#progressListeners.delete(callback);
+  }
+
+  /** Writes the commit LSN down, so that a start need not search from far behind. Resolves when the disk is idle. */
+  async save(): Promise<void> {
+    if (this.#failure !== undefined || this.#acceptor === undefined) return;
+    this.#perform(this.#acceptor.save());
+    await this.#whenIdle();
+  }
+
+  /** Replaces the timeline by a tombstone; durable when it resolves. Repeatable after a crash. */
+  async delete(): Promise<void> {
+    await this.#opening?.catch(() => {});
+    await this.#whenIdle();
+    this.#fail(new StrataError('not-found', `timeline ${this.identity.timelineId} was deleted`));
+    const { tenantId, timelineId } = this.identity;
+    await writeControlFile(this.directory, { kind: 'deleted', tenantId, timelineId });
+    await this.#store.remove();
+  }
+
+  /** Nobody is connected any more. */
+  async close(): Promise<void> {
+    await this.#opening?.catch(() => {});
+    await this.save();
+    await this.#store.release();
+  }
+
+  async #recover(): Promise<void> {
+    try {
+      const { commitLsn } = this.#state;
+      const [flushLsn] = await Promise.all([
+        this.#store.recover(commitLsn),
+        // A control file that was renamed just before a kill may not be durable yet; what follows relies on it.
+        writeControlFile(this.directory, { kind: 'timeline', identity: this.identity, acceptor: this.#state }),
+      ]);
+      this.#acceptor = new Acceptor({
+        state: this.#state,
+        flushLsn,
+        trackBoundaries: (startLsn) => new Boundaries(startLsn),
+      });
+      const term = lastLogTerm(this.#state.history, flushLsn);
+      this.#log.debug({ term, commitLsn: formatLsn(commitLsn), flushLsn: formatLsn(flushLsn) }, 'opened');
+    } catch (error) {
+      this.#ioFailed(error);
+    }
+  }
+
+  async #rest(): Promise<void> {
+    await this.save();
+    if (this.#links.size > 0 || this.#acceptor?.isIdle !== true) return;
+    this.#acceptor.rest();
+    await this.#store.release();
+  }
+
+  #perform(actions: readonly AcceptorAction<ProposerLink>[]): void {
+    for (const action of actions) {
+      switch (action.kind) {
+        case 'write':
+          this.#io(this.#store.write(action.beginLsn, action.chunks));
+          break;
+        case 'send':
+          action.to.send(action.message);
+          break;
+        case 'progress':
+          this.#progressed();
+          break;
+        case 'truncate':
+          this.#log.info({ lsn: formatLsn(action.lsn) }, 'cutting WAL that another leader has not got');
+          this.#io(this.#store.truncate(action.lsn));
+          break;
+        case 'persist':
+          this.#state = action.state;
+          this.#io(
+            writeControlFile(this.directory, { kind: 'timeline', identity: this.identity, acceptor: action.state }),
+          );
+          break;
+        case 'term-raised':
+          for (const link of this.#links) {
+            if (link !== action.by) link.send({ kind: 'term-notice', term: action.term });
+          }
+          this.#progressed(); // Readers for the old term have to end.
+          break;
+      }
+    }
+  }
+
+  #io(operation: Promise<void>): void {
+    operation.then(
+      () => {
+        if (this.#failure !== undefined) return;
+        const acceptor = this.#acceptor!;
+        this.#perform(acceptor.completed());
+        if (acceptor.unwrittenBytes < MAX_UNWRITTEN_BYTES) this.#wake(this.#writableWaiters);
+        if (acceptor.isIdle) this.#wake(this.#idleWaiters);
+      },
+      (error: unknown) => this.#ioFailed(error),
+    );
+  }
+
+  #progressed(): void {
+    this.#onProgress(this);
+    for (const callback of this.#progressListeners) callback();
+  }
+
+  #ioFailed(error: unknown): void {
+    this.#log.error({ err: error }, 'the disk failed: the timeline is not served until the safekeeper is restarted');
+    const reason = error instanceof Error ? error.message : String(error);
+    this.#fail(
+      new StrataError('internal', `timeline ${this.identity.timelineId} is out of order: ${reason}`, { cause: error }),
+    );
+  }
+
+  #fail(failure: StrataError): void {
+    this.#failure ??= failure;
+    for (const link of this.#links) link.fail(failure);
+    for (const callback of this.#progressListeners) callback();
+    this.#wake(this.#writableWaiters);
+    this.#wake(this.#idleWaiters);
+  }
+
+  async #whenIdle(): Promise<void> {
+    while (this.#failure === undefined && this.#acceptor !== undefined && !this.#acceptor.isIdle) {
+      await new Promise<void>((resolve) => this.#idleWaiters.push(resolve));
+    }
+  }
+
+  #wake(waiters: (() => void)[]): void {
+    for (const wake of waiters.splice(0)) wake();
+  }
+}
+
+class Boundaries implements BoundaryTracker {
+  readonly #tracker: WalBoundaryTracker;
+
+  constructor(startLsn: Lsn) {
+    this.#tracker = new WalBoundaryTracker(startLsn);
+  }
+
+  get boundaryLsn(): Lsn {
+    return this.#tracker.endLsn;
+  }
+
+  push(_lsn: Lsn, bytes: Buffer): void {
+    this.#tracker.push(bytes);
+  }
+}

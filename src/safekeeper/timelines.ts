@@ -1,0 +1,219 @@
+/**
+ * All timelines of a safekeeper: `<data dir>/<tenant id>/<timeline id>/`, each with a control file and WAL segments.
+ *
+ * A timeline exists once its control file does; a folder without one is the rest of an unfinished creation and is removed at start. A deleted
+ * timeline leaves a tombstone, so that a late proposer cannot bring it back empty.
+ */
+import { mkdir, readdir, rm } from 'node:fs/promises';
+import { dirname, join } from 'node:path';
+import type { Logger } from '../base/log.ts';
+import { StrataError } from '../base/errors.ts';
+import type { TimelineIdentity } from '../api/safekeeper.ts';
+import type { TimelineProgress } from '../api/safekeeper-protocol.ts';
+import type { AcceptorState } from '../consensus/acceptor.ts';
+import { formatLsn } from '../postgres/lsn.ts';
+import { toPgVersion } from '../postgres/version.ts';
+import { readControlFile, syncDirectory, writeControlFile } from './control-file.ts';
+import { Timeline } from './timeline.ts';
+import { WalStore } from './wal-store.ts';
+
+/** How long a commit LSN may be newer than the control file says, while commits go on. */
+const SAVE_DELAY_MS = 5_000;
+const LOAD_CONCURRENCY = 16;
+
+export class Timelines {
+  readonly #dataDir: string;
+  readonly #log: Logger;
+  readonly #timelines = new Map<string, Timeline>();
+  readonly #tombstones = new Set<string>();
+  readonly #creations = new Map<string, Promise<Timeline>>();
+  readonly #watchers = new Set<(timeline: Timeline) => void>();
+  readonly #unsaved = new Set<Timeline>();
+  #saveTimer: NodeJS.Timeout | undefined;
+
+  private constructor(dataDir: string, log: Logger) {
+    this.#dataDir = dataDir;
+    this.#log = log;
+  }
+
+  static async load(dataDir: string, log: Logger): Promise<Timelines> {
+    const timelines = new Timelines(dataDir, log);
+    await makeDirectory(dataDir);
+    const found: { tenantId: string; timelineId: string }[] = [];
+    for (const tenantId of (await readdir(dataDir)).filter(isId)) {
+      for (const timelineId of (await readdir(join(dataDir, tenantId))).filter(isId))
+        found.push({ tenantId, timelineId });
+    }
+    const load = async (): Promise<void> => {
+      for (let next = found.pop(); next !== undefined; next = found.pop()) {
+        await timelines.#load(next.tenantId, next.timelineId);
+      }
+    };
+    await Promise.all(Array.from({ length: LOAD_CONCURRENCY }, load));
+    return timelines;
+  }
+
+  /** Throws `not-found`. */
+  get(tenantId: string, timelineId: string): Timeline {
+    const timeline = this.#timelines.get(keyOf(tenantId, timelineId));
+    if (timeline !== undefined) return timeline;
+    throw new StrataError('not-found', `this safekeeper has no timeline ${timelineId} of tenant ${tenantId}`);
+  }
+
+  /**
+   * The timeline, made now when it is new. Throws `not-found` when it was deleted, or is new and may not be made; `conflict` when it is another
+   * than it is said to be.
+   */
+  async getOrCreate(identity: TimelineIdentity, mayCreate: boolean): Promise<Timeline> {
+    checkIdentity(identity);
+    const key = keyOf(identity.tenantId, identity.timelineId);
+    const known = this.#timelines.get(key) ?? (await this.#creations.get(key));
+    if (known !== undefined) {
+      assertSameIdentity(known.identity, identity);
+      return known;
+    }
+    if (this.#tombstones.has(key)) throw new StrataError('not-found', `timeline ${identity.timelineId} was deleted`);
+    if (!mayCreate) return this.get(identity.tenantId, identity.timelineId);
+    const creation = this.#create(identity).finally(() => this.#creations.delete(key));
+    this.#creations.set(key, creation);
+    return creation;
+  }
+
+  async delete(tenantId: string, timelineId: string): Promise<void> {
+    if (!isId(tenantId) || !isId(timelineId)) throw new StrataError('bad-request', 'ids are 32 lower-case hex digits');
+    const key = keyOf(tenantId, timelineId);
+    const timeline = this.#timelines.get(key) ?? (await this.#creations.get(key));
+    this.#tombstones.add(key);
+    this.#timelines.delete(key);
+    if (timeline === undefined) {
+      const directory = join(this.#dataDir, tenantId, timelineId);
+      await makeDirectory(directory);
+      await writeControlFile(directory, { kind: 'deleted', tenantId, timelineId });
+      return;
+    }
+    this.#unsaved.delete(timeline);
+    await timeline.delete();
+    this.#log.info({ tenantId, timelineId }, 'timeline deleted');
+  }
+
+  list(): TimelineProgress[] {
+    return Array.from(this.#timelines.values(), progressOf);
+  }
+
+  /** Calls back when a timeline is made or moves, until the returned function is called. */
+  watch(callback: (timeline: Timeline) => void): () => void {
+    this.#watchers.add(callback);
+    return () => this.#watchers.delete(callback);
+  }
+
+  /** Nobody is connected any more. */
+  async close(): Promise<void> {
+    clearTimeout(this.#saveTimer);
+    for (const timeline of this.#timelines.values()) await timeline.close();
+  }
+
+  async #load(tenantId: string, timelineId: string): Promise<void> {
+    const directory = join(this.#dataDir, tenantId, timelineId);
+    const control = await readControlFile(directory);
+    if (control === undefined) {
+      await rm(directory, { recursive: true });
+    } else if (control.kind === 'deleted') {
+      this.#tombstones.add(keyOf(tenantId, timelineId));
+      for (const name of await readdir(directory)) {
+        if (/^[0-9A-F]{24}$/.test(name)) await rm(join(directory, name)); // A deletion that did not finish.
+      }
+    } else {
+      this.#add(directory, control.identity, control.acceptor);
+    }
+  }
+
+  async #create(identity: TimelineIdentity): Promise<Timeline> {
+    const directory = join(this.#dataDir, identity.tenantId, identity.timelineId);
+    await makeDirectory(directory);
+    const store = new WalStore(directory, identity);
+    await store.create();
+    await store.release();
+    const acceptor = {
+      term: 0,
+      history: [{ term: 0, startLsn: identity.startLsn }],
+      commitLsn: identity.startLsn,
+    };
+    await writeControlFile(directory, { kind: 'timeline', identity, acceptor });
+    const timeline = this.#add(directory, identity, acceptor);
+    const { tenantId, timelineId, startLsn } = identity;
+    this.#log.info({ tenantId, timelineId, startLsn: formatLsn(startLsn) }, 'timeline created');
+    for (const callback of this.#watchers) callback(timeline);
+    return timeline;
+  }
+
+  #add(directory: string, identity: TimelineIdentity, state: AcceptorState): Timeline {
+    const timeline = new Timeline({
+      directory,
+      identity,
+      state,
+      log: this.#log,
+      onProgress: (moved) => this.#progressed(moved),
+    });
+    this.#timelines.set(keyOf(identity.tenantId, identity.timelineId), timeline);
+    return timeline;
+  }
+
+  #progressed(timeline: Timeline): void {
+    for (const callback of this.#watchers) callback(timeline);
+    this.#unsaved.add(timeline);
+    this.#saveTimer ??= setTimeout(() => void this.#saveAll(), SAVE_DELAY_MS);
+  }
+
+  async #saveAll(): Promise<void> {
+    const timelines = [...this.#unsaved];
+    this.#unsaved.clear();
+    for (const timeline of timelines) await timeline.save();
+    this.#saveTimer = undefined;
+    if (this.#unsaved.size > 0) this.#saveTimer = setTimeout(() => void this.#saveAll(), SAVE_DELAY_MS);
+  }
+}
+
+export function progressOf(timeline: Timeline): TimelineProgress {
+  const { tenantId, timelineId } = timeline.identity;
+  return { tenantId, timelineId, commitLsn: timeline.commitLsn, flushLsn: timeline.flushLsn };
+}
+
+function keyOf(tenantId: string, timelineId: string): string {
+  return `${tenantId}/${timelineId}`;
+}
+
+function isId(text: string): boolean {
+  return /^[0-9a-f]{32}$/.test(text);
+}
+
+function checkIdentity(identity: TimelineIdentity): void {
+  const { tenantId, timelineId, startLsn, pgVersion, systemId } = identity;
+  const isSound =
+    isId(tenantId) && isId(timelineId) && Number.isSafeInteger(startLsn) && startLsn > 0 && /^\d{1,20}$/.test(systemId);
+  if (!isSound) {
+    throw new StrataError('bad-request', `not a timeline: ${JSON.stringify(identity)}`);
+  }
+  try {
+    toPgVersion(pgVersion);
+  } catch (error) {
+    throw new StrataError('bad-request', (error as Error).message, { cause: error });
+  }
+}
+
+function assertSameIdentity(known: TimelineIdentity, told: TimelineIdentity): void {
+  for (const field of ['startLsn', 'pgVersion', 'systemId'] as const) {
+    if (known[field] !== told[field]) {
+      throw new StrataError(
+        'conflict',
+        `timeline ${known.timelineId} has ${field} ${known[field]}, not ${told[field]}`,
+      );
+    }
+  }
+}
+
+/** Like mkdir -p, durable when it resolves. */
+async function makeDirectory(directory: string): Promise<void> {
+  const first = await mkdir(directory, { recursive: true, mode: 0o700 });
+  if (first === undefined) return;
+  for (let made = directory; made.length >= first.length; made = dirname(made)) await syncDirectory(dirname(made));
+}

@@ -1,0 +1,276 @@
+/**
+ * A timeline's WAL on disk: segment files of 16 MiB with Postgres' own names and bytes, so that Postgres' tools read them.
+ *
+ * A segment has its full size from the start, sparse, and zeroes after the end of the WAL. The first segment begins before the timeline does: its
+ * first page, and the page in which the timeline begins, get headers that say "what is before this belongs to a record from elsewhere".
+ *
+ * Invariants:
+ *   - When `write` resolves, the bytes are on disk: files are opened with O_DSYNC, so a write is its own fdatasync. Small writes have
+ *     zeroes written ahead of them, so that most need no change of the file's block map.
+ *   - After `recover` and `truncate` nothing but zeroes follows the end, durably. Otherwise an old record left behind could one day stand exactly
+ *     where newer WAL ends and be taken for its continuation.
+ *   - After an error nothing may be written any more: the caller stops using the store.
+ * Calls of write, recover and truncate do not overlap.
+ */
+import { close, constants, fsync, ftruncate, open, writev } from 'node:fs';
+import { open as openHandle, readdir, unlink } from 'node:fs/promises';
+import { join } from 'node:path';
+import { promisify } from 'node:util';
+import type { TimelineIdentity } from '../api/safekeeper.ts';
+import {
+  formatLsn,
+  type Lsn,
+  pageHeaderSize,
+  pageOffset,
+  pageStart,
+  parseWalFileName,
+  segmentOffset,
+  segmentStart,
+  WAL_SEGMENT_SIZE,
+  walFileName,
+} from '../postgres/lsn.ts';
+import { toPgVersion } from '../postgres/version.ts';
+import { WAL_TIMELINE_ID, writePageHeader } from '../postgres/wal/page-header.ts';
+import { findEndOfWal } from '../postgres/wal/reader.ts';
+import { syncDirectory } from './control-file.ts';
+
+const openFile = promisify(open);
+const closeFile = promisify(close);
+const truncateFile = promisify(ftruncate);
+const syncFile = promisify(fsync);
+
+/** Writes of at least this size are their own preallocation. */
+const LARGE_WRITE_BYTES = 64 * 1024;
+const ZERO_AHEAD = Buffer.alloc(256 * 1024);
+/** Buffers in one writev call (IOV_MAX is 1024). */
+const MAX_BUFFERS = 512;
+const FIRST_SCAN_BYTES = 64 * 1024;
+const SCAN_BYTES = 1024 * 1024;
+
+export function segmentPath(directory: string, lsn: Lsn): string {
+  return join(directory, walFileName(WAL_TIMELINE_ID, lsn));
+}
+
+export class WalStore {
+  readonly #directory: string;
+  readonly #identity: TimelineIdentity;
+  /** The segment being written. */
+  #file: number | undefined;
+  #fileStart: Lsn = 0;
+  #zeroedLsn: Lsn = 0;
+
+  constructor(directory: string, identity: TimelineIdentity) {
+    this.#directory = directory;
+    this.#identity = identity;
+  }
+
+  /** Makes the first segment, with the page headers that precede the timeline's start. Repeatable. */
+  async create(): Promise<void> {
+    const { startLsn, pgVersion, systemId } = this.#identity;
+    if (segmentOffset(startLsn) === 0) return; // The first page header comes with the stream.
+    const version = toPgVersion(pgVersion);
+    const file = await this.#segment(startLsn);
+    for (const pageLsn of new Set([segmentStart(startLsn), pageStart(startLsn)])) {
+      if (pageLsn === startLsn) continue;
+      const header = Buffer.alloc(pageHeaderSize(pageLsn));
+      const isLast = pageLsn === pageStart(startLsn);
+      const remaining = isLast ? pageOffset(startLsn) - header.length : 0;
+      writePageHeader(header, 0, { pageLsn, remaining, systemId: BigInt(systemId), version });
+      await writeFully(file, [header], segmentOffset(pageLsn));
+    }
+    await syncFile(file);
+  }
+
+  /**
+   * The end of the last whole record that follows `commitLsn` without a gap; everything before it is durable when this resolves and everything
+   * after it is gone. Throws when not even `commitLsn` is here.
+   */
+  async recover(commitLsn: Lsn): Promise<Lsn> {
+    const { startLsn, pgVersion } = this.#identity;
+    if (commitLsn > startLsn && (await this.#segmentSize(commitLsn - 1)) !== WAL_SEGMENT_SIZE) {
+      throw new Error(`the WAL before the commit LSN ${formatLsn(commitLsn)} is not in ${this.#directory}`);
+    }
+    const { endLsn } = await findEndOfWal(commitLsn, toPgVersion(pgVersion), this.#chunks(commitLsn));
+    for (let lsn = segmentStart(commitLsn); lsn < segmentStart(endLsn); lsn += WAL_SEGMENT_SIZE) {
+      const handle = await openHandle(segmentPath(this.#directory, lsn), 'r+');
+      await handle.sync().finally(() => handle.close());
+    }
+    await this.truncate(endLsn);
+    return endLsn;
+  }
+
+  /** Writes the chunks one after the other from `lsn` on; durable when it resolves. */
+  async write(lsn: Lsn, chunks: readonly Buffer[]): Promise<void> {
+    let at = lsn;
+    let part: Buffer[] = [];
+    let partBytes = 0;
+    for (let chunk of chunks) {
+      for (;;) {
+        const room = WAL_SEGMENT_SIZE - segmentOffset(at) - partBytes;
+        if (chunk.length < room) break;
+        part.push(chunk.subarray(0, room));
+        await this.#writePart(at, part, partBytes + room);
+        at += partBytes + room;
+        chunk = chunk.subarray(room);
+        part = [];
+        partBytes = 0;
+      }
+      if (chunk.length === 0) continue;
+      part.push(chunk);
+      partBytes += chunk.length;
+    }
+    if (partBytes > 0) await this.#writePart(at, part, partBytes);
+  }
+
+  /** Cuts the WAL at `lsn`: durable when it resolves. */
+  async truncate(lsn: Lsn): Promise<void> {
+    await this.release();
+    const segments = (await this.#segments()).filter((start) => start >= lsn).reverse();
+    for (const start of segments) await unlink(segmentPath(this.#directory, start));
+    await syncDirectory(this.#directory);
+    if (segmentOffset(lsn) === 0) return;
+    const file = await this.#segment(lsn);
+    await truncateFile(file, segmentOffset(lsn));
+    await truncateFile(file, WAL_SEGMENT_SIZE);
+    await syncFile(file);
+    this.#zeroedLsn = 0;
+  }
+
+  /** Closes the file that is open, if any; the next write opens it anew. */
+  async release(): Promise<void> {
+    const file = this.#file;
+    this.#file = undefined;
+    if (file !== undefined) await closeFile(file);
+  }
+
+  /** Removes all segments; durable when it resolves. */
+  async remove(): Promise<void> {
+    await this.release();
+    for (const start of await this.#segments()) await unlink(segmentPath(this.#directory, start));
+    await syncDirectory(this.#directory);
+  }
+
+  /** Within one segment. */
+  async #writePart(lsn: Lsn, buffers: Buffer[], bytes: number): Promise<void> {
+    const file =
+      this.#file !== undefined && this.#fileStart === segmentStart(lsn) ? this.#file : await this.#segment(lsn);
+    const endLsn = lsn + bytes;
+    if (endLsn > this.#zeroedLsn && bytes < LARGE_WRITE_BYTES) {
+      const zeroes = ZERO_AHEAD.subarray(0, Math.min(ZERO_AHEAD.length, this.#fileStart + WAL_SEGMENT_SIZE - endLsn));
+      if (zeroes.length > 0) buffers.push(zeroes);
+      this.#zeroedLsn = endLsn + zeroes.length;
+    }
+    await writeFully(file, buffers, segmentOffset(lsn));
+  }
+
+  /** The file of the segment that holds `lsn`, made when it does not exist. */
+  async #segment(lsn: Lsn): Promise<number> {
+    await this.release();
+    const path = segmentPath(this.#directory, lsn);
+    const { O_RDWR, O_CREAT, O_DSYNC } = constants;
+    const isNew = (await this.#segmentSize(lsn)) === undefined;
+    const file = await openFile(path, O_RDWR | O_CREAT | O_DSYNC, 0o600);
+    this.#file = file;
+    this.#fileStart = segmentStart(lsn);
+    this.#zeroedLsn = 0;
+    if (isNew) {
+      await truncateFile(file, WAL_SEGMENT_SIZE);
+      await syncFile(file);
+      await syncDirectory(this.#directory);
+    }
+    return file;
+  }
+
+  async *#chunks(fromLsn: Lsn): AsyncGenerator<Buffer, void, void> {
+    let lsn = fromLsn;
+    let size = FIRST_SCAN_BYTES;
+    while ((await this.#segmentSize(lsn)) !== undefined) {
+      const handle = await openHandle(segmentPath(this.#directory, lsn), 'r');
+      try {
+        const endLsn = segmentStart(lsn) + WAL_SEGMENT_SIZE;
+        while (lsn < endLsn) {
+          const buffer = Buffer.allocUnsafe(Math.min(size, endLsn - lsn));
+          const { bytesRead } = await handle.read(buffer, 0, buffer.length, segmentOffset(lsn));
+          if (bytesRead === 0) return;
+          lsn += bytesRead;
+          size = SCAN_BYTES;
+          yield buffer.subarray(0, bytesRead);
+        }
+      } finally {
+        await handle.close();
+      }
+    }
+  }
+
+  async #segmentSize(lsn: Lsn): Promise<number | undefined> {
+    try {
+      const handle = await openHandle(segmentPath(this.#directory, lsn), 'r');
+      return await handle
+        .stat()
+        .then((status) => status.size)
+        .finally(() => handle.close());
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+      throw error;
+    }
+  }
+
+  /** First LSNs of the segments on disk, ascending. */
+  async #segments(): Promise<Lsn[]> {
+    const starts: Lsn[] = [];
+    for (const name of await readdir(this.#directory)) {
+      const segment = parseWalFileName(name);
+      if (segment !== undefined) starts.push(segment.startLsn);
+    }
+    return starts.sort((a, b) => a - b);
+  }
+}
+
+/** Reads WAL for one reader, with one file open at most. What is read must be known to be there. */
+export class WalFileReader {
+  readonly #directory: string;
+  #file: { readonly startLsn: Lsn; readonly handle: Awaited<ReturnType<typeof openHandle>> } | undefined;
+
+  constructor(directory: string) {
+    this.#directory = directory;
+  }
+
+  /** Bytes from `lsn` on, at least one and at most up to `endLsn` and the segment's end. */
+  async read(lsn: Lsn, endLsn: Lsn): Promise<Buffer> {
+    const startLsn = segmentStart(lsn);
+    if (this.#file?.startLsn !== startLsn) {
+      await this.close();
+      this.#file = { startLsn, handle: await openHandle(segmentPath(this.#directory, lsn), 'r') };
+    }
+    const length = Math.min(endLsn, startLsn + WAL_SEGMENT_SIZE) - lsn;
+    const buffer = Buffer.allocUnsafe(length);
+    const { bytesRead } = await this.#file.handle.read(buffer, 0, length, segmentOffset(lsn));
+    if (bytesRead === 0) throw new Error(`${segmentPath(this.#directory, lsn)} ends before ${formatLsn(lsn)}`);
+    return buffer.subarray(0, bytesRead);
+  }
+
+  async close(): Promise<void> {
+    const file = this.#file;
+    this.#file = undefined;
+    await file?.handle.close();
+  }
+}
+
+async function writeFully(file: number, buffers: readonly Buffer[], position: number): Promise<void> {
+  let left = buffers.slice();
+  let at = position;
+  while (left.length > 0) {
+    let written = await writeOnce(file, left.slice(0, MAX_BUFFERS), at);
+    at += written;
+    let done = 0;
+    while (done < left.length && written >= left[done]!.length) written -= left[done++]!.length;
+    left = left.slice(done);
+    if (written > 0) left[0] = left[0]!.subarray(written);
+  }
+}
+
+function writeOnce(file: number, buffers: readonly Buffer[], position: number): Promise<number> {
+  return new Promise((resolve, reject) => {
+    writev(file, buffers, position, (error, written) => (error === null ? resolve(written) : reject(error)));
+  });
+}
