@@ -37,6 +37,7 @@ export class MemoryLayer implements ValueSource {
   readonly #forks = new Map<number, ForkEntries>();
   #lastFork: ForkEntries | undefined;
   #entryCount = 0;
+  #discardedCount = 0;
   #lsns = new Float64Array(ENTRIES_MIN);
   #older = new Int32Array(ENTRIES_MIN);
   #arenas = new Uint32Array(ENTRIES_MIN);
@@ -53,7 +54,7 @@ export class MemoryLayer implements ValueSource {
   }
 
   get isEmpty(): boolean {
-    return this.#entryCount === 0;
+    return this.#entryCount === this.#discardedCount;
   }
 
   /** Memory in use, near enough. */
@@ -176,9 +177,13 @@ export class MemoryLayer implements ValueSource {
     return forks.sort((a, b) => a.kind - b.kind || a.spc - b.spc || a.db - b.db || a.rel - b.rel || a.fork - b.fork);
   }
 
+  /** The newest entry of a key that is not to be discarded. */
   #atOrBelow(newest: number, lsn: Lsn): number {
     let entry = newest;
-    while (entry !== NONE && this.#lsns[entry]! > lsn) entry = this.#older[entry]!;
+    while (entry !== NONE && this.#lsns[entry]! > lsn) {
+      entry = this.#older[entry]!;
+      this.#discardedCount++;
+    }
     return entry;
   }
 

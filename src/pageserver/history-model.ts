@@ -1,0 +1,77 @@
+/**
+ * For tests: the page store as simply as it can be. Every value is kept in a list, and a read replays all of it.
+ * Pages change by "pokes": a poke sets one byte at an offset, adds one to the byte after it, and so shows order, loss and repetition.
+ */
+
+import { BLOCK_SIZE } from '../postgres/page-size.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import { compareKeys, formatKey } from './key.ts';
+import type { Key, KeyRange } from './key.ts';
+import { decodeValue, encodeDerived, encodeRecord } from './value.ts';
+
+interface Put {
+  readonly key: Key;
+  readonly lsn: Lsn;
+  readonly value: Buffer;
+}
+
+/** A change of a page, as derived change, as record, or as record that begins with a page of zeroes. */
+export function encodePoke(how: 'derived' | 'record' | 'init', offset: number, byte: number): Buffer {
+  const poke = Buffer.from([offset & 0xff, offset >> 8, byte]);
+  return how === 'derived' ? encodeDerived(1, poke) : encodeRecord(poke, 1, 0, how === 'init');
+}
+
+/** The Replay of pokes. */
+export function replayPoke(page: Buffer, value: Buffer): void {
+  const change = decodeValue(value);
+  if (change.kind === 'image' || change.kind === 'tombstone') throw new Error('not a poke');
+  if (change.kind === 'init-record') page.fill(0);
+  const poke = change.kind === 'derived' ? change.payload : change.record;
+  const offset = poke.readUInt16LE(0);
+  if (poke[2] === 255) throw new Error('a poke that cannot be replayed');
+  page[offset] = poke[2]!;
+  page[offset + 1] = (page[offset + 1]! + 1) % 256;
+}
+
+export class ModelTimeline {
+  readonly ancestor: ModelTimeline | undefined;
+  readonly ancestorLsn: Lsn;
+  readonly puts: Put[] = [];
+  lastRecordLsn: Lsn;
+
+  constructor(startLsn: Lsn, ancestor?: ModelTimeline) {
+    this.lastRecordLsn = startLsn;
+    this.ancestorLsn = startLsn;
+    this.ancestor = ancestor;
+  }
+
+  read(key: Key, lsn: Lsn): Buffer | undefined {
+    let image: Buffer | undefined;
+    for (const value of this.#values(key, lsn)) {
+      const change = decodeValue(value);
+      if (change.kind === 'tombstone') image = undefined;
+      else if (change.kind === 'image') image = Buffer.from(change.payload);
+      else replayPoke((image ??= Buffer.alloc(BLOCK_SIZE)), value);
+    }
+    return image;
+  }
+
+  scan(range: KeyRange, lsn: Lsn): [Key, Buffer][] {
+    const keys = new Map<string, Key>();
+    for (let timeline: ModelTimeline | undefined = this; timeline !== undefined; timeline = timeline.ancestor) {
+      for (const { key } of timeline.puts) keys.set(formatKey(key), key);
+    }
+    return [...keys.values()]
+      .filter((key) => compareKeys(range.start, key) <= 0 && compareKeys(key, range.end) < 0)
+      .sort(compareKeys)
+      .map((key): [Key, Buffer | undefined] => [key, this.read(key, lsn)])
+      .filter((entry): entry is [Key, Buffer] => entry[1] !== undefined);
+  }
+
+  #values(key: Key, lsn: Lsn): Buffer[] {
+    const { ancestor } = this;
+    const inherited = ancestor === undefined ? [] : ancestor.#values(key, Math.min(lsn, this.ancestorLsn));
+    const own = this.puts.filter((put) => put.lsn <= lsn && compareKeys(put.key, key) === 0).map((put) => put.value);
+    return [...inherited, ...own];
+  }
+}
