@@ -27,7 +27,7 @@ import { PD_ALL_VISIBLE, pageFlags, pageIsNew, setPageLsn } from '../postgres/pa
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import { FORK_MAIN, FORK_VM } from '../postgres/relation.ts';
 import type { RelationKey } from '../postgres/relation.ts';
-import { RM_HEAP, RM_HEAP2, RM_SMGR, rmgrName } from '../postgres/rmgr.ts';
+import { RM_HEAP, RM_HEAP2, rmgrName } from '../postgres/rmgr.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import type { PgVersion } from '../postgres/version.ts';
 import { WalError } from '../postgres/wal/error.ts';
@@ -35,8 +35,8 @@ import { WalReader } from '../postgres/wal/reader.ts';
 import type { WalBlock, WalRecord } from '../postgres/wal/record.ts';
 import type { Change } from './ingest/change.ts';
 import { NO_CHANGES } from './ingest/change.ts';
-import { heapChanges } from './ingest/heap.ts';
-import { storageChanges } from './ingest/storage.ts';
+import { impliedChanges } from './ingest/implied-changes.ts';
+import { IngestError } from './ingest/ingest-error.ts';
 import {
   HEAP_BLOCKS_PER_VISIBILITY_PAGE,
   applyDerived,
@@ -80,12 +80,8 @@ export interface VerifyProgress {
 export interface Mismatch {
   /** Where the record starts. */
   readonly lsn: Lsn;
-  readonly blockId: number;
-  readonly spc: number;
-  readonly db: number;
-  readonly rel: number;
-  readonly fork: number;
-  readonly blk: number;
+  /** Absent when it is not a page that cannot be made, but what the record implies for others. */
+  readonly block?: Pick<WalBlock, 'id' | 'spc' | 'db' | 'rel' | 'fork' | 'blk'>;
   /** What could not be done; or how the page differs. */
   readonly reason: string;
   /** Offset in the page of the first byte that differs, and some bytes from there on in hex; absent when redo failed. */
@@ -201,7 +197,7 @@ class Verifier {
     this.#records++;
     const type = this.#typeOf(record);
     type.records++;
-    for (const change of this.#changesOf(record)) this.#applyChange(change);
+    for (const change of this.#changesOf(record, type)) this.#applyChange(change);
     for (const block of record.blocks) this.#verifyBlock(record, block, type);
   }
 
@@ -296,10 +292,15 @@ class Verifier {
     if (!pageIsNew(page)) setPageLsn(page, record.endLsn);
   }
 
-  #changesOf(record: WalRecord): readonly Change[] {
-    if (record.rmid === RM_HEAP || record.rmid === RM_HEAP2) return heapChanges(record);
-    if (record.rmid === RM_SMGR) return storageChanges(record);
-    return NO_CHANGES;
+  #changesOf(record: WalRecord, type: TypeReport): readonly Change[] {
+    try {
+      return impliedChanges(record, this.#version);
+    } catch (error) {
+      // A record of an unknown extension with blocks is counted at its blocks.
+      if (!(error instanceof IngestError)) throw error;
+      if (record.blocks.length === 0) this.#mismatch(type, { lsn: record.startLsn, reason: error.message });
+      return NO_CHANGES;
+    }
   }
 
   #applyChange(change: Change): void {
@@ -429,8 +430,8 @@ function forkName(relation: RelationKey, fork: number): string {
 }
 
 function placeOf(record: WalRecord, block: WalBlock): Omit<Mismatch, 'reason'> {
-  const { spc, db, rel, fork, blk } = block;
-  return { lsn: record.startLsn, blockId: block.id, spc, db, rel, fork, blk };
+  const { id, spc, db, rel, fork, blk } = block;
+  return { lsn: record.startLsn, block: { id, spc, db, rel, fork, blk } };
 }
 
 function compareAllVisible(replayed: Buffer, expected: Buffer): string | undefined {

@@ -12,12 +12,24 @@
  */
 
 import { PageError, pageIsNew, setPageLsn } from '../../postgres/page.ts';
-import { RM_BTREE, RM_GIN, RM_HASH, RM_HEAP, RM_HEAP2, RM_SEQ, RM_XLOG, rmgrName } from '../../postgres/rmgr.ts';
+import {
+  RM_BTREE,
+  RM_GIN,
+  RM_GIST,
+  RM_HASH,
+  RM_HEAP,
+  RM_HEAP2,
+  RM_SEQ,
+  RM_SPGIST,
+  RM_XLOG,
+  rmgrName,
+} from '../../postgres/rmgr.ts';
 import type { PgVersion } from '../../postgres/version.ts';
 import { findBlock } from '../../postgres/wal/record.ts';
 import type { WalRecord } from '../../postgres/wal/record.ts';
 import { maskBtree, redoBtree } from './btree.ts';
 import { maskGin, redoGin } from './gin.ts';
+import { maskGist, redoGist, redoGistOnImage } from './gist.ts';
 import { maskHash, redoHash } from './hash.ts';
 import { redoHeap } from './heap.ts';
 import { redoHeap2 } from './heap2.ts';
@@ -26,6 +38,7 @@ import { maskHeap, maskSequence } from './masks.ts';
 import { recordTypeName } from './record-type.ts';
 import { RedoError } from './redo-error.ts';
 import { redoSequence } from './sequence.ts';
+import { maskSpgist, redoSpgist } from './spgist.ts';
 import { redoXlog } from './xlog.ts';
 
 /**
@@ -48,6 +61,7 @@ export function applyRecord(page: Buffer, record: WalRecord, blockId: number, ve
     if (block.hasImage && block.applyImage) {
       restoreImage(page, record, block);
       // The header of a page that is all zeros is not to be touched.
+      if (record.rmid === RM_GIST) redoGistOnImage(page, record, blockId, version);
       if (!pageIsNew(page)) setPageLsn(page, record.endLsn);
       return;
     }
@@ -71,6 +85,10 @@ function redo(page: Buffer, record: WalRecord, blockId: number, version: PgVersi
       return redoHash(page, record, blockId, version);
     case RM_GIN:
       return redoGin(page, record, blockId, version);
+    case RM_GIST:
+      return redoGist(page, record, blockId, version);
+    case RM_SPGIST:
+      return redoSpgist(page, record, blockId, version);
     case RM_SEQ:
       return redoSequence(page, record, blockId);
     case RM_XLOG:
@@ -95,6 +113,10 @@ export function maskPage(page: Buffer, rmid: number, blk: number, version: PgVer
       return maskHash(page, blk, version);
     case RM_GIN:
       return maskGin(page, blk, version);
+    case RM_GIST:
+      return maskGist(page, blk, version);
+    case RM_SPGIST:
+      return maskSpgist(page, blk, version);
     case RM_SEQ:
       return maskSequence(page);
   }
