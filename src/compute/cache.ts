@@ -1,0 +1,66 @@
+/**
+ * A stopped compute's directory as a cache: when its branch has not moved since, the next start on this machine uses it as it is (DESIGN 2.5).
+ *
+ * `<cache dir>/cache.json` is written after a clean shutdown and taken away before the next start, so that a start that fails leaves nothing behind to be
+ * trusted. Its content: instance (the folder of data directory, page map and token), timelineId, endLsn (end of the shutdown checkpoint's record),
+ * fullVersion (of Postgres), bootId (a machine that went down may have lost what was not synced, and the compute syncs nothing).
+ */
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
+import { rm } from 'node:fs/promises';
+import { join } from 'node:path';
+import { writeFileDurably } from '../base/durable-file.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+
+export interface CacheKey {
+  readonly timelineId: string;
+  readonly endLsn: Lsn;
+  readonly fullVersion: string;
+}
+
+const CACHE_FILE = 'cache.json';
+const INSTANCE_PREFIX = 'instance-';
+
+function bootId(): string {
+  return readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim();
+}
+
+/** The instance folder that is exactly the branch at `key.endLsn`, or undefined. Whatever the answer, the mark is gone afterwards. */
+export function takeCache(cacheDir: string, key: CacheKey): string | undefined {
+  const file = join(cacheDir, CACHE_FILE);
+  if (!existsSync(file)) return undefined;
+  let kept: (CacheKey & { readonly instance: string; readonly bootId: string }) | undefined;
+  try {
+    kept = JSON.parse(readFileSync(file, 'utf8')) as typeof kept;
+  } catch {
+    kept = undefined; // a mark that cannot be read vouches for nothing
+  }
+  rmSync(file, { force: true });
+  const isSame =
+    kept !== undefined &&
+    kept.timelineId === key.timelineId &&
+    kept.endLsn === key.endLsn &&
+    kept.fullVersion === key.fullVersion &&
+    kept.bootId === bootId() &&
+    existsSync(join(cacheDir, kept.instance));
+  return isSame && kept !== undefined ? join(cacheDir, kept.instance) : undefined;
+}
+
+/** Marks a cleanly stopped instance as a cache. */
+export function keepCache(cacheDir: string, instanceDir: string, key: CacheKey): void {
+  const instance = instanceDir.slice(cacheDir.length + 1);
+  const mark = { instance, ...key, bootId: bootId() };
+  writeFileDurably(join(cacheDir, CACHE_FILE), `${JSON.stringify(mark)}\n`, 0o600);
+}
+
+/** An empty instance folder. Those of earlier starts are put aside and removed while the new one is already in use. */
+export function newInstance(cacheDir: string): string {
+  for (const name of readdirSync(cacheDir)) {
+    if (!name.startsWith(INSTANCE_PREFIX)) continue;
+    const aside = join(cacheDir, name.endsWith('.old') ? name : `${name}.old`);
+    if (!name.endsWith('.old')) renameSync(join(cacheDir, name), aside);
+    void rm(aside, { recursive: true, force: true, maxRetries: 3 }).catch(() => {});
+  }
+  const instance = join(cacheDir, `${INSTANCE_PREFIX}${process.pid}-${Date.now()}`);
+  mkdirSync(instance, { mode: 0o700 });
+  return instance;
+}

@@ -1,0 +1,260 @@
+/**
+ * One compute: an unmodified Postgres for one branch, from election to shutdown.
+ *
+ *   start    elect a proposer (the branch's WAL is then whole and committed up to E) → data directory at E, from the page store or from the
+ *            kept cache → Postgres with the page shim → its WAL goes to the safekeepers
+ *   suspend  clean shutdown; the last WAL is on a quorum before it counts as one; the directory is kept as a cache
+ *   death    whoever finds that Postgres is gone, or that another compute leads the branch, ends this one at once
+ */
+import { join } from 'node:path';
+import type { Client } from 'pg';
+import type { ActivitySample, CatalogSpec, ComputeSpec } from '../api/control.ts';
+import type { PageserverClient } from '../api/pageserver.ts';
+import type { SafekeeperAddress } from '../api/safekeeper.ts';
+import type { Logger } from '../base/log.ts';
+import { signToken } from '../base/token.ts';
+import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+import { ActivityMonitor, applyCatalog, connectAdmin } from './admin.ts';
+import { keepCache, newInstance, takeCache } from './cache.ts';
+import { refreshDataDirectory, writeDataDirectory } from './data-directory.ts';
+import type { PostgresInstallation, UnixUser } from './installation.ts';
+import { PostgresProcess } from './postgres-process.ts';
+import { electProposer, type Proposer } from './proposer.ts';
+import { ADMIN_ROLE, PROPOSER_NAME } from './settings.ts';
+import { startWalPush, type WalPush } from './wal-push.ts';
+
+export interface ComputeEnvironment {
+  readonly installation: PostgresInstallation;
+  /** Whom Postgres runs as; undefined: as we do. */
+  readonly user: UnixUser | undefined;
+  readonly shimFile: string;
+  readonly safekeepers: readonly SafekeeperAddress[];
+  readonly pageserver: PageserverClient;
+  /** Where the shim asks for pages. */
+  readonly pageAddress: { readonly host: string; readonly port: number };
+  readonly platformSecret: Uint8Array;
+  readonly adminPassword: string;
+}
+
+export interface ComputeOptions {
+  readonly spec: ComputeSpec;
+  /** Folder of this endpoint's instances; exists, owned by the user. */
+  readonly cacheDir: string;
+  /** Short path for the socket; exists, owned by the user. */
+  readonly socketDir: string;
+  readonly logFile: string;
+  readonly environment: ComputeEnvironment;
+  readonly log: Logger;
+}
+
+const SOCKET_NAME = '.s.PGSQL.5432';
+const ELECTION_TIMEOUT_MS = 60_000;
+const BASEBACKUP_TIMEOUT_MS = 120_000;
+const SUSPEND_TIMEOUT_MS = 60_000;
+
+export class Compute {
+  readonly #options: ComputeOptions;
+  readonly #instanceDir: string;
+  readonly #postgres: PostgresProcess;
+  readonly #proposer: Proposer;
+  readonly #walPush: WalPush;
+  #monitor: { readonly client: Client; readonly activity: ActivityMonitor } | undefined;
+  #isStopping = false;
+  #resolveExited: (reason: string | undefined) => void = () => {};
+  /** Resolves when the compute is gone: undefined when it was asked to, else why. */
+  readonly exited: Promise<string | undefined>;
+
+  private constructor(
+    options: ComputeOptions,
+    parts: { instanceDir: string; postgres: PostgresProcess; proposer: Proposer; walPush: WalPush },
+  ) {
+    this.#options = options;
+    this.#instanceDir = parts.instanceDir;
+    this.#postgres = parts.postgres;
+    this.#proposer = parts.proposer;
+    this.#walPush = parts.walPush;
+    this.exited = new Promise((resolve) => (this.#resolveExited = resolve));
+    this.#watch();
+  }
+
+  /** Resolves when clients can connect. Throws coded errors; nothing is left running then. */
+  static async start(options: ComputeOptions): Promise<Compute> {
+    const { spec, environment, log } = options;
+    const times = new Stopwatch();
+    const identity = await environment.pageserver.timelineIdentity(spec.timelineId);
+    const token = await signToken(environment.platformSecret, { scope: 'platform' });
+    const proposer = await electProposer({
+      safekeepers: environment.safekeepers,
+      token,
+      timeline: identity,
+      signal: AbortSignal.timeout(ELECTION_TIMEOUT_MS),
+      log,
+    });
+    times.lap('election');
+    let postgres: PostgresProcess | undefined;
+    try {
+      const { instanceDir, isKept } = await prepareInstance(options, proposer.startLsn);
+      times.lap('directory');
+      postgres = await PostgresProcess.start({
+        installation: environment.installation,
+        dataDir: join(instanceDir, 'data'),
+        logFile: options.logFile,
+        user: environment.user,
+        env: shimEnvironment(options, instanceDir),
+      });
+      times.lap('postgres');
+      const walPush = await startWalPush({
+        socketDir: options.socketDir,
+        port: 5432,
+        user: ADMIN_ROLE,
+        password: environment.adminPassword,
+        slotName: PROPOSER_NAME,
+        proposer,
+        log,
+      });
+      times.lap('walPush');
+      const compute = new Compute(options, { instanceDir, postgres, proposer, walPush });
+      if (spec.catalog !== undefined) await compute.applyCatalog(spec.catalog);
+      times.lap('catalog');
+      log.info({ startLsn: formatLsn(proposer.startLsn), term: proposer.term, isKept, ...times.laps }, 'compute is up');
+      return compute;
+    } catch (error) {
+      postgres?.kill();
+      await proposer.close();
+      throw error;
+    }
+  }
+
+  get timelineId(): string {
+    return this.#options.spec.timelineId;
+  }
+
+  get socketPath(): string {
+    return join(this.#options.socketDir, SOCKET_NAME);
+  }
+
+  get commitLsn(): Lsn {
+    return this.#proposer.commitLsn;
+  }
+
+  async applyCatalog(catalog: CatalogSpec): Promise<void> {
+    const client = await this.#connectAdmin();
+    try {
+      await applyCatalog(client, catalog);
+    } finally {
+      await client.end();
+    }
+  }
+
+  async activity(): Promise<ActivitySample> {
+    if (this.#monitor === undefined) {
+      const client = await this.#connectAdmin();
+      client.once('end', () => (this.#monitor = undefined));
+      this.#monitor = { client, activity: new ActivityMonitor(client) };
+    }
+    return this.#monitor.activity.sample();
+  }
+
+  /** Clean shutdown. When the safekeepers cannot take the last WAL in time it is an unclean one, which loses nothing acknowledged. */
+  async suspend(): Promise<void> {
+    this.#isStopping = true;
+    const { log, cacheDir, environment } = this.#options;
+    await this.#monitor?.client.end().catch(() => {});
+    const isClean = await this.#postgres.stop('fast', SUSPEND_TIMEOUT_MS);
+    const endLsn = this.#proposer.endLsn;
+    const isWhole = isClean && !this.#proposer.fenced && this.#proposer.commitLsn === endLsn;
+    if (isWhole && (await this.#postgres.exited).code === 0) {
+      const { fullVersion } = environment.installation;
+      keepCache(cacheDir, this.#instanceDir, { timelineId: this.timelineId, endLsn, fullVersion });
+    } else {
+      log.warn({ isClean, endLsn: formatLsn(endLsn), commitLsn: formatLsn(this.commitLsn) }, 'suspended uncleanly');
+    }
+    await this.#close();
+    this.#resolveExited(undefined);
+  }
+
+  /** kill -9. */
+  async kill(): Promise<void> {
+    this.#isStopping = true;
+    this.#postgres.kill();
+    await this.#postgres.exited;
+    await this.#close();
+    this.#resolveExited(undefined);
+  }
+
+  #watch(): void {
+    this.#proposer.once('fenced', (term) => this.#die(`another compute leads this branch (term ${term})`));
+    void this.#walPush.closed.then((reason) => this.#die(`the WAL stream ended: ${reason}`));
+    void this.#postgres.exited.then(({ code, signal }) => {
+      this.#die(signal === null ? `Postgres exited with code ${code}` : `Postgres was killed by ${signal}`);
+    });
+  }
+
+  #die(reason: string): void {
+    if (this.#isStopping) return;
+    this.#isStopping = true;
+    this.#options.log.warn({ reason }, 'compute is gone');
+    this.#postgres.kill();
+    void this.#postgres.exited.then(() => this.#close()).finally(() => this.#resolveExited(reason));
+  }
+
+  async #close(): Promise<void> {
+    await this.#walPush.close();
+    await this.#proposer.close();
+  }
+
+  #connectAdmin(): Promise<Client> {
+    const { socketDir, environment } = this.#options;
+    return connectAdmin({ socketDir, password: environment.adminPassword });
+  }
+}
+
+/** The folder to start from: the kept one when the branch is exactly where it left it, else a new one at `lsn`. */
+async function prepareInstance(options: ComputeOptions, lsn: Lsn): Promise<{ instanceDir: string; isKept: boolean }> {
+  const { spec, cacheDir, socketDir, environment } = options;
+  const { installation, user, pageserver, platformSecret } = environment;
+  const kept = takeCache(cacheDir, {
+    timelineId: spec.timelineId,
+    endLsn: lsn,
+    fullVersion: installation.fullVersion,
+  });
+  const token = await signToken(platformSecret, { scope: 'timeline', timelineId: spec.timelineId });
+  const common = {
+    timelineId: spec.timelineId,
+    user,
+    token,
+    settings: { pgVersion: installation.pgVersion, socketDir },
+  };
+  if (kept !== undefined && refreshDataDirectory({ ...common, instanceDir: kept })) {
+    return { instanceDir: kept, isKept: true };
+  }
+  const basebackup = await pageserver.basebackup(spec.timelineId, lsn, BASEBACKUP_TIMEOUT_MS);
+  const instanceDir = newInstance(cacheDir);
+  writeDataDirectory({ ...common, instanceDir }, basebackup);
+  return { instanceDir, isKept: false };
+}
+
+function shimEnvironment(options: ComputeOptions, instanceDir: string): Record<string, string> {
+  const { shimFile, pageAddress } = options.environment;
+  return {
+    LD_PRELOAD: shimFile,
+    STRATA_PAGESERVER: `${pageAddress.host}:${pageAddress.port}`,
+    STRATA_TIMELINE: options.spec.timelineId,
+    STRATA_TOKEN_FILE: join(instanceDir, 'token'),
+    STRATA_PAGE_MAP: join(instanceDir, 'pages.map'),
+    STRATA_DATA_DIR: join(instanceDir, 'data'),
+    STRATA_PARENT_DEATH: '1',
+  };
+}
+
+/** Milliseconds between laps, for the log. */
+class Stopwatch {
+  readonly laps: Record<string, number> = {};
+  #last = performance.now();
+
+  lap(name: string): void {
+    const now = performance.now();
+    this.laps[`${name}Ms`] = Math.round((now - this.#last) * 10) / 10;
+    this.#last = now;
+  }
+}

@@ -1,0 +1,131 @@
+/**
+ * The computes of this host, by endpoint: what api/control.ts asks for, over compute/compute.ts.
+ */
+import { rmSync } from 'node:fs';
+import { join } from 'node:path';
+import type { ActivitySample, CatalogSpec, ComputeExitListener, ComputeSpec, Computes } from '../api/control.ts';
+import type { RunningCompute } from '../api/wake.ts';
+import { StrataError } from '../base/errors.ts';
+import type { Logger } from '../base/log.ts';
+import { Compute, type ComputeEnvironment } from '../compute/compute.ts';
+import { findInstallation, type PostgresInstallation, reachableInstallation } from '../compute/installation.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import { makeFolderFor, type PlatformDirectory } from './platform-directory.ts';
+
+export interface LocalComputesOptions {
+  readonly directory: PlatformDirectory;
+  readonly environment: Omit<ComputeEnvironment, 'installation'>;
+  /** The binaries that the platform was started with. */
+  readonly installation: PostgresInstallation;
+  readonly log: Logger;
+}
+
+export class LocalComputes implements Computes {
+  readonly #options: LocalComputesOptions;
+  readonly #computes = new Map<string, Compute>();
+  readonly #starting = new Map<string, Promise<Compute>>();
+  readonly #exitListeners: ComputeExitListener[] = [];
+
+  constructor(options: LocalComputesOptions) {
+    this.#options = options;
+  }
+
+  async start(spec: ComputeSpec): Promise<RunningCompute> {
+    const existing = this.#computes.get(spec.endpointId);
+    if (existing !== undefined) return toRunning(spec.endpointId, existing);
+    const { directory, environment, log } = this.#options;
+    const cacheDir = join(directory.computesDir, spec.endpointId);
+    const socketDir = join(directory.runDir, spec.endpointId);
+    makeFolderFor(environment.user, cacheDir);
+    makeFolderFor(environment.user, socketDir);
+    const starting = Compute.start({
+      spec,
+      cacheDir,
+      socketDir,
+      logFile: join(directory.logsDir, `${spec.endpointId}.log`),
+      environment: { ...environment, installation: this.#installationFor(spec.pgVersion) },
+      log: log.child({ endpoint: spec.endpointId }),
+    });
+    this.#starting.set(spec.timelineId, starting);
+    let compute: Compute;
+    try {
+      compute = await starting;
+    } finally {
+      this.#starting.delete(spec.timelineId);
+    }
+    this.#computes.set(spec.endpointId, compute);
+    void compute.exited.then((reason) => {
+      if (this.#computes.get(spec.endpointId) === compute) this.#computes.delete(spec.endpointId);
+      if (reason === undefined) return;
+      for (const listener of this.#exitListeners) listener(spec.endpointId, reason);
+    });
+    return toRunning(spec.endpointId, compute);
+  }
+
+  running(endpointId: string): RunningCompute | undefined {
+    const compute = this.#computes.get(endpointId);
+    return compute === undefined ? undefined : toRunning(endpointId, compute);
+  }
+
+  async suspend(endpointId: string): Promise<void> {
+    const compute = this.#computes.get(endpointId);
+    this.#computes.delete(endpointId);
+    await compute?.suspend();
+  }
+
+  async kill(endpointId: string, forget: boolean): Promise<void> {
+    const compute = this.#computes.get(endpointId);
+    this.#computes.delete(endpointId);
+    await compute?.kill();
+    if (!forget) return;
+    const { directory } = this.#options;
+    for (const parent of [directory.computesDir, directory.runDir]) {
+      rmSync(join(parent, endpointId), { recursive: true, force: true });
+    }
+  }
+
+  async applyCatalog(endpointId: string, catalog: CatalogSpec): Promise<void> {
+    await this.#require(endpointId).applyCatalog(catalog);
+  }
+
+  async activity(endpointId: string): Promise<ActivitySample> {
+    return this.#require(endpointId).activity();
+  }
+
+  onExit(listener: ComputeExitListener): void {
+    this.#exitListeners.push(listener);
+  }
+
+  /**
+   * Everything acknowledged on the timeline is below this LSN; undefined when none of this host's computes writes it. Waits for one that is just
+   * starting, whose election must not be disturbed by another.
+   */
+  async commitLsnOf(timelineId: string): Promise<Lsn | undefined> {
+    await this.#starting.get(timelineId)?.catch(() => {});
+    for (const compute of this.#computes.values()) {
+      if (compute.timelineId === timelineId) return compute.commitLsn;
+    }
+    return undefined;
+  }
+
+  /** Clean shutdown of all, side by side. */
+  async suspendAll(): Promise<void> {
+    await Promise.allSettled([...this.#computes.keys()].map((endpointId) => this.suspend(endpointId)));
+  }
+
+  #require(endpointId: string): Compute {
+    const compute = this.#computes.get(endpointId);
+    if (compute === undefined) throw new StrataError('unavailable', `endpoint "${endpointId}" is not running`);
+    return compute;
+  }
+
+  #installationFor(pgVersion: number): PostgresInstallation {
+    const { installation, environment, directory } = this.#options;
+    const wanted = installation.pgVersion === pgVersion ? installation : findInstallation({ pgVersion });
+    return reachableInstallation(wanted, environment.user, directory.runDir);
+  }
+}
+
+function toRunning(endpointId: string, compute: Compute): RunningCompute {
+  return { endpointId, socketPath: compute.socketPath };
+}

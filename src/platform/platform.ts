@@ -1,0 +1,299 @@
+/**
+ * The whole platform on one machine: safekeepers and a pageserver as child processes, the control plane, the computes and the proxy in this one.
+ */
+import { createServer } from 'node:net';
+import { join } from 'node:path';
+import { PLATFORM_FILE_NAME, type PlatformFile } from '../api/control.ts';
+import { PageserverClient } from '../api/pageserver.ts';
+import type { SafekeeperAddress } from '../api/safekeeper.ts';
+import { type DirectoryLock, lockDirectory } from '../base/directory-lock.ts';
+import { writeFileDurably } from '../base/durable-file.ts';
+import { StrataError } from '../base/errors.ts';
+import { createLog, type Logger } from '../base/log.ts';
+import { listen } from '../base/rpc.ts';
+import { signToken } from '../base/token.ts';
+import { findInstallation, reachableInstallation, unprivilegedUser } from '../compute/installation.ts';
+import { ADMIN_ROLE } from '../compute/settings.ts';
+import { buildShim } from '../compute/shim/build.ts';
+import { Control } from '../control/control.ts';
+import { createApiServer } from '../control/server.ts';
+import { loadOrMakeCertificate } from '../proxy/certificate.ts';
+import { startProxy } from '../proxy/proxy.ts';
+import { ChildService } from './child-service.ts';
+import { LocalComputes } from './computes.ts';
+import {
+  loadOrMakeSecrets,
+  openPlatformDirectory,
+  type PlatformDirectory,
+  type Secrets,
+} from './platform-directory.ts';
+import { ClusterStorage } from './storage.ts';
+import { rmSync } from 'node:fs';
+
+export interface StartOptions {
+  readonly dataDir: string;
+  readonly pgPort: number;
+  readonly httpPort: number;
+  readonly safekeeperCount: number;
+  readonly pgVersion: number;
+  readonly pgBinDir: string | undefined;
+  /** -1: never. */
+  readonly suspendTimeoutSeconds: number;
+}
+
+export interface Platform {
+  readonly connectionString: string;
+  readonly apiUrl: string;
+  /** Stops everything; all is kept for the next start. */
+  stop(): Promise<void>;
+}
+
+const LOOPBACK = '127.0.0.1';
+const LOCK_WAIT_MS = 3_000;
+const FIRST_PROJECT_NAME = 'first';
+
+/** `progress` is told what takes long. Throws coded errors before anything is started when something is wrong with the options or the machine. */
+export async function startPlatform(
+  options: StartOptions,
+  version: string,
+  progress: (text: string) => void,
+): Promise<Platform> {
+  const cleanup = new Cleanup();
+  try {
+    return await bringUp(options, version, progress, cleanup);
+  } catch (error) {
+    await cleanup.run();
+    throw error;
+  }
+}
+
+async function bringUp(
+  options: StartOptions,
+  version: string,
+  progress: (text: string) => void,
+  cleanup: Cleanup,
+): Promise<Platform> {
+  const user = unprivilegedUser();
+  const found = findInstallation({
+    pgVersion: options.pgVersion,
+    ...(options.pgBinDir ? { pgBinDir: options.pgBinDir } : {}),
+  });
+  const directory = openPlatformDirectory(options.dataDir, user);
+  const lock = await lockPlatform(directory);
+  cleanup.add(() => lock.release());
+  await assertPortFree(options.pgPort, '--pg-port');
+  await assertPortFree(options.httpPort, '--http-port');
+  const shimFile = await buildShim(directory.runDir);
+  const installation = reachableInstallation(found, user, directory.runDir);
+  const secrets = loadOrMakeSecrets(directory);
+  const certificate = await loadOrMakeCertificate(
+    join(directory.path, 'tls', 'cert.pem'),
+    join(directory.path, 'tls', 'key.pem'),
+  );
+  const log = createLog({ name: 'platform', file: join(directory.logsDir, 'platform.log') });
+  log.info({ ...options, version, postgres: installation.fullVersion }, 'starting');
+
+  progress('starting storage');
+  const { safekeepers, pageserver, pageAddress, services } = await startServices(
+    options,
+    directory,
+    secrets,
+    log,
+    cleanup,
+  );
+  const storage = new ClusterStorage({
+    pageserver,
+    safekeepers,
+    token: await signToken(secrets.platformSecret, { scope: 'platform' }),
+    installation: found,
+    user,
+    runDir: directory.runDir,
+    adminPassword: secrets.adminPassword,
+    commitLsnOf: (timelineId) => computes.commitLsnOf(timelineId),
+    progress,
+    log,
+  });
+  const computes = new LocalComputes({
+    directory,
+    installation: found,
+    environment: {
+      user,
+      shimFile,
+      safekeepers,
+      pageserver,
+      pageAddress,
+      platformSecret: secrets.platformSecret,
+      adminPassword: secrets.adminPassword,
+    },
+    log,
+  });
+  cleanup.add(() => computes.suspendAll());
+
+  const control = Control.open({
+    dataDirectory: directory.path,
+    storage,
+    computes,
+    log,
+    config: {
+      proxyHost: LOOPBACK,
+      proxyPort: options.pgPort,
+      domain: 'localhost',
+      defaultPgVersion: options.pgVersion,
+      availablePgVersions: [found.pgVersion],
+      suspendTimeoutSeconds: options.suspendTimeoutSeconds,
+    },
+  });
+  cleanup.add(() => control.close());
+  let isReady = false;
+  const api = createApiServer({ control, isReady: () => isReady });
+  cleanup.add(async () => {
+    await api.close();
+  });
+  await api.listen({ host: LOOPBACK, port: options.httpPort });
+  await storage.ensureTemplate(options.pgVersion);
+  await control.recover();
+  if (control.projects.count() === 0) {
+    progress('creating the first project');
+    await control.projects.create({ name: FIRST_PROJECT_NAME });
+  }
+  const proxy = await startProxy({
+    host: LOOPBACK,
+    port: options.pgPort,
+    certificate,
+    wakeService: control,
+    refusedRoles: [ADMIN_ROLE],
+    log,
+  });
+  cleanup.add(() => proxy.close());
+  control.startIdleMonitor();
+  isReady = true;
+
+  const platformFile = join(directory.path, PLATFORM_FILE_NAME);
+  const file: PlatformFile = {
+    pid: process.pid,
+    host: LOOPBACK,
+    httpPort: options.httpPort,
+    pgPort: options.pgPort,
+    startedAtMs: Date.now(),
+    version,
+  };
+  writeFileDurably(platformFile, `${JSON.stringify(file, undefined, 2)}\n`, 0o600);
+  cleanup.add(() => rmSync(platformFile, { force: true }));
+  log.info({ services: services.map((service) => service.pid) }, 'ready');
+  return {
+    connectionString: control.defaultConnectionUri(),
+    apiUrl: `http://${LOOPBACK}:${options.httpPort}/api/v2`,
+    stop: () => cleanup.run(),
+  };
+}
+
+interface Services {
+  readonly safekeepers: readonly SafekeeperAddress[];
+  readonly pageserver: PageserverClient;
+  readonly pageAddress: SafekeeperAddress;
+  readonly services: readonly ChildService[];
+}
+
+async function startServices(
+  options: StartOptions,
+  directory: PlatformDirectory,
+  secrets: Secrets,
+  log: Logger,
+  cleanup: Cleanup,
+): Promise<Services> {
+  // The ports are the services' own for as long as the platform runs, so that one that died is found again at its address.
+  const [rpcPort, pagePort, ...safekeeperPorts] = await freePorts(2 + options.safekeeperCount);
+  const safekeepers = safekeeperPorts.map((port) => ({ host: LOOPBACK, port }));
+  const secret = secrets.platformSecret.toString('hex');
+  const start = async (name: string, command: string[], config: Record<string, unknown>): Promise<ChildService> => {
+    const logFile = join(directory.logsDir, `${name}.log`);
+    const service = await ChildService.start({
+      name,
+      command,
+      config: { ...config, host: LOOPBACK, secret },
+      logFile,
+      log,
+    });
+    cleanup.add(() => service.stop());
+    return service;
+  };
+  const services = await Promise.all([
+    ...safekeepers.map(({ port }, index) =>
+      start(`safekeeper-${index + 1}`, ['safekeeper', String(index + 1)], {
+        nodeId: index + 1,
+        dataDir: join(directory.path, `safekeeper-${index + 1}`),
+        port,
+      }),
+    ),
+    start('pageserver', ['pageserver'], {
+      dataDir: join(directory.path, 'pageserver'),
+      rpcPort,
+      pagePort,
+      safekeepers,
+    }),
+  ]);
+  const pageserver = new PageserverClient({
+    host: LOOPBACK,
+    port: rpcPort ?? 0,
+    token: await signToken(secrets.platformSecret, { scope: 'platform' }),
+  });
+  cleanup.add(() => pageserver.close());
+  return { safekeepers, pageserver, pageAddress: { host: LOOPBACK, port: pagePort ?? 0 }, services };
+}
+
+async function lockPlatform(directory: PlatformDirectory): Promise<DirectoryLock> {
+  try {
+    return await lockDirectory(directory.path, LOCK_WAIT_MS);
+  } catch (error) {
+    if (!(error instanceof StrataError)) throw error;
+    throw new StrataError(
+      'conflict',
+      `the data directory ${directory.path} is in use by another platform: stop that one, or choose another directory with --data-dir`,
+      { cause: error },
+    );
+  }
+}
+
+async function assertPortFree(port: number, option: string): Promise<void> {
+  const server = createServer();
+  try {
+    await listen(server, LOOPBACK, port);
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    const why = code === 'EADDRINUSE' ? 'is in use' : `cannot be listened on (${code})`;
+    throw new StrataError('conflict', `port ${port} ${why}: choose another with ${option}`, { cause: error });
+  } finally {
+    server.close();
+  }
+}
+
+/** Free ports, all different. */
+async function freePorts(count: number): Promise<number[]> {
+  const servers = Array.from({ length: count }, () => createServer());
+  await Promise.all(servers.map((server) => listen(server, LOOPBACK, 0)));
+  const ports = servers.map((server) => {
+    const address = server.address();
+    return typeof address === 'object' && address !== null ? address.port : 0;
+  });
+  await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
+  return ports;
+}
+
+/** What was started, to be stopped in the opposite order; each step is tried whatever the others do. */
+class Cleanup {
+  readonly #steps: (() => void | Promise<void>)[] = [];
+
+  add(step: () => void | Promise<void>): void {
+    this.#steps.push(step);
+  }
+
+  async run(): Promise<void> {
+    for (let step = this.#steps.pop(); step !== undefined; step = this.#steps.pop()) {
+      try {
+        await step();
+      } catch (error) {
+        console.error(`while stopping: ${error instanceof Error ? error.message : String(error)}`);
+      }
+    }
+  }
+}

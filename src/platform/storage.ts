@@ -1,0 +1,152 @@
+/**
+ * Safekeepers and pageserver as the control plane sees them (api/control.ts).
+ */
+import type { BranchPoint, NewTimeline, Storage, TimelineStatus } from '../api/control.ts';
+import type { PageserverClient } from '../api/pageserver.ts';
+import { type SafekeeperAddress, SafekeeperClient } from '../api/safekeeper.ts';
+import { StrataError, toStrataError } from '../base/errors.ts';
+import type { Logger } from '../base/log.ts';
+import {
+  findInstallation,
+  type PostgresInstallation,
+  reachableInstallation,
+  type UnixUser,
+} from '../compute/installation.ts';
+import { electProposer } from '../compute/proposer.ts';
+import { DEFAULT_DATABASE_NAME, DEFAULT_ROLE_NAME } from '../control/projects.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import { TEMPLATE_TENANT_ID, templateTimelineId, withFreshCluster } from './template.ts';
+
+export interface ClusterStorageOptions {
+  readonly pageserver: PageserverClient;
+  readonly safekeepers: readonly SafekeeperAddress[];
+  /** Scope `platform`. */
+  readonly token: string;
+  readonly installation: PostgresInstallation;
+  readonly user: UnixUser | undefined;
+  readonly runDir: string;
+  readonly adminPassword: string;
+  /** The commit LSN of a timeline whose compute runs on this host. */
+  readonly commitLsnOf: (timelineId: string) => Promise<Lsn | undefined>;
+  readonly progress: (text: string) => void;
+  readonly log: Logger;
+}
+
+const WAIT_LSN_TIMEOUT_MS = 60_000;
+const ELECTION_TIMEOUT_MS = 30_000;
+/** A verifier that no password fits: the template's role gets a real one in each project. */
+const NO_PASSWORD =
+  'SCRAM-SHA-256$4096:AAAAAAAAAAAAAAAAAAAAAA==$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=';
+
+export class ClusterStorage implements Storage {
+  readonly #options: ClusterStorageOptions;
+  readonly #safekeepers: readonly SafekeeperClient[];
+  readonly #templates = new Map<number, Promise<BranchPoint>>();
+
+  constructor(options: ClusterStorageOptions) {
+    this.#options = options;
+    const { token, safekeepers } = options;
+    this.#safekeepers = safekeepers.map((address) => new SafekeeperClient({ address, token }));
+  }
+
+  ensureTemplate(pgVersion: number): Promise<BranchPoint> {
+    let template = this.#templates.get(pgVersion);
+    if (template === undefined) {
+      template = this.#findOrMakeTemplate(pgVersion);
+      this.#templates.set(pgVersion, template);
+      template.catch(() => this.#templates.delete(pgVersion));
+    }
+    return template;
+  }
+
+  async createTimeline(timeline: NewTimeline): Promise<void> {
+    await this.#options.pageserver.createTimeline({
+      tenantId: timeline.tenantId,
+      timelineId: timeline.timelineId,
+      pgVersion: timeline.pgVersion,
+      ancestorTimelineId: timeline.ancestor.timelineId,
+      ancestorLsn: timeline.ancestor.lsn,
+    });
+  }
+
+  async deleteTimeline(tenantId: string, timelineId: string): Promise<void> {
+    await this.#options.pageserver.deleteTimeline(timelineId);
+    await Promise.all(this.#safekeepers.map((safekeeper) => safekeeper.deleteTimeline(tenantId, timelineId)));
+  }
+
+  async headLsn(timelineId: string): Promise<Lsn> {
+    const lsn = (await this.#options.commitLsnOf(timelineId)) ?? (await this.#committedLsn(timelineId));
+    await this.#options.pageserver.waitLsn(timelineId, lsn, WAIT_LSN_TIMEOUT_MS);
+    return lsn;
+  }
+
+  async resolveLsn(timelineId: string, lsn: Lsn): Promise<Lsn> {
+    return (await this.#options.pageserver.resolveLsn(timelineId, lsn)).lsn;
+  }
+
+  async lsnForTimestamp(timelineId: string, timestampUs: number): Promise<Lsn | undefined> {
+    await this.headLsn(timelineId);
+    const found = await this.#options.pageserver.lsnForTimestamp(timelineId, timestampUs);
+    return found.kind === 'present' || found.kind === 'future' ? found.lsn : undefined;
+  }
+
+  async status(timelineId: string): Promise<TimelineStatus> {
+    const status = await this.#options.pageserver.timelineStatus(timelineId);
+    return { oldestLsn: status.ancestorLsn ?? status.lastRecordLsn, newestLsn: status.lastRecordLsn };
+  }
+
+  /**
+   * Where a timeline's WAL ends when no compute writes it. What a quorum of safekeepers agrees on is the end; when they differ, electing
+   * a proposer settles what is committed and what is not.
+   */
+  async #committedLsn(timelineId: string): Promise<Lsn> {
+    const { pageserver, safekeepers, token, log } = this.#options;
+    const identity = await pageserver.timelineIdentity(timelineId);
+    const quorum = Math.floor(safekeepers.length / 2) + 1;
+    const positions = await Promise.allSettled(
+      this.#safekeepers.map(async (safekeeper) => safekeeper.status(identity.tenantId, timelineId)),
+    );
+    const known = positions.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
+    const unknown = positions.filter(
+      (result) => result.status === 'rejected' && toStrataError(result.reason).code === 'not-found',
+    ).length;
+    if (known.length === 0 && unknown >= quorum) return identity.startLsn; // never started
+    const [first] = known;
+    const isSettled =
+      first !== undefined &&
+      known.length >= quorum &&
+      known.every(({ flushLsn, commitLsn }) => flushLsn === first.flushLsn && commitLsn === first.flushLsn);
+    if (isSettled) return first.flushLsn;
+    const signal = AbortSignal.timeout(ELECTION_TIMEOUT_MS);
+    const proposer = await electProposer({ safekeepers, token, timeline: identity, signal, log });
+    const { startLsn } = proposer;
+    await proposer.close();
+    return startLsn;
+  }
+
+  async #findOrMakeTemplate(pgVersion: number): Promise<BranchPoint> {
+    const { pageserver, installation, user, runDir, adminPassword, progress } = this.#options;
+    const timelineId = templateTimelineId(pgVersion);
+    try {
+      return { timelineId, lsn: (await pageserver.timelineStatus(timelineId)).lastRecordLsn };
+    } catch (error) {
+      if (!(error instanceof StrataError) || error.code !== 'not-found') throw error;
+    }
+    progress(`initialising Postgres ${pgVersion}, once`);
+    const wanted = installation.pgVersion === pgVersion ? installation : findInstallation({ pgVersion });
+    const template = {
+      installation: reachableInstallation(wanted, user, runDir),
+      user,
+      runDir,
+      adminPassword,
+      catalog: {
+        roles: [{ name: DEFAULT_ROLE_NAME, scramVerifier: NO_PASSWORD }],
+        databases: [{ name: DEFAULT_DATABASE_NAME, ownerName: DEFAULT_ROLE_NAME }],
+      },
+    };
+    await withFreshCluster(template, (dataDirectory) =>
+      pageserver.importTimeline({ tenantId: TEMPLATE_TENANT_ID, timelineId, pgVersion, dataDirectory }),
+    );
+    return { timelineId, lsn: (await pageserver.timelineStatus(timelineId)).lastRecordLsn };
+  }
+}
