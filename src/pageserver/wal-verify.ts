@@ -148,6 +148,8 @@ class Verifier {
   readonly #pendingClears = new Map<string, { type: TypeReport; mismatch: Mismatch }>();
   readonly #replayed = Buffer.alloc(BLOCK_SIZE);
   readonly #expected = Buffer.alloc(BLOCK_SIZE);
+  /** End of the last record verified. */
+  #endLsn: Lsn;
   #records = 0;
   #mismatches = 0;
 
@@ -155,6 +157,7 @@ class Verifier {
     this.#source = source;
     this.#options = options;
     this.#version = source.version;
+    this.#endLsn = source.startLsn;
     this.#pages = new VerifyPages(options.memoryPages ?? DEFAULT_MEMORY_PAGES);
   }
 
@@ -183,14 +186,14 @@ class Verifier {
         stoppedBy = error.message;
         done = true;
       }
-      this.#progress(reader.position);
+      this.#progress();
       if (done) break;
       await setImmediate();
     }
     this.#settlePendingClears();
-    this.#progress(reader.position);
+    this.#progress();
     this.#options.onPages?.(this.#pages);
-    return this.#report(reader.position, stoppedBy);
+    return this.#report(stoppedBy);
   }
 
   #verifyRecord(record: WalRecord): void {
@@ -199,6 +202,7 @@ class Verifier {
     type.records++;
     for (const change of this.#changesOf(record, type)) this.#applyChange(change);
     for (const block of record.blocks) this.#verifyBlock(record, block, type);
+    this.#endLsn = record.endLsn;
   }
 
   #verifyBlock(record: WalRecord, block: WalBlock, type: TypeReport): void {
@@ -372,12 +376,18 @@ class Verifier {
     return type;
   }
 
-  #progress(lsn: Lsn): void {
+  #progress(): void {
     const { startLsn, endLsn } = this.#source;
-    this.#options.onProgress?.({ lsn, startLsn, endLsn, records: this.#records, mismatches: this.#mismatches });
+    this.#options.onProgress?.({
+      lsn: this.#endLsn,
+      startLsn,
+      endLsn,
+      records: this.#records,
+      mismatches: this.#mismatches,
+    });
   }
 
-  #report(endLsn: Lsn, stoppedBy: string | undefined): VerifyReport {
+  #report(stoppedBy: string | undefined): VerifyReport {
     const byName = new Map<string, TypeReport>();
     for (const type of this.#types.values()) {
       const name = `${type.rmgr}/${type.type}`;
@@ -391,7 +401,7 @@ class Verifier {
     return {
       version: this.#version,
       startLsn: this.#source.startLsn,
-      endLsn,
+      endLsn: this.#endLsn,
       stoppedBy,
       records: this.#records,
       compared: total.compared,

@@ -1,0 +1,136 @@
+import assert from 'node:assert/strict';
+import { readFileSync, readdirSync } from 'node:fs';
+import { join } from 'node:path';
+import { after, before, test } from 'node:test';
+
+import { recordWal } from '../../test/redo/recorded-wal.ts';
+import type { RecordedWal } from '../../test/redo/recorded-wal.ts';
+import { WAL_PAGE_SIZE, parseWalFileName, segmentStart } from '../postgres/lsn.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import { RM_HEAP } from '../postgres/rmgr.ts';
+import { WalError } from '../postgres/wal/error.ts';
+import { WalReader, recordCrc } from '../postgres/wal/reader.ts';
+import type { WalRecord } from '../postgres/wal/record.ts';
+import { openWalDirectory } from './wal-directory.ts';
+import type { WalChunk, WalSource } from './wal-directory.ts';
+import { verifyWal } from './wal-verify.ts';
+
+let wal: RecordedWal;
+
+before(async () => {
+  wal = await recordWal(
+    async ({ sql }) => {
+      await sql(`CREATE TABLE t (id int, v text)`);
+      await sql(`INSERT INTO t VALUES (1, 'one')`);
+      await sql(`INSERT INTO t SELECT i, repeat('x', i % 50) FROM generate_series(1, 1000) i`);
+      await sql(`UPDATE t SET id = id + 1`);
+      await sql(`DELETE FROM t WHERE id % 2 = 0`);
+      await sql(`VACUUM t`);
+      await sql(`UPDATE t SET v = 'last' WHERE id % 100 = 1`);
+      await sql(`VACUUM t`);
+    },
+    { settings: `wal_consistency_checking = 'all'` },
+  );
+});
+
+after(() => wal[Symbol.dispose]());
+
+test('every page of a real workload is compared and none differs, however few pages are kept in memory', async () => {
+  const report = await verifyWal(await openWalDirectory(wal.directory, wal.startLsn));
+  assert.equal(report.mismatches, 0);
+  assert(report.compared > 2000, `${report.compared} pages compared`);
+  assert.equal(report.version, wal.version);
+  assert.equal(report.unchecked, 0);
+  const spilled = await verifyWal(await openWalDirectory(wal.directory, wal.startLsn), { memoryPages: 1 });
+  assert.deepEqual(spilled, report);
+});
+
+test('a directory is read from the first record of its first segment when no LSN is given', async () => {
+  const source = await openWalDirectory(wal.directory);
+  const report = await verifyWal(source);
+  assert(report.startLsn < wal.startLsn);
+  assert.equal(report.mismatches, 0);
+  assert.match(report.stoppedBy ?? '', /record length 0/);
+});
+
+test('a byte of a record that redo gets wrong is one mismatch, with its place and both values', async () => {
+  const source = await recordedSource();
+  const record = findRecord(source, (each) => {
+    const block = each.blocks[0];
+    const inOnePage = (each.startLsn % WAL_PAGE_SIZE) + each.totalLength <= WAL_PAGE_SIZE;
+    return each.rmid === RM_HEAP && (each.info & 0xf0) === 0x80 && inOnePage && block?.applyImage === false;
+  });
+  const block = record.blocks[0]!;
+  const at = record.startLsn - source.baseLsn;
+  const bytes = source.bytes.subarray(at, at + record.totalLength);
+  const wrong = block.dataOffset + block.dataLength - 1;
+  bytes[wrong] = bytes[wrong]! ^ 0xff;
+  bytes.writeUInt32LE(recordCrc(bytes), 20);
+
+  const report = await verifyWal(toSource(source));
+  assert.equal(report.mismatches, 1);
+  const insert = report.types.find((type) => type.rmgr === 'Heap' && type.type === 'INSERT+INIT');
+  assert.equal(insert?.mismatches, 1);
+  const mismatch = insert?.firstMismatch;
+  assert.equal(mismatch?.lsn, record.startLsn);
+  assert.equal(mismatch?.block?.rel, block.rel);
+  assert.equal(mismatch?.block?.blk, block.blk);
+  assert.match(mismatch?.expected ?? '', /^[0-9a-f]{2,32}$/);
+  assert.equal(
+    parseInt(mismatch?.expected?.slice(0, 2) ?? '', 16) ^ 0xff,
+    parseInt(mismatch?.found?.slice(0, 2) ?? '', 16),
+  );
+});
+
+test('damage that the CRC shows ends verification where it is', async () => {
+  const source = await recordedSource();
+  const record = findRecord(source, (each) => each.rmid === RM_HEAP);
+  source.bytes[record.startLsn - source.baseLsn + 30]! ^= 1;
+  const report = await verifyWal(toSource(source));
+  assert(report.endLsn <= record.startLsn);
+  assert.match(report.stoppedBy ?? '', /CRC/);
+});
+
+test('verification stops at the LSN asked for and when it is aborted', async () => {
+  const endLsn = wal.startLsn + 100_000;
+  const report = await verifyWal(await openWalDirectory(wal.directory, wal.startLsn), { endLsn });
+  assert(report.endLsn <= endLsn && report.endLsn > wal.startLsn);
+  assert.equal(report.stoppedBy, undefined);
+  const signal = AbortSignal.abort();
+  await assert.rejects(verifyWal(await openWalDirectory(wal.directory, wal.startLsn), { signal }), {
+    name: 'AbortError',
+  });
+});
+
+test('a directory without WAL, or without the segment asked for, is refused', async () => {
+  await assert.rejects(openWalDirectory(import.meta.dirname), WalError);
+  await assert.rejects(openWalDirectory(wal.directory, 2 ** 40), WalError);
+});
+
+interface RecordedSource {
+  readonly source: WalSource;
+  readonly baseLsn: Lsn;
+  readonly bytes: Buffer;
+}
+
+/** The whole WAL in memory, to be changed. */
+async function recordedSource(): Promise<RecordedSource> {
+  const source = await openWalDirectory(wal.directory, wal.startLsn);
+  const baseLsn = segmentStart(wal.startLsn);
+  const names = readdirSync(wal.directory).filter((name) => (parseWalFileName(name)?.startLsn ?? -1) >= baseLsn);
+  return { source, baseLsn, bytes: Buffer.concat(names.sort().map((name) => readFileSync(join(wal.directory, name)))) };
+}
+
+function findRecord(source: RecordedSource, isWanted: (record: WalRecord) => boolean): WalRecord {
+  const reader = new WalReader(wal.startLsn, wal.version);
+  reader.push(wal.startLsn, source.bytes.subarray(wal.startLsn - source.baseLsn));
+  for (let record = reader.next(); record !== undefined; record = reader.next()) if (isWanted(record)) return record;
+  throw new Error('the workload made no such record');
+}
+
+function toSource({ source, baseLsn, bytes }: RecordedSource): WalSource {
+  async function* chunks(): AsyncGenerator<WalChunk> {
+    yield { lsn: baseLsn, bytes };
+  }
+  return { ...source, chunks: chunks() };
+}
