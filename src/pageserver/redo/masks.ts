@@ -6,7 +6,7 @@
  * 16 pd_special, 20 pd_prune_xid. Line pointers of 4 bytes follow from byte 24: offset 15 bits, flags 2 bits, length 15 bits.
  *
  * The masks of index access methods stand beside their redo and are made of the pieces here. All are the same in 15, 16, 17 and 18.
- * Sources: bufmask.c, heap_mask, seq_mask, generic_mask.
+ * Sources: bufmask.c, heap_mask, seq_mask.
  */
 
 const PAGE_SIZE = 8192;
@@ -97,7 +97,7 @@ function maskHeapTuple(page: Buffer, at: number, blk: number, item: number): voi
   }
 }
 
-/** seq_mask, and generic_mask, which is the same. */
+/** seq_mask. */
 export function maskSequence(page: Buffer): void {
   maskPageLsnAndChecksum(page);
   maskUnusedSpace(page);

@@ -13,7 +13,9 @@
 
 import { PageError, pageIsNew, setPageLsn } from '../../postgres/page.ts';
 import {
+  RM_BRIN,
   RM_BTREE,
+  RM_GENERIC,
   RM_GIN,
   RM_GIST,
   RM_HASH,
@@ -27,7 +29,9 @@ import {
 import type { PgVersion } from '../../postgres/version.ts';
 import { findBlock } from '../../postgres/wal/record.ts';
 import type { WalRecord } from '../../postgres/wal/record.ts';
+import { maskBrin, redoBrin } from './brin.ts';
 import { maskBtree, redoBtree } from './btree.ts';
+import { maskGeneric, redoGeneric } from './generic.ts';
 import { maskGin, redoGin } from './gin.ts';
 import { maskGist, redoGist, redoGistOnImage } from './gist.ts';
 import { maskHash, redoHash } from './hash.ts';
@@ -89,6 +93,10 @@ function redo(page: Buffer, record: WalRecord, blockId: number, version: PgVersi
       return redoGist(page, record, blockId, version);
     case RM_SPGIST:
       return redoSpgist(page, record, blockId, version);
+    case RM_BRIN:
+      return redoBrin(page, record, blockId, version);
+    case RM_GENERIC:
+      return redoGeneric(page, record, blockId, version);
     case RM_SEQ:
       return redoSequence(page, record, blockId);
     case RM_XLOG:
@@ -117,6 +125,10 @@ export function maskPage(page: Buffer, rmid: number, blk: number, version: PgVer
       return maskGist(page, blk, version);
     case RM_SPGIST:
       return maskSpgist(page, blk, version);
+    case RM_BRIN:
+      return maskBrin(page, blk, version);
+    case RM_GENERIC:
+      return maskGeneric(page, blk, version);
     case RM_SEQ:
       return maskSequence(page);
   }
