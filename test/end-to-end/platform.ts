@@ -3,8 +3,9 @@
  * users have (psql, pgbench, the `pg` package) against it.
  */
 import assert from 'node:assert/strict';
+import { createHash } from 'node:crypto';
 import { type ChildProcess, execFile, spawn } from 'node:child_process';
-import { mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readFileSync, readlinkSync, realpathSync, rmSync } from 'node:fs';
 import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
@@ -125,6 +126,12 @@ export class TestPlatform {
     return this.descendants()
       .filter((process) => /\/postgres -D /.test(process.command))
       .map((process) => ({ pid: process.pid, dataDir: process.command.replace(/^.* -D (\S+).*$/, '$1') }));
+  }
+
+  /** The folder of an endpoint's Unix socket. */
+  socketDirOf(endpointId: string): string {
+    const name = createHash('sha256').update(realpathSync(this.dataDir)).digest('hex').slice(0, 12);
+    return join(tmpdir(), `strata-${process.geteuid?.() ?? 0}-${name}`, endpointId);
   }
 
   /** Every process below the supervisor, with its command line. */

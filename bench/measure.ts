@@ -1,0 +1,62 @@
+/**
+ * Repeated measurements: the two contenders take turns, so that what else the machine does falls on both, and the median is what counts.
+ */
+
+export interface Row {
+  readonly question: string;
+  readonly unit: string;
+  /** Vanilla Postgres in the same run; undefined where it has no such thing. */
+  readonly vanilla: number | undefined;
+  readonly strata: number;
+  /** True when larger is better. */
+  readonly isRate: boolean;
+  readonly note?: string;
+}
+
+export function median(values: readonly number[]): number {
+  const sorted = [...values].sort((a, b) => a - b);
+  const middle = sorted.length >> 1;
+  const upper = sorted[middle] ?? Number.NaN;
+  return sorted.length % 2 === 1 ? upper : ((sorted[middle - 1] ?? Number.NaN) + upper) / 2;
+}
+
+export function percentile(values: readonly number[], fraction: number): number {
+  const sorted = [...values].sort((a, b) => a - b);
+  return sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * fraction))] ?? Number.NaN;
+}
+
+/** Runs the contenders in turn, `rounds` times; the median of each. */
+export async function inTurns(rounds: number, ...contenders: readonly (() => Promise<number>)[]): Promise<number[]> {
+  const results: number[][] = contenders.map(() => []);
+  for (let round = 0; round < rounds; round++) {
+    for (const [index, contender] of contenders.entries()) results[index]?.push(await contender());
+  }
+  return results.map(median);
+}
+
+export async function elapsedMs(work: () => Promise<unknown>): Promise<number> {
+  const start = performance.now();
+  await work();
+  return performance.now() - start;
+}
+
+export function formatTable(rows: readonly Row[]): string {
+  const head = ['question', 'vanilla', 'strata', 'unit', 'ratio', 'note'];
+  const cells = rows.map((row) => [
+    row.question,
+    row.vanilla === undefined ? '–' : formatFigure(row.vanilla),
+    formatFigure(row.strata),
+    row.unit,
+    row.vanilla === undefined ? '–' : `${(row.strata / row.vanilla).toFixed(2)} ×`,
+    row.note ?? '',
+  ]);
+  const widths = head.map((title, column) => Math.max(title.length, ...cells.map((cell) => cell[column]?.length ?? 0)));
+  const line = (cell: readonly string[]): string =>
+    `| ${cell.map((text, i) => text.padEnd(widths[i] ?? 0)).join(' | ')} |`;
+  return [line(head), line(widths.map((width) => '-'.repeat(width))), ...cells.map(line)].join('\n');
+}
+
+function formatFigure(value: number): string {
+  if (value >= 1000) return Math.round(value).toLocaleString('en-US');
+  return value >= 100 ? value.toFixed(0) : value.toFixed(1);
+}

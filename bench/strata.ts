@@ -1,0 +1,98 @@
+/**
+ * A platform under measurement: the test suite's platform, with the ways in that a benchmark needs.
+ */
+import { readdirSync, rmSync } from 'node:fs';
+import { basename, dirname, join } from 'node:path';
+import { Client } from 'pg';
+import { TestPlatform, withoutVerification } from '../test/end-to-end/platform.ts';
+import { elapsedMs } from './measure.ts';
+
+export class BenchedPlatform {
+  readonly #platform: TestPlatform;
+  readonly #projectId: string;
+  readonly #endpointId: string;
+
+  private constructor(platform: TestPlatform, projectId: string, endpointId: string) {
+    this.#platform = platform;
+    this.#projectId = projectId;
+    this.#endpointId = endpointId;
+  }
+
+  static async start(): Promise<BenchedPlatform> {
+    const platform = await TestPlatform.start({ args: ['--suspend-timeout', '-1'] });
+    const projects = (await platform.api('GET', '/projects')).body as { projects: { id: string }[] };
+    const projectId = projects.projects[0]?.id ?? '';
+    const endpoints = (await platform.api('GET', `/projects/${projectId}/endpoints`)).body as {
+      endpoints: { id: string }[];
+    };
+    return new BenchedPlatform(platform, projectId, endpoints.endpoints[0]?.id ?? '');
+  }
+
+  get connectionString(): string {
+    return this.#platform.connectionString;
+  }
+
+  plainConnectionString(): string {
+    return this.connectionString.replace('sslmode=require', 'sslmode=disable');
+  }
+
+  /** The compute's own Unix socket, past the proxy. */
+  directConnectionString(): string {
+    const url = new URL(this.connectionString);
+    const [postmaster] = this.#platform.postmasters();
+    if (postmaster === undefined) throw new Error('no compute is running');
+    const socketDir = this.#platform.socketDirOf(basename(dirname(dirname(postmaster.dataDir))));
+    return `postgresql://${url.username}:${url.password}@${encodeURIComponent(socketDir)}${url.pathname}`;
+  }
+
+  processes(): readonly { pid: number }[] {
+    return [{ pid: this.#platform.pid }, ...this.#platform.descendants()];
+  }
+
+  async firstRow(connectionString: string): Promise<void> {
+    await this.value(connectionString, 'SELECT 1');
+  }
+
+  async value(connectionString: string, sql: string): Promise<unknown> {
+    const client = new Client({ connectionString: withoutVerification(connectionString) });
+    await client.connect();
+    try {
+      const { rows } = await client.query<unknown[]>({ text: sql, rowMode: 'array' });
+      return rows[0]?.[0];
+    } finally {
+      await client.end();
+    }
+  }
+
+  /** Milliseconds of the statement alone, without connecting. */
+  async timedQuery(connectionString: string, sql: string): Promise<number> {
+    const client = new Client({ connectionString: withoutVerification(connectionString) });
+    await client.connect();
+    try {
+      return await elapsedMs(() => client.query(sql));
+    } finally {
+      await client.end();
+    }
+  }
+
+  async suspend(): Promise<void> {
+    await this.#platform.cli(['endpoints', 'suspend', this.#endpointId]);
+  }
+
+  /** Removes what a suspended compute left on this machine. */
+  forgetCache(): void {
+    const folder = join(this.#platform.dataDir, 'computes', this.#endpointId);
+    for (const name of readdirSync(folder)) rmSync(join(folder, name), { recursive: true, force: true });
+  }
+
+  async createBranch(name: string): Promise<void> {
+    const { status, body } = await this.#platform.api('POST', `/projects/${this.#projectId}/branches`, {
+      branch: { name },
+    });
+    if (status !== 201) throw new Error(`creating ${name}: ${status} ${JSON.stringify(body)}`);
+  }
+
+  destroy(): Promise<void> {
+    return this.#platform.destroy();
+  }
+}
