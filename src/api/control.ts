@@ -124,5 +124,8 @@ export interface PlatformFile {
   readonly version: string;
 }
 
+/** How long an endpoint is idle before it suspends, where nobody says otherwise. */
+export const DEFAULT_SUSPEND_TIMEOUT_SECONDS = 300;
+
 export const PLATFORM_FILE_NAME = 'platform.json';
 export const API_KEY_FILE_NAME = 'api-key';

@@ -173,6 +173,17 @@ test('a body that is not JSON is refused without quoting it', async () => {
   assert(!response.body.includes('secret'));
 });
 
+test('a request without a body may have any content type, one with a body is JSON', async () => {
+  await using api = new Api();
+  const form = { 'content-type': 'application/x-www-form-urlencoded' };
+  const created = await api.ok(201, 'POST', '/projects', { project: {} });
+  const project = `/projects/${String(at(created, 'project', 'id'))}`;
+  const branch = `${project}/branches/${String(at(created, 'branch', 'id'))}`;
+  await api.ok(200, 'POST', `${branch}/set_as_default`, undefined, form);
+  await api.ok(201, 'POST', `${project}/branches`, undefined, { 'content-type': 'application/json; charset=utf-8' });
+  await api.refused(400, ['x-www-form-urlencoded'], 'POST', '/projects', { project: {} }, form);
+});
+
 test('the request’s id comes back in errors', async () => {
   await using api = new Api();
   const given = await api.refused(404, [], 'GET', '/projects/none', undefined, { 'x-request-id': 'abc-1' });

@@ -33,7 +33,7 @@ export function createApiServer(options: ApiServerOptions): FastifyInstance {
     ajv: { customOptions: { coerceTypes: false, removeAdditional: false, verbose: true, allowUnionTypes: true } },
     schemaErrorFormatter: (errors, part) => new StrataError('bad-request', describeInvalid(errors[0], part)),
   });
-  acceptEmptyBodies(server);
+  readBodies(server);
   server.setErrorHandler((error: FastifyError, request, reply) => sendError(control, error, request, reply));
   server.setNotFoundHandler((request, reply) => {
     const path = request.url.split('?')[0];
@@ -62,11 +62,15 @@ export function createApiServer(options: ApiServerOptions): FastifyInstance {
   return server;
 }
 
-/** Clients send `Content-Type: application/json` with nothing after it. */
-function acceptEmptyBodies(server: FastifyInstance): void {
-  server.removeContentTypeParser('application/json');
-  server.addContentTypeParser('application/json', { parseAs: 'string' }, (_request, text, done) => {
+/** Bodies are JSON. Where there is none, clients send any content type (axios says it is a form). */
+function readBodies(server: FastifyInstance): void {
+  server.removeAllContentTypeParsers();
+  server.addContentTypeParser('*', { parseAs: 'string' }, (request, text, done) => {
     if (text === '') return done(null, undefined);
+    const type = request.headers['content-type'] ?? 'none';
+    if (!/^application\/json\b/i.test(type)) {
+      return done(new StrataError('bad-request', `content type ${type} is not supported: send application/json`));
+    }
     try {
       done(null, JSON.parse(text as string));
     } catch (error) {

@@ -6,7 +6,6 @@
  */
 import type { ActivitySample } from '../api/control.ts';
 
-export const DEFAULT_SUSPEND_TIMEOUT_SECONDS = 300;
 export const NEVER_SUSPEND = -1;
 
 export type SuspendDecision =

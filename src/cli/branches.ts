@@ -1,0 +1,120 @@
+/** `strata branches create | list | delete`. */
+import { Command } from 'commander';
+import { type CliContext, type ProjectOptions, openProject, projectCommand, show } from './context.ts';
+import { type Branch, type Endpoint, findBranch, listBranches, listEndpoints } from './entities.ts';
+import { CliError } from './errors.ts';
+import { formatAgo, formatFields, formatTable } from './format.ts';
+
+interface CreateOptions extends ProjectOptions {
+  readonly name?: string;
+  readonly parent?: string;
+  readonly at?: string;
+  readonly endpoint: boolean;
+}
+
+interface CreatedBranch {
+  readonly branch: Branch;
+  readonly endpoints: readonly Endpoint[];
+  readonly connection_uris?: readonly { readonly connection_uri: string }[];
+}
+
+export function branchesCommand(context: CliContext): Command {
+  const create = projectCommand(
+    'create',
+    'create a branch',
+    "branches create --name before-delete --at '2026-01-31 12:00:00+00'",
+  )
+    .option('--name <name>', 'name of the branch (default: its id)')
+    .option('--parent <branch>', 'name or id of the branch to begin from (default: the default branch)')
+    .option(
+      '--at <point>',
+      'begin at an LSN (0/16B3748) or at a time with its zone (2026-01-31T12:00:00.5Z) instead of now',
+    )
+    .option('--no-endpoint', 'without an endpoint: nothing can connect to it')
+    .action(async (options: CreateOptions) => {
+      const { api, project } = await openProject(context, options);
+      const point = options.at === undefined ? {} : parsePoint(options.at);
+      const branches = await listBranches(api, project);
+      const parent = findBranch(branches, options.parent);
+      const created = await api.post<CreatedBranch>(`/projects/${project.id}/branches`, {
+        branch: { name: options.name, parent_id: parent.id, ...point },
+        endpoints: options.endpoint ? [{ type: 'read_write' }] : [],
+      });
+      const { branch } = created;
+      show(context, options, created, () =>
+        formatFields([
+          ['branch', branch.name],
+          ['id', branch.id],
+          ['parent', `${parent.name} at ${branch.parent_lsn ?? '-'}`],
+          ['endpoint', created.endpoints[0]?.id ?? '-'],
+          ['connection', created.connection_uris?.[0]?.connection_uri ?? '-'],
+        ]),
+      );
+    });
+
+  const list = projectCommand('list', 'list the branches of a project', 'branches list').action(
+    async (options: ProjectOptions) => {
+      const { api, project } = await openProject(context, options);
+      const [branches, endpoints] = await Promise.all([listBranches(api, project), listEndpoints(api, project)]);
+      const names = new Map(branches.map((branch) => [branch.id, branch.name]));
+      const states = new Map(endpoints.map((endpoint) => [endpoint.branch_id, endpoint.current_state]));
+      show(context, options, branches, () =>
+        formatTable(
+          ['NAME', 'ID', 'PARENT', 'AT', 'ENDPOINT', 'CREATED'],
+          branches.map((branch) => [
+            branch.default ? `${branch.name} (default)` : branch.name,
+            branch.id,
+            branch.parent_id === undefined ? '-' : (names.get(branch.parent_id) ?? branch.parent_id),
+            branch.parent_timestamp ?? branch.parent_lsn ?? '-',
+            states.get(branch.id) ?? 'none',
+            formatAgo(branch.created_at, context.now()),
+          ]),
+        ),
+      );
+    },
+  );
+
+  const remove = projectCommand('delete', 'delete a branch with its data', 'branches delete before-delete')
+    .argument('<branch>', 'name or id')
+    .action(async (wanted: string, options: ProjectOptions) => {
+      const { api, project } = await openProject(context, options);
+      const branch = findBranch(await listBranches(api, project), wanted);
+      const deleted = await api.delete<{ branch: Branch }>(`/projects/${project.id}/branches/${branch.id}`);
+      show(context, options, deleted.branch, () => `deleted branch ${branch.name} (${branch.id})`);
+    });
+
+  return new Command('branches')
+    .description('create, list and delete branches')
+    .addCommand(create)
+    .addCommand(list)
+    .addCommand(remove)
+    .addHelpText('after', '\nExample:\n  $ strata branches create --name dev');
+}
+
+const LSN = /^[0-9A-Fa-f]{1,8}\/[0-9A-Fa-f]{1,8}$/;
+/** As RFC 3339, or as Postgres prints timestamptz: a space for the T, a zone of hours only. */
+const TIME = /^(\d{4}-\d{2}-\d{2})[T ](\d{2}:\d{2}(?::\d{2}(?:\.\d{1,6})?)?) ?(Z|[+-]\d{2}(?::?\d{2})?)?$/i;
+
+/** What `--at` says, in the API's words. */
+export function parsePoint(text: string): { parent_lsn: string } | { parent_timestamp: string } {
+  if (LSN.test(text)) return { parent_lsn: text };
+  const match = TIME.exec(text);
+  const given = JSON.stringify(text);
+  if (match === null) {
+    throw new CliError(
+      `--at ${given} is neither an LSN (0/16B3748) nor a time with its zone (2026-01-31T12:00:00.5Z)`,
+      2,
+    );
+  }
+  const [, date, time, zone] = match as unknown as [string, string, string, string | undefined];
+  if (zone === undefined)
+    throw new CliError(`--at ${given} has no time zone: add Z for UTC, or an offset such as +02:00`, 2);
+  const seconds = time.length === 5 ? `${time}:00` : time;
+  return { parent_timestamp: `${date}T${seconds}${fullZone(zone)}` };
+}
+
+/** `+02` and `+0200` as `+02:00`. */
+function fullZone(zone: string): string {
+  if (zone.length === 1) return 'Z';
+  return `${zone.slice(0, 3)}:${zone.slice(3).replace(':', '') || '00'}`;
+}

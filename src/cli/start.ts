@@ -1,0 +1,88 @@
+/**
+ * `strata start`: its options, checked. What starting is, the caller of the program says.
+ */
+import { Command, InvalidArgumentError } from 'commander';
+import { PG_VERSIONS } from '../postgres/version.ts';
+import { DEFAULT_SUSPEND_TIMEOUT_SECONDS } from '../api/control.ts';
+import { chooseDataDirectory } from './platform.ts';
+
+export interface StartOptions {
+  readonly dataDir: string;
+  readonly pgPort: number;
+  readonly httpPort: number;
+  readonly safekeeperCount: number;
+  readonly pgVersion: number;
+  readonly pgBinDir: string | undefined;
+  /** -1: never. */
+  readonly suspendTimeoutSeconds: number;
+}
+
+export const DEFAULT_PG_PORT = 55432;
+export const DEFAULT_HTTP_PORT = 55480;
+const MAX_SUSPEND_TIMEOUT_SECONDS = 604_800;
+const MAX_SAFEKEEPERS = 7;
+
+interface GivenOptions {
+  readonly dataDir?: string;
+  readonly pgPort: number;
+  readonly httpPort: number;
+  readonly safekeepers: number;
+  readonly pgVersion: number;
+  readonly pgBinDir?: string;
+  readonly suspendTimeout: number;
+}
+
+export function startCommand(environment: NodeJS.ProcessEnv, start: (options: StartOptions) => Promise<void>): Command {
+  return new Command('start')
+    .description('start the platform in the foreground; Ctrl-C stops it, the data stays')
+    .option('--data-dir <directory>', 'where everything is kept (default: STRATA_DATA_DIR, else .strata)')
+    .option('--pg-port <port>', 'port for Postgres clients', wholeNumber(1, 65_535), DEFAULT_PG_PORT)
+    .option('--http-port <port>', 'port of the API', wholeNumber(1, 65_535), DEFAULT_HTTP_PORT)
+    .option(
+      '--safekeepers <count>',
+      'how many processes keep the WAL; a majority makes a commit',
+      wholeNumber(1, MAX_SAFEKEEPERS),
+      3,
+    )
+    .option('--pg-version <major>', `Postgres of new projects: ${PG_VERSIONS.join(', ')}`, oneOf(PG_VERSIONS), 17)
+    .option('--pg-bin-dir <directory>', 'use the Postgres installed there instead of the one from npm')
+    .option(
+      '--suspend-timeout <seconds>',
+      'suspend an endpoint that is idle for so long; -1: never',
+      suspendTimeout,
+      DEFAULT_SUSPEND_TIMEOUT_SECONDS,
+    )
+    .addHelpText('after', '\nExample:\n  $ strata start --data-dir ~/strata --pg-port 5433')
+    .action(async (given: GivenOptions) => {
+      await start({
+        dataDir: chooseDataDirectory(given.dataDir, environment),
+        pgPort: given.pgPort,
+        httpPort: given.httpPort,
+        safekeeperCount: given.safekeepers,
+        pgVersion: given.pgVersion,
+        pgBinDir: given.pgBinDir,
+        suspendTimeoutSeconds: given.suspendTimeout,
+      });
+    });
+}
+
+function wholeNumber(minimum: number, maximum: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (/^-?\d+$/.test(text) && value >= minimum && value <= maximum) return value;
+    throw new InvalidArgumentError(`It must be a whole number from ${minimum} to ${maximum}.`);
+  };
+}
+
+function oneOf(values: readonly number[]): (text: string) => number {
+  return (text) => {
+    const value = values.find((each) => String(each) === text);
+    if (value !== undefined) return value;
+    throw new InvalidArgumentError(`It must be one of ${values.join(', ')}.`);
+  };
+}
+
+function suspendTimeout(text: string): number {
+  if (text === '-1') return -1;
+  return wholeNumber(1, MAX_SUSPEND_TIMEOUT_SECONDS)(text);
+}
