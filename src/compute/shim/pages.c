@@ -25,6 +25,8 @@
 #define MAX_BACKOFF_MS 500
 #define FUTEX_TIMEOUT_MS 100
 #define MAX_ASKED 64
+#define MAX_SKIP 4096
+#define SMALL_STEP 32
 #define MAX_ASKED_PAGES (2 * MAX_RUN)
 
 struct open_file open_files[MAX_TRACKED_FD];
@@ -201,15 +203,16 @@ static void sync_ring(void)
 
 static struct asked *ring_at(unsigned index) { return &ring[(ring_start + index) % MAX_ASKED]; }
 
-static bool is_asked(const struct map_entry *entry, uint32_t block)
+/* The request under way that covers the block, or NULL. */
+static const struct asked *find_asked(const struct map_entry *entry, uint32_t block)
 {
 	sync_ring();
 	for (unsigned i = 0; i < ring_length; i++) {
-		struct asked *asked = ring_at(i);
+		const struct asked *asked = ring_at(i);
 		if (asked->entry == entry && asked->fd >= 0 && block >= asked->block && block - asked->block < asked->count)
-			return true;
+			return asked;
 	}
-	return false;
+	return NULL;
 }
 
 static uint32_t asked_pages(void)
@@ -277,8 +280,12 @@ static enum wire_result receive(struct asked *asked, int64_t deadline_ms)
 	bool pages = response.status == 0;
 	if (response.request_id != asked->id || response.reserved != 0 ||
 	    (pages ? response.length != asked->count * PAGE_SIZE_BYTES : response.length > MAX_MESSAGE_BYTES)) {
-		shim_log("the pageserver sent a malformed answer (request %u, status %u, length %u) to request %u for %u pages",
-			 response.request_id, response.status, response.length, asked->id, asked->count);
+		static int64_t logged_ms;
+		if (logged_ms == 0 || now_ms() - logged_ms > LOG_INTERVAL_MS) {
+			logged_ms = now_ms();
+			shim_log("the pageserver sent a malformed answer (request %u, status %u, length %u) to request %u for %u pages",
+				 response.request_id, response.status, response.length, asked->id, asked->count);
+		}
 		wire_drop();
 		return WIRE_LOST;
 	}
@@ -343,7 +350,8 @@ static uint32_t absent_run(const struct map_entry *entry, uint32_t first, uint32
 static void read_ahead(int fd, struct open_file *file, int64_t deadline_ms)
 {
 	sync_ring();
-	if (wire_fd() < 0 || ring_length == MAX_ASKED || asked_pages() + MAX_RUN > MAX_ASKED_PAGES || is_asked(file->entry, file->miss_end))
+	if (wire_fd() < 0 || ring_length == MAX_ASKED || asked_pages() + MAX_RUN > MAX_ASKED_PAGES ||
+	    find_asked(file->entry, file->miss_end) != NULL)
 		return;
 	uint32_t count = absent_run(file->entry, file->miss_end, MAX_RUN);
 	if (count > 0)
@@ -376,26 +384,45 @@ static uint32_t first_wanted(const struct map_entry *entry, uint32_t first, uint
 	return claimed;
 }
 
+/*
+ * How many pages from this miss on are worth fetching. A miss that goes on where the last fetch of this descriptor ended doubles its length;
+ * so does one after blocks that are all here or coming (in shared buffers, or fetched by others). A small step forward keeps the
+ * length: parallel workers share out one scan in small pieces. Anything else begins anew with what is needed.
+ */
+static uint32_t next_run(const struct open_file *file, uint32_t block, bool continues_read)
+{
+	bool doubles = continues_read;
+	if (!doubles && block >= file->miss_end && block - file->miss_end <= MAX_SKIP) {
+		_Atomic uint8_t *states = map_states(file->entry);
+		uint32_t between = file->miss_end;
+		while (between < block && atomic_load_explicit(&states[between], memory_order_relaxed) != PAGE_ABSENT)
+			between++;
+		if (between < block)
+			return block - file->miss_end <= SMALL_STEP ? file->run : 1;
+		doubles = true;
+	}
+	if (!doubles)
+		return 1;
+	return file->run == 0 ? 1 : file->run * 2 > MAX_RUN ? MAX_RUN : file->run * 2;
+}
+
 /* One attempt at the absent block `block` and those after it. */
-static enum wire_result fetch_from(int fd, struct open_file *file, uint32_t block, uint32_t end, bool sequential, int64_t deadline_ms, int *error)
+static enum wire_result fetch_from(int fd, struct open_file *file, uint32_t block, uint32_t end, bool continues_read, int64_t deadline_ms, int *error)
 {
 	const struct map_entry *entry = file->entry;
 	enum wire_result result = wire_connect(deadline_ms);
 	if (result != WIRE_OK)
 		return result;
-	bool streaming = sequential && file->run == MAX_RUN;
-	if (is_asked(entry, block)) {
-		while (result == WIRE_OK && is_asked(entry, block)) {
-			file->miss_end = ring_at(0)->block + ring_at(0)->count;
+	bool streaming = block == file->miss_end;
+	const struct asked *asked = find_asked(entry, block);
+	if (asked != NULL) {
+		file->miss_end = asked->block + asked->count;
+		while (result == WIRE_OK && find_asked(entry, block) != NULL)
 			result = receive_prefetched(deadline_ms);
-		}
 	} else {
-		uint32_t needed = end - block;
-		uint32_t limit = sequential ? 2 * file->run : 0;
-		if (limit < needed)
-			limit = needed;
-		if (limit > MAX_RUN)
-			limit = MAX_RUN;
+		uint32_t limit = next_run(file, block, continues_read);
+		if (limit < end - block)
+			limit = end - block < MAX_RUN ? end - block : MAX_RUN;
 		if (limit > entry->blocks - block)
 			limit = entry->blocks - block;
 		uint32_t count = claim_run(entry, block, limit);
@@ -405,7 +432,7 @@ static enum wire_result fetch_from(int fd, struct open_file *file, uint32_t bloc
 		file->miss_end = block + count;
 		file->run = limit;
 	}
-	if (streaming && result == WIRE_OK && *error == 0)
+	if (streaming && file->run == MAX_RUN && result == WIRE_OK && *error == 0)
 		read_ahead(fd, file, deadline_ms);
 	return result;
 }
@@ -427,7 +454,7 @@ int pages_ensure(int fd, uint32_t first, uint32_t end)
 	if (first >= end || pages_all_present(entry, first, end))
 		return 0;
 	int saved = errno;
-	bool continues = first == file->read_end;
+	bool continues_read = first == file->read_end;
 	int64_t deadline_ms = now_ms() + config.fetch_timeout_ms, refused_since_ms = 0, backoff_ms = 0;
 	for (;;) {
 		bool absent;
@@ -445,9 +472,8 @@ int pages_ensure(int fd, uint32_t first, uint32_t end)
 		int error = 0;
 		int64_t attempt_end_ms = now_ms() + config.fetch_timeout_ms / 3 + 1;
 		block_signals(&signals);
-		bool sequential = continues || block == file->miss_end;
 		enum wire_result result =
-			fetch_from(fd, file, block, end, sequential, attempt_end_ms < deadline_ms ? attempt_end_ms : deadline_ms, &error);
+			fetch_from(fd, file, block, end, continues_read, attempt_end_ms < deadline_ms ? attempt_end_ms : deadline_ms, &error);
 		restore_signals(&signals);
 		int64_t now = now_ms();
 		if (error != 0) {
@@ -488,7 +514,7 @@ void pages_prefetch(int fd, uint32_t first, uint32_t end)
 	for (uint32_t block = first; result == WIRE_OK && block < end;) {
 		uint32_t left = end - block;
 		uint32_t count = absent_run(entry, block, left < MAX_RUN ? left : MAX_RUN);
-		if (count == 0 || is_asked(entry, block)) {
+		if (count == 0 || find_asked(entry, block) != NULL) {
 			block++;
 			continue;
 		}

@@ -91,6 +91,9 @@ _Atomic uint8_t *map_states(const struct map_entry *entry);
 _Atomic uint32_t *map_gone(const struct map_entry *entry);
 static inline bool map_is_gone(const struct map_entry *entry) { return atomic_load(map_gone(entry)) != 0; }
 
+/* What may happen again and again is logged by a process at most this often. */
+#define LOG_INTERVAL_MS 10000
+
 /* One line to standard error, which is the server's log. */
 void shim_log(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

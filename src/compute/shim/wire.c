@@ -196,7 +196,7 @@ static size_t make_hello(uint8_t *hello)
 
 static void log_refusal(const char *reason)
 {
-	if (connection.refusal_logged_ms != 0 && now_ms() - connection.refusal_logged_ms < 10000)
+	if (connection.refusal_logged_ms != 0 && now_ms() - connection.refusal_logged_ms < LOG_INTERVAL_MS)
 		return;
 	connection.refusal_logged_ms = now_ms();
 	shim_log("the pageserver at %s:%s refused the connection: %s", config.host, config.port, reason);
