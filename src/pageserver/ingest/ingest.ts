@@ -19,7 +19,6 @@
  */
 
 import { BLOCK_SIZE } from '../../postgres/page-size.ts';
-import { pageIsNew, setPageLsn } from '../../postgres/page.ts';
 import { FORK_FSM, FORK_INIT, FORK_MAIN, FORK_VM } from '../../postgres/relation.ts';
 import type { RelationKey } from '../../postgres/relation.ts';
 import { toPgVersion } from '../../postgres/version.ts';
@@ -30,7 +29,7 @@ import { CHECKPOINT_STATE_KEY, KEY_KIND, relationBlockKey } from '../key.ts';
 import type { Key } from '../key.ts';
 import { clearVisibilityChanges, truncateFreeSpace, truncateVisibility } from '../redo/derived.ts';
 import type { DerivedChange } from '../redo/derived.ts';
-import { restoreImage } from '../redo/image.ts';
+import { applyRecord } from '../redo/redo.ts';
 import type { TimelineWriter } from '../timeline.ts';
 import { RECORD_HEADER_BYTES, encodeDerived, encodeImage, encodeRecord, encodeTombstone } from '../value.ts';
 import type { Change } from './change.ts';
@@ -126,7 +125,7 @@ export class Ingest {
     }
     // Records with many images would be stored once for each of them, whole; the image alone is smaller.
     if (restores && record.totalLength + RECORD_HEADER_BYTES > BLOCK_SIZE) {
-      this.#writer.put(key, endLsn, encodeImage(pageFromImage(record, block)));
+      this.#writer.put(key, endLsn, encodeImage(this.#restore(record, block)));
     } else {
       this.#writer.put(key, endLsn, encodeRecord(record.bytes, record.startLsn, block.id, initialises));
     }
@@ -238,12 +237,11 @@ export class Ingest {
     const key: Key = { kind: KEY_KIND.relationBlock, spc, db, rel, fork, blk: change.page };
     this.#writer.put(key, lsn, encodeDerived(change.subtype, change.payload));
   }
-}
 
-/** The page after a record that restores it from an image: redo does nothing else to it. */
-function pageFromImage(record: WalRecord, block: WalBlock): Buffer {
-  const page = Buffer.allocUnsafe(BLOCK_SIZE);
-  restoreImage(page, record, block);
-  if (!pageIsNew(page)) setPageLsn(page, record.endLsn);
-  return page;
+  /** The page after a record that restores it from an image. */
+  #restore(record: WalRecord, block: WalBlock): Buffer {
+    const page = Buffer.alloc(BLOCK_SIZE);
+    applyRecord(page, record, block.id, this.#version);
+    return page;
+  }
 }

@@ -1,0 +1,225 @@
+/**
+ * The oracle of ingest is Postgres: a real cluster runs a workload and stops; what ingest has made of its WAL must be what is on its disk.
+ * Then a vanilla Postgres is started on nothing but that.
+ */
+
+import assert from 'node:assert/strict';
+import { after, before, test } from 'node:test';
+
+import { Cluster } from '../../../test/ingest/cluster.ts';
+import { materialize, otherFiles, pageOf, relationFiles } from '../../../test/ingest/data-directory.ts';
+import { MemoryTimeline } from '../../../test/ingest/memory-timeline.ts';
+import { runWorkload } from '../../../test/ingest/workload.ts';
+import type { Basebackup } from '../../api/basebackup.ts';
+import { decodeControlFile } from '../../postgres/control-file.ts';
+import type { Lsn } from '../../postgres/lsn.ts';
+import { BLOCK_SIZE } from '../../postgres/page-size.ts';
+import { FORK_FSM, FORK_INIT, FORK_MAIN, FORK_VM, parseRelationPath, relationPath } from '../../postgres/relation.ts';
+import { RM_BRIN, RM_BTREE, RM_GIN, RM_GIST, RM_HASH, RM_HEAP, RM_SEQ, RM_SPGIST } from '../../postgres/rmgr.ts';
+import { takeBasebackup } from '../basebackup.ts';
+import { importDataDirectory, inspectDataDirectory } from '../import.ts';
+import { maskPageLsnAndChecksum } from '../redo/masks.ts';
+import { maskPage } from '../redo/redo.ts';
+import { Ingest } from './ingest.ts';
+import type { IndexedTimeline } from './wal-search.ts';
+
+const cluster = new Cluster();
+let timeline: MemoryTimeline;
+let ingest: Ingest;
+let startLsn: Lsn;
+let backup: Basebackup;
+/** Resource managers by relation path. */
+const managers = new Map<string, number>();
+let realFiles: Map<string, Buffer>;
+let walBytes = 0;
+/** Oid of the database made by STRATEGY WAL_LOG. */
+let copiedByWal = 0;
+
+function indexed(): IndexedTimeline {
+  return { reader: timeline, startLsn, tail: ingest.indexTail };
+}
+
+before(async () => {
+  cluster.initdb();
+  const { lsn, recordStartLsn } = inspectDataDirectory(cluster.dataDir);
+  startLsn = lsn;
+  timeline = new MemoryTimeline(cluster.version, lsn, recordStartLsn);
+  await importDataDirectory(cluster.dataDir, timeline);
+  await cluster.start();
+  await runWorkload(cluster);
+  await noteResourceManagers();
+  await cluster.stop();
+  realFiles = relationFiles(cluster.dataDir);
+  ingest = new Ingest(timeline);
+  for (const record of cluster.records(lsn)) {
+    ingest.ingest(record);
+    walBytes += record.totalLength;
+  }
+  backup = takeBasebackup(indexed(), timeline.lastRecordLsn);
+});
+
+after(() => cluster[Symbol.asyncDispose]());
+
+const ACCESS_METHODS: Record<string, number> = {
+  heap: RM_HEAP,
+  btree: RM_BTREE,
+  hash: RM_HASH,
+  gin: RM_GIN,
+  gist: RM_GIST,
+  spgist: RM_SPGIST,
+  brin: RM_BRIN,
+};
+
+async function noteResourceManagers(): Promise<void> {
+  const first = await cluster.connect();
+  const names = await first.query<{ datname: string; oid: number }>(
+    'SELECT datname, oid FROM pg_database WHERE datallowconn',
+  );
+  copiedByWal = names.rows.find(({ datname }) => datname === 'by_wal')?.oid ?? 0;
+  for (const { datname } of names.rows) {
+    const client = await cluster.connect(datname);
+    const { rows } = await client.query<{ path: string; kind: string; method: string | null }>(
+      `SELECT pg_relation_filepath(c.oid) AS path, relkind AS kind, amname AS method
+         FROM pg_class c LEFT JOIN pg_am a ON a.oid = relam WHERE pg_relation_filepath(c.oid) IS NOT NULL`,
+    );
+    for (const { path, kind, method } of rows) {
+      managers.set(path, kind === 'S' ? RM_SEQ : (ACCESS_METHODS[method ?? ''] ?? -1));
+    }
+    await client.end();
+  }
+}
+
+test('the WAL is taken to its end', () => {
+  const control = decodeControlFile(otherFiles(cluster.dataDir, ['global']).get('global/pg_control')!);
+  assert.equal(timeline.lastRecordStartLsn, control.checkPoint);
+  assert.ok(walBytes > 10_000_000);
+});
+
+test('relations are those on disk, with their sizes', () => {
+  const expected = new Map([...realFiles].map(([path, bytes]) => [path, bytes.length / BLOCK_SIZE] as const));
+  const actual = new Map(backup.relations.map((r) => [relationPath(r, cluster.version), r]));
+  const initForks = new Set([...realFiles.keys()].filter((path) => path.endsWith('_init')));
+  for (const [path, relation] of actual) {
+    const blocks = expected.get(path);
+    assert.ok(blocks !== undefined, `${path} is not on disk`);
+    if (initForks.has(`${path}_init`)) {
+      assert.equal(relation.sourceFork, FORK_INIT);
+      assert.equal(relation.blocks, expected.get(`${path}_init`));
+    } else if (relation.fork === FORK_FSM) {
+      assert.ok(relation.blocks <= blocks, `${path} has ${relation.blocks} blocks, on disk ${blocks}`);
+    } else {
+      // Postgres adds pages without logging it; they are zeroes until their first record.
+      const rest = realFiles.get(path)!.subarray(relation.blocks * BLOCK_SIZE);
+      assert.ok(
+        relation.blocks <= blocks && rest.every((byte) => byte === 0),
+        `${path}: ${relation.blocks} and ${blocks} blocks`,
+      );
+    }
+  }
+  for (const path of expected.keys()) {
+    const fork = parseRelationPath(path)!.fork;
+    if (fork === FORK_FSM || initForks.has(`${path.replace(/_(vm|fsm)$/, '')}_init`)) continue;
+    if (fork === FORK_VM && realFiles.get(path)!.every((byte) => byte === 0)) continue;
+    assert.ok(actual.has(path), `${path} is on disk only`);
+  }
+});
+
+test('pages are those on disk, under the masks of Postgres', () => {
+  let compared = 0;
+  const wrong: string[] = [];
+  for (const relation of backup.relations) {
+    const path = relationPath(relation, cluster.version);
+    if (relation.fork === FORK_FSM || relation.sourceFork !== relation.fork) continue;
+    // What a prepared transaction made is in no catalog yet.
+    const manager = managers.get(relationPath({ ...relation, fork: FORK_MAIN }, cluster.version)) ?? RM_HEAP;
+    const pages = timeline.getPages(relation, 0, relation.blocks, backup.lsn);
+    for (let blk = 0; blk < relation.blocks; blk++) {
+      const real = pageOf(realFiles.get(path)!, blk);
+      const ours = pageOf(pages, blk);
+      compared++;
+      if (real.equals(ours)) continue;
+      for (const page of [real, ours]) {
+        if (relation.fork === FORK_MAIN) maskPage(page, manager, blk, cluster.version);
+        else maskPageLsnAndChecksum(page);
+      }
+      if (manager === RM_SEQ) for (const page of [real, ours]) maskLastValue(page);
+      if (relation.fork === FORK_VM && relation.db === copiedByWal) clearLostBits(real, ours);
+      if (!real.equals(ours)) wrong.push(`${path} block ${blk}`);
+    }
+  }
+  assert.deepEqual(wrong, []);
+  assert.ok(compared > 3000, `${compared} pages`);
+});
+
+/** WAL runs ahead of a sequence, by up to 32 values: last_value and log_cnt, in the only tuple of its only page. */
+function maskLastValue(page: Buffer): void {
+  page.fill(0, BLOCK_SIZE - 32, BLOCK_SIZE - 16);
+}
+
+/**
+ * CREATE DATABASE by WAL logs map pages as if they had a hole, which is where their bits are: a standby of Postgres loses them too. What
+ * is set must be set on the primary all the same.
+ */
+function clearLostBits(real: Buffer, ours: Buffer): void {
+  for (let i = 24; i < BLOCK_SIZE; i++) real[i]! &= ours[i]!;
+}
+
+test('filenode maps, version files and SLRUs are those on disk', () => {
+  const files = new Map(backup.files.map(({ path, bytes }) => [path, bytes]));
+  const slrus = ['pg_xact', 'pg_multixact/offsets', 'pg_multixact/members', 'pg_commit_ts', 'pg_twophase'];
+  const databases = backup.databases.filter(({ db }) => db !== 0).map(({ db }) => `base/${db}`);
+  const expected = otherFiles(cluster.dataDir, ['global', ...databases, ...slrus]);
+  const kept = /^(global|base\/\d+)\/(PG_VERSION|pg_filenode\.map)$|^pg_(xact|multixact|commit_ts|twophase)\//;
+  const paths = [...expected.keys()].filter((path) => kept.test(path));
+  assert.deepEqual([...files.keys()].filter((path) => path !== 'PG_VERSION').sort(), paths.sort());
+  for (const path of paths) {
+    const ours = files.get(path)!;
+    const real = expected.get(path)!;
+    const at = ours.findIndex((byte, i) => byte !== real[i]);
+    assert.equal(ours.length, real.length, path);
+    assert.equal(at, -1, `${path} differs at ${at}`);
+  }
+  assert.ok(paths.includes('pg_multixact/offsets/0000') && paths.some((path) => path.startsWith('pg_twophase/')));
+});
+
+test('the checkpoint state is what the last checkpoint says, and the settings are those of pg_control', () => {
+  const control = decodeControlFile(otherFiles(cluster.dataDir, ['global']).get('global/pg_control')!);
+  assert.deepEqual(backup.checkPoint, control.checkPointCopy);
+  assert.equal(backup.checkpointLsn, control.checkPoint);
+  assert.equal(backup.shutdownLsn, backup.lsn);
+  for (const [name, value] of Object.entries(backup.parameters)) {
+    assert.equal(value, control[name as keyof typeof control], name);
+  }
+});
+
+test('a vanilla Postgres runs on what was ingested', async () => {
+  const copy = new Cluster();
+  await using _ = copy;
+  copy.writeDataDirectory(materialize(backup, timeline, Math.floor(Date.now() / 1000)));
+  await copy.start();
+  const client = await copy.connect();
+  const count = async (sql: string): Promise<number> =>
+    Number((await client.query<{ n: string }>(`SELECT count(*) AS n FROM ${sql}`)).rows[0]!.n);
+  await client.query(`COMMIT PREPARED 'left'`);
+  assert.equal(await count('kept'), 3);
+  assert.equal(await count('made_later'), 0);
+  assert.equal(await count('orders'), 20000 - 20 + 15000);
+  assert.equal(await count('shrinking'), 1);
+  assert.equal(await count('fleeting'), 0);
+  assert.equal(await count('nested'), 200);
+  assert.equal(await count('many'), 33000 + 1800);
+  assert.equal(await count('locked'), 2600);
+  assert.equal(await count('emptied'), 1);
+  assert.equal(await count('in_one'), 10);
+  assert.equal(
+    await count(`pg_class WHERE relname IN ('gone', 'never', 'never_made', 'dropped_later', 'temporary')`),
+    0,
+  );
+  await client.query('SET enable_seqscan = off');
+  assert.equal(await count('rewritten WHERE v BETWEEN 1 AND 3000'), 3000);
+  await client.query('INSERT INTO fleeting VALUES (1)');
+  for (const sql of ['VACUUM', 'UPDATE locked SET i = i + 1', 'CREATE DATABASE after', 'DROP DATABASE by_wal']) {
+    await client.query(sql);
+  }
+  await copy.stop();
+});
