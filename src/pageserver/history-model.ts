@@ -57,15 +57,18 @@ export class ModelTimeline {
   }
 
   scan(range: KeyRange, lsn: Lsn): [Key, Buffer][] {
-    const keys = new Map<string, Key>();
-    for (let timeline: ModelTimeline | undefined = this; timeline !== undefined; timeline = timeline.ancestor) {
-      for (const { key } of timeline.puts) keys.set(formatKey(key), key);
-    }
-    return [...keys.values()]
+    return [...this.#keys().values()]
       .filter((key) => compareKeys(range.start, key) <= 0 && compareKeys(key, range.end) < 0)
       .sort(compareKeys)
       .map((key): [Key, Buffer | undefined] => [key, this.read(key, lsn)])
       .filter((entry): entry is [Key, Buffer] => entry[1] !== undefined);
+  }
+
+  #keys(): Map<string, Key> {
+    const { ancestor } = this;
+    const keys = ancestor === undefined ? new Map<string, Key>() : ancestor.#keys();
+    for (const { key } of this.puts) keys.set(formatKey(key), key);
+    return keys;
   }
 
   #values(key: Key, lsn: Lsn): Buffer[] {

@@ -3,10 +3,11 @@
  */
 
 import type { Lsn } from '../postgres/lsn.ts';
-import { ALL_KEYS } from './key.ts';
+import { ALL_KEYS, nextKey } from './key.ts';
 import type { Key } from './key.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerWriter } from './layers/layer-writer.ts';
+import { encodeImage } from './value.ts';
 
 const LAYER_BYTES = 128 * 1024 * 1024;
 
@@ -15,45 +16,47 @@ export class ImportTarget {
   readonly #timelineId: string;
   readonly #lsn: Lsn;
   readonly #layers: LayerDescription[] = [];
-  #writer: LayerWriter | undefined;
+  #writer: LayerWriter;
+  #lastKey: Key | undefined;
 
-  constructor(directory: string, timelineId: string, lsn: Lsn) {
+  private constructor(directory: string, timelineId: string, lsn: Lsn, writer: LayerWriter) {
     this.#directory = directory;
     this.#timelineId = timelineId;
     this.#lsn = lsn;
+    this.#writer = writer;
   }
 
-  /** Adds a key that exists, with its encoded image (copied). Wait for the promise, if there is one, before the next. */
-  put(key: Key, value: Buffer): void | Promise<void> {
-    const writer = this.#writer;
-    if (writer === undefined || writer.valueBytes >= LAYER_BYTES) return this.#putInNextLayer(key, value);
-    writer.add(key, this.#lsn, value);
-    return writer.isBusy ? writer.drain() : undefined;
+  static async create(directory: string, timelineId: string, lsn: Lsn): Promise<ImportTarget> {
+    return new ImportTarget(directory, timelineId, lsn, await nextWriter(directory, timelineId, lsn, ALL_KEYS.start));
+  }
+
+  /** Adds a key that exists, with its value (copied). */
+  put(key: Key, image: Uint8Array): void {
+    this.#writer.add(key, this.#lsn, encodeImage(image));
+    this.#lastKey = key;
+  }
+
+  /** To be awaited after every so many puts. */
+  async drain(): Promise<void> {
+    if (this.#writer.isBusy) await this.#writer.drain();
+    if (this.#lastKey === undefined || this.#writer.valueBytes < LAYER_BYTES) return;
+    const keyEnd = nextKey(this.#lastKey);
+    this.#layers.push(await this.#writer.finish(keyEnd));
+    this.#writer = await nextWriter(this.#directory, this.#timelineId, this.#lsn, keyEnd);
   }
 
   /** The layers, durable, with all that was put. */
   async finish(): Promise<readonly LayerDescription[]> {
-    if (this.#writer !== undefined) this.#layers.push(await this.#writer.finish(ALL_KEYS.end));
-    this.#writer = undefined;
+    if (this.#writer.valueBytes > 0) this.#layers.push(await this.#writer.finish(ALL_KEYS.end));
+    else await this.#writer.abort();
     return this.#layers;
   }
 
   async abort(): Promise<void> {
-    await this.#writer?.abort();
+    await this.#writer.abort();
   }
+}
 
-  async #putInNextLayer(key: Key, value: Buffer): Promise<void> {
-    const previous = this.#writer;
-    this.#writer = undefined;
-    if (previous !== undefined) this.#layers.push(await previous.finish(key));
-    const writer = await LayerWriter.create(this.#directory, {
-      kind: 'image',
-      timelineId: this.#timelineId,
-      lsnStart: this.#lsn,
-      lsnEnd: this.#lsn + 1,
-      keyStart: previous === undefined ? ALL_KEYS.start : key,
-    });
-    writer.add(key, this.#lsn, value);
-    this.#writer = writer;
-  }
+function nextWriter(directory: string, timelineId: string, lsn: Lsn, keyStart: Key): Promise<LayerWriter> {
+  return LayerWriter.create(directory, { kind: 'image', timelineId, lsnStart: lsn, lsnEnd: lsn + 1, keyStart });
 }

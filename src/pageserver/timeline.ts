@@ -130,13 +130,14 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   /** The open layer and the frozen ones, newest first. */
   #memoryLayers: MemoryLayer[];
   #lineage: Lineage | undefined;
+  #root: Timeline | undefined;
   #areAncestorsVisible = false;
   readonly #waiters = new Set<Waiter>();
   #nextWaiterLsn: Lsn = Infinity;
   #flushing: Promise<void> | undefined;
   #indexWritten: Promise<void> = Promise.resolve();
   #ingestError: Error | undefined;
-  #flushError: unknown;
+  #flushError: Error | undefined;
   #stopped: 'closed' | 'deleted' | undefined;
 
   constructor(directory: string, index: TimelineIndex, ancestor: Timeline | undefined, options: TimelineOptions) {
@@ -199,11 +200,21 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     return this.#open.isEmpty ? undefined : this.#open.createdAtMs;
   }
 
+  /** Nearest first. */
+  ancestors(): Timeline[] {
+    const found: Timeline[] = [];
+    for (let { ancestor } = this; ancestor !== undefined; { ancestor } = ancestor) found.push(ancestor);
+    return found;
+  }
+
   /** The oldest LSN that can be read, here or in an ancestor. */
   get oldestLsn(): Lsn {
-    let root: Timeline = this;
-    while (root.ancestor !== undefined) root = root.ancestor;
-    return root.index.startLsn;
+    return (this.#root ??= this.ancestors().at(-1) ?? this).index.startLsn;
+  }
+
+  /** True when the timeline is closed or deleted. */
+  get isStopped(): boolean {
+    return this.#stopped !== undefined;
   }
 
   /** Why ingest has stopped, if it has. */
@@ -212,7 +223,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   }
 
   /** Why the last flush failed, if it did. */
-  get flushError(): unknown {
+  get flushError(): Error | undefined {
     return this.#flushError;
   }
 
@@ -373,7 +384,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
         this.#flushError = undefined;
         this.#options.onFlush(this, undefined);
       } catch (error) {
-        this.#flushError = error;
+        this.#flushError = error instanceof Error ? error : new Error(String(error));
         this.#options.onFlush(this, error);
         if (this.#stopped !== undefined) return;
         setTimeout(() => this.#retryFlush(), FLUSH_RETRY_DELAY_MS).unref();
@@ -431,14 +442,13 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   #makeLineage(): Lineage {
     const steps: LineageStep[] = [{ history: this, endLsn: Infinity }];
-    let endLsn = Infinity;
-    for (let child: Timeline = this; child.ancestor !== undefined; child = child.ancestor) {
-      endLsn = Math.min(endLsn, child.index.startLsn);
-      const { ancestor } = child;
+    let endLsn = this.index.startLsn;
+    for (const ancestor of this.ancestors()) {
       // A timeline that has nothing up to the branch point, and never will, need not be visited.
       if (ancestor.lastRecordLsn < endLsn || ancestor.#oldestValueLsn() <= endLsn) {
         steps.push({ history: ancestor, endLsn });
       }
+      endLsn = Math.min(endLsn, ancestor.index.startLsn);
     }
     return steps;
   }
@@ -451,10 +461,10 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   /** The nearest ancestor that has not ingested yet what is inherited of it. */
   #invisibleAncestor(lsn: Lsn): { timeline: Timeline; lsn: Lsn } | undefined {
     if (this.#areAncestorsVisible) return undefined;
-    let endLsn = lsn;
-    for (let child: Timeline = this; child.ancestor !== undefined; child = child.ancestor) {
-      endLsn = Math.min(endLsn, child.index.startLsn);
-      if (child.ancestor.#lastRecordLsn < endLsn) return { timeline: child.ancestor, lsn: endLsn };
+    let endLsn = Math.min(lsn, this.index.startLsn);
+    for (const ancestor of this.ancestors()) {
+      if (ancestor.#lastRecordLsn < endLsn) return { timeline: ancestor, lsn: endLsn };
+      endLsn = Math.min(endLsn, ancestor.index.startLsn);
     }
     this.#areAncestorsVisible = lsn >= this.index.startLsn;
     return undefined;

@@ -33,7 +33,8 @@ describe('timelines', () => {
   async function importRoot(n = 1, entries: readonly [Key, Buffer][] = []): Promise<Timeline> {
     const request = { tenantId: TENANT, timelineId: id(n), pgVersion: 17, lsn: LSN, recordLsn: LSN - 8 } as const;
     return timelines.import(request, async (target) => {
-      for (const [key, image] of entries) await target.put(key, encodeImage(image));
+      for (const [key, image] of entries) target.put(key, image);
+      await target.drain();
     });
   }
 

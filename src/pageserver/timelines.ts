@@ -83,6 +83,7 @@ export interface NewImport {
   readonly recordLsn: Lsn;
 }
 
+const CLOSE_CONCURRENCY = 8;
 const ID = /^[0-9a-f]{32}$/;
 
 export class Timelines {
@@ -203,7 +204,7 @@ export class Timelines {
     return this.#exclusively(timelineId, async () => {
       const directory = join(this.#directory, timelineId);
       await mkdir(directory, { mode: 0o700 });
-      const target = new ImportTarget(directory, timelineId, lsn);
+      const target = await ImportTarget.create(directory, timelineId, lsn);
       try {
         await write(target);
         const layers = await target.finish();
@@ -241,13 +242,18 @@ export class Timelines {
     });
   }
 
-  /** Flushes what is old, and the largest layers while memory is short. To be called from time to time, and when ingest has put much. */
-  flushDue(): void {
+  /** Flushes what is old. To be called from time to time. */
+  flushAged(): void {
     const now = this.#options.now();
-    const { flushAgeMs, memoryBytesMax } = this.#limits;
     for (const timeline of this.#timelines.values()) {
-      if (timeline.openSinceMs !== undefined && now - timeline.openSinceMs >= flushAgeMs) timeline.freeze();
+      if (timeline.openSinceMs !== undefined && now - timeline.openSinceMs >= this.#limits.flushAgeMs)
+        timeline.freeze();
     }
+  }
+
+  /** Has the largest open layer flushed while all together are too large. To be called between two records, when much was put. */
+  relieveMemory(): void {
+    const { memoryBytesMax } = this.#limits;
     if (this.memoryBytes <= memoryBytesMax) return;
     let largest: Timeline | undefined;
     let openBytes = 0;
@@ -261,11 +267,16 @@ export class Timelines {
 
   /** Flushes and closes all. What cannot be written is logged; it comes again from the safekeepers. */
   async close(): Promise<void> {
-    for (const timeline of this.#timelines.values()) {
-      await timeline.close().catch((error: unknown) => {
-        this.#log.error({ timelineId: timeline.timelineId, err: error }, 'timeline was closed without its last flush');
-      });
-    }
+    const left = [...this.#timelines.values()];
+    const closeOneAfterTheOther = async (): Promise<void> => {
+      for (let timeline = left.pop(); timeline !== undefined; timeline = left.pop()) {
+        const { timelineId } = timeline;
+        await timeline.close().catch((error: unknown) => {
+          this.#log.error({ timelineId, err: error }, 'timeline was closed without its last flush');
+        });
+      }
+    };
+    await Promise.all(Array.from({ length: CLOSE_CONCURRENCY }, closeOneAfterTheOther));
   }
 
   #existing(timelineId: string): Timeline | undefined {

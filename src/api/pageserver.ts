@@ -1,0 +1,163 @@
+/**
+ * The pageserver as other services see it: a typed client of its calls (base/rpc.ts). Pages for computes go over another port, by the
+ * protocol of pages.ts.
+ *
+ * Every call may reject with `unavailable` or `timeout`; `not-found` where the timeline does not exist. All of them may be repeated.
+ */
+import { RpcClient } from '../base/rpc.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import type { RelationForkKey } from '../postgres/relation.ts';
+import { type Basebackup, type BasebackupHeader, decodeBasebackup } from './basebackup.ts';
+import type { TimelineIdentity } from './safekeeper.ts';
+
+export interface CreateTimelineRequest {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly pgVersion: number;
+  readonly ancestorTimelineId: string;
+  /** The end of a record of the ancestor; it need not be ingested yet. */
+  readonly ancestorLsn: Lsn;
+}
+
+export interface ImportTimelineRequest {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly pgVersion: number;
+  /** A cleanly stopped cluster, which the pageserver can read. */
+  readonly dataDirectory: string;
+}
+
+export interface PageserverTimelineStatus {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly pgVersion: number;
+  readonly ancestorTimelineId?: string;
+  readonly ancestorLsn?: Lsn;
+  /** Where the timeline's own WAL begins. */
+  readonly startLsn: Lsn;
+  /** The oldest LSN that can be read, in the timeline or what it inherits. */
+  readonly oldestLsn: Lsn;
+  /** What is ingested. */
+  readonly lastRecordLsn: Lsn;
+  /** Where the last ingested record starts. */
+  readonly lastRecordStartLsn: Lsn;
+  /** What is in layers, and need not be pulled from the safekeepers again. */
+  readonly diskConsistentLsn: Lsn;
+  /** The highest commit LSN that a safekeeper has told of; absent when none did. */
+  readonly commitLsn?: Lsn;
+  readonly layerCount: number;
+  readonly layerBytes: number;
+  readonly memoryBytes: number;
+  /** Why ingest of this timeline has stopped; it stays so until the pageserver is started anew. */
+  readonly ingestError?: string;
+  /** Why the last flush failed; it is tried again. */
+  readonly flushError?: string;
+}
+
+/** A timeline as a list has it. */
+export type ListedTimeline =
+  | ({ readonly kind: 'loaded' } & PageserverTimelineStatus)
+  | { readonly kind: 'broken'; readonly timelineId: string; readonly reason: string };
+
+export interface ResolvedLsn {
+  /** The end of the last record that ends at or before the LSN that was asked for. */
+  readonly lsn: Lsn;
+  /** Where that record starts: xl_prev of the record that comes next. */
+  readonly prevRecordLsn: Lsn;
+}
+
+export interface LsnForTimestamp {
+  /**
+   * present: `lsn` is just before the first later commit. future: no commit is later, `lsn` is the last record's end. past: every commit
+   * that is known is later, `lsn` is where history begins. nodata: no commit is known, `lsn` is the last record's end.
+   */
+  readonly kind: 'present' | 'future' | 'past' | 'nodata';
+  readonly lsn: Lsn;
+}
+
+export interface PageserverClientOptions {
+  readonly host: string;
+  readonly port: number;
+  /** Scope `platform`. */
+  readonly token: string;
+}
+
+const WAIT_MARGIN_MS = 5_000;
+const DEFAULT_TIMEOUT_MS = 60_000;
+const IMPORT_TIMEOUT_MS = 60 * 60_000;
+const FLUSH_TIMEOUT_MS = 10 * 60_000;
+
+export class PageserverClient {
+  readonly #rpc: RpcClient;
+
+  constructor(options: PageserverClientOptions) {
+    this.#rpc = new RpcClient({ ...options, service: 'pageserver' });
+  }
+
+  /** Durable when it resolves. The same timeline again is success; `conflict` with another tenant, ancestor or LSN. */
+  async createTimeline(request: CreateTimelineRequest): Promise<void> {
+    await this.#rpc.call('createTimeline', request);
+  }
+
+  /** Durable when it resolves. A timeline that was imported before under this id is success. */
+  async importTimeline(request: ImportTimelineRequest): Promise<void> {
+    await this.#rpc.call('importTimeline', request, { timeoutMs: IMPORT_TIMEOUT_MS });
+  }
+
+  /** Durable when it resolves. What does not exist is success; `conflict` when it has children. */
+  async deleteTimeline(timelineId: string): Promise<void> {
+    await this.#rpc.call('deleteTimeline', { timelineId });
+  }
+
+  async timelineStatus(timelineId: string): Promise<PageserverTimelineStatus> {
+    return (await this.#rpc.call('timelineStatus', { timelineId })).result as PageserverTimelineStatus;
+  }
+
+  /** What a log of this timeline begins with. */
+  async timelineIdentity(timelineId: string): Promise<TimelineIdentity> {
+    return (await this.#rpc.call('timelineIdentity', { timelineId })).result as TimelineIdentity;
+  }
+
+  async listTimelines(): Promise<readonly ListedTimeline[]> {
+    return (await this.#rpc.call('listTimelines', {})).result as ListedTimeline[];
+  }
+
+  /** Resolves when `lsn` is ingested; rejects with `timeout`, or `unavailable` when ingest of the timeline has stopped. */
+  async waitLsn(timelineId: string, lsn: Lsn, timeoutMs: number): Promise<void> {
+    await this.#rpc.call('waitLsn', { timelineId, lsn, timeoutMs }, { timeoutMs: timeoutMs + WAIT_MARGIN_MS });
+  }
+
+  /** Over what is ingested. `history-gone` when the LSN is before all history. */
+  async resolveLsn(timelineId: string, lsn: Lsn): Promise<ResolvedLsn> {
+    return (await this.#rpc.call('resolveLsn', { timelineId, lsn })).result as ResolvedLsn;
+  }
+
+  /** Over what is ingested. `timestampUs` is microseconds since 1970. */
+  async lsnForTimestamp(timelineId: string, timestampUs: number): Promise<LsnForTimestamp> {
+    return (await this.#rpc.call('lsnForTimestamp', { timelineId, timestampUs })).result as LsnForTimestamp;
+  }
+
+  /** Waits until `lsn`, the end of a record, is ingested; what a compute starts from there. */
+  async basebackup(timelineId: string, lsn: Lsn, timeoutMs = DEFAULT_TIMEOUT_MS): Promise<Basebackup> {
+    const options = { timeoutMs: timeoutMs + WAIT_MARGIN_MS };
+    const { result, attachment } = await this.#rpc.call('basebackup', { timelineId, lsn, timeoutMs }, options);
+    return decodeBasebackup(result as BasebackupHeader, attachment ?? Buffer.alloc(0));
+  }
+
+  /** For people and tests: `count` pages as they were at `lsn`. */
+  async getPages(timelineId: string, fork: RelationForkKey, blk: number, count: number, lsn: Lsn): Promise<Buffer> {
+    const { spc, db, rel, fork: number } = fork;
+    const params = { timelineId, spc, db, rel, fork: number, blk, count, lsn };
+    const { attachment } = await this.#rpc.call('getPages', params);
+    return attachment ?? Buffer.alloc(0);
+  }
+
+  /** Makes what is ingested durable in layers. */
+  async flush(timelineId: string): Promise<void> {
+    await this.#rpc.call('flush', { timelineId }, { timeoutMs: FLUSH_TIMEOUT_MS });
+  }
+
+  async close(): Promise<void> {
+    await this.#rpc.close();
+  }
+}

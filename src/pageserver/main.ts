@@ -1,0 +1,80 @@
+/** A pageserver: pulls WAL from safekeepers, keeps its history by page, and serves pages at any LSN. */
+
+import { lockDirectory } from '../base/directory-lock.ts';
+import type { Logger } from '../base/log.ts';
+import { serveRpc } from '../base/rpc.ts';
+import { signToken } from '../base/token.ts';
+import type { SafekeeperAddress } from '../api/safekeeper.ts';
+import { pageserverMethods } from './methods.ts';
+import { PageService } from './page-service.ts';
+import { replayValue } from './replay.ts';
+import { Timelines } from './timelines.ts';
+import type { StoreLimits } from './timelines.ts';
+import { WalReceiver } from './wal-receiver.ts';
+
+export interface PageserverConfig {
+  readonly dataDir: string;
+  readonly host: string;
+  /** 0: any free port. */
+  readonly rpcPort: number;
+  /** 0: any free port. */
+  readonly pagePort: number;
+  readonly safekeepers: readonly SafekeeperAddress[];
+  /** Of the platform; signs tokens. */
+  readonly secret: Uint8Array;
+  readonly limits?: Partial<StoreLimits>;
+  readonly log: Logger;
+}
+
+export interface Pageserver {
+  readonly rpcPort: number;
+  readonly pagePort: number;
+  /** Stops serving and ingesting, flushes what is in memory and closes. */
+  close(): Promise<void>;
+}
+
+/** How long a predecessor that was just killed may take to let go of the data directory. */
+const LOCK_WAIT_MS = 5_000;
+const FLUSH_CHECK_MS = 10_000;
+
+/** Resolves when the pageserver accepts connections. Throws `conflict` when another process has the data directory. */
+export async function runPageserver(config: PageserverConfig): Promise<Pageserver> {
+  const { dataDir, host, secret, safekeepers, log } = config;
+  const startMs = performance.now();
+  const lock = await lockDirectory(dataDir, LOCK_WAIT_MS);
+  try {
+    const limits = config.limits ?? {};
+    const timelines = await Timelines.open(dataDir, { replay: replayValue, log, limits });
+    const token = await signToken(secret, { scope: 'platform' });
+    const receiver = new WalReceiver({ safekeepers, token, timelines, log });
+    const rpc = await serveRpc({
+      host,
+      port: config.rpcPort,
+      secret,
+      methods: pageserverMethods({ timelines, receiver, log }),
+      onError: (method, error) => {
+        if (error.code === 'internal') log.error({ method, err: error }, 'call failed');
+      },
+    });
+    const pages = await PageService.start({ host, port: config.pagePort, secret, timelines, log });
+    receiver.start();
+    const flushTimer = setInterval(() => timelines.flushAged(), FLUSH_CHECK_MS);
+    const timelineCount = [...timelines.all()].length;
+    const tookMs = Math.round(performance.now() - startMs);
+    log.info({ rpcPort: rpc.port, pagePort: pages.port, timelineCount, tookMs }, 'pageserver is ready');
+    return {
+      rpcPort: rpc.port,
+      pagePort: pages.port,
+      close: async () => {
+        clearInterval(flushTimer);
+        await Promise.all([rpc.close(), pages.close()]);
+        await receiver.stop();
+        await timelines.close();
+        lock.release();
+      },
+    };
+  } catch (error) {
+    lock.release();
+    throw error;
+  }
+}

@@ -1,0 +1,232 @@
+/** The calls of api/pageserver.ts, as the pageserver answers them. */
+
+import type {
+  CreateTimelineRequest,
+  ImportTimelineRequest,
+  ListedTimeline,
+  LsnForTimestamp,
+  PageserverTimelineStatus,
+  ResolvedLsn,
+} from '../api/pageserver.ts';
+import { encodeBasebackup } from '../api/basebackup.ts';
+import type { TimelineIdentity } from '../api/safekeeper.ts';
+import { StrataError } from '../base/errors.ts';
+import type { Logger } from '../base/log.ts';
+import type { RpcContext, RpcMethod, RpcReply } from '../base/rpc.ts';
+import { decodeControlFile } from '../postgres/control-file.ts';
+import { formatLsn } from '../postgres/lsn.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import { takeBasebackup } from './basebackup.ts';
+import { ImportError, importDataDirectory, inspectDataDirectory } from './import.ts';
+import { WalIndexError } from './ingest/wal-index.ts';
+import type { WalIndexChunk } from './ingest/wal-index.ts';
+import { lsnForTimestamp, resolveLsn } from './ingest/wal-search.ts';
+import type { IndexedTimeline } from './ingest/wal-search.ts';
+import { CONTROL_FILE_KEY } from './key.ts';
+import type { Timeline } from './timeline.ts';
+import type { Timelines } from './timelines.ts';
+import type { WalReceiver } from './wal-receiver.ts';
+
+export interface MethodsOptions {
+  readonly timelines: Timelines;
+  readonly receiver: WalReceiver;
+  readonly log: Logger;
+}
+
+/** How long a branch may wait for its ancestor to reach the branch point. */
+const ANCESTOR_WAIT_MS = 30_000;
+const UNIX_TO_POSTGRES_EPOCH_US = 946_684_800_000_000;
+const PAGES_MAX = 1024;
+
+interface TimelineParams {
+  readonly timelineId: string;
+}
+
+interface LsnParams extends TimelineParams {
+  readonly lsn: Lsn;
+}
+
+export function pageserverMethods(options: MethodsOptions): Record<string, RpcMethod> {
+  const { timelines, receiver, log } = options;
+  const indexed = (timeline: Timeline): IndexedTimeline => new Indexed(timeline, receiver);
+
+  return {
+    async createTimeline(request: CreateTimelineRequest, { signal }: RpcContext): Promise<RpcReply> {
+      const { tenantId, timelineId, pgVersion, ancestorTimelineId, ancestorLsn } = request;
+      const ancestor = timelines.get(ancestorTimelineId);
+      if (pgVersion !== ancestor.pgVersion) {
+        throw new StrataError('bad-request', `the ancestor is of Postgres ${ancestor.pgVersion}, not ${pgVersion}`);
+      }
+      await ancestor.waitLsn(ancestorLsn, ANCESTOR_WAIT_MS, signal);
+      const { startLsn, endLsn } = resolved(indexed(ancestor), ancestorLsn);
+      if (endLsn !== ancestorLsn) {
+        const where = `the last record before it ends at ${formatLsn(endLsn)}`;
+        throw new StrataError('bad-request', `no record ends at ${formatLsn(ancestorLsn)}; ${where}`);
+      }
+      await timelines.create({ tenantId, timelineId, ancestorTimelineId, ancestorLsn, ancestorRecordLsn: startLsn });
+      receiver.timelineAdded(timelineId);
+      return { result: {} };
+    },
+
+    async importTimeline(request: ImportTimelineRequest): Promise<RpcReply> {
+      const { tenantId, timelineId, pgVersion, dataDirectory } = request;
+      const existing = timelines.find(timelineId);
+      if (existing !== undefined && existing.ancestor === undefined && existing.pgVersion === pgVersion) {
+        return { result: {} };
+      }
+      const startMs = performance.now();
+      try {
+        const cluster = inspectDataDirectory(dataDirectory);
+        if (cluster.pgVersion !== pgVersion) {
+          throw new ImportError(`${dataDirectory} is of Postgres ${cluster.pgVersion}, not ${pgVersion}`);
+        }
+        const { lsn, recordStartLsn } = cluster;
+        await timelines.import(
+          { tenantId, timelineId, pgVersion: cluster.pgVersion, lsn, recordLsn: recordStartLsn },
+          async (target) => {
+            await importDataDirectory(dataDirectory, target);
+          },
+        );
+      } catch (error) {
+        if (error instanceof ImportError) throw new StrataError('bad-request', error.message, { cause: error });
+        throw error;
+      }
+      receiver.timelineAdded(timelineId);
+      log.info({ timelineId, pgVersion, tookMs: Math.round(performance.now() - startMs) }, 'cluster is imported');
+      return { result: {} };
+    },
+
+    async deleteTimeline({ timelineId }: TimelineParams): Promise<RpcReply> {
+      await timelines.delete(timelineId);
+      receiver.timelineRemoved(timelineId);
+      return { result: {} };
+    },
+
+    timelineStatus({ timelineId }: TimelineParams): RpcReply {
+      return { result: statusOf(timelines.get(timelineId), receiver) };
+    },
+
+    async timelineIdentity({ timelineId }: TimelineParams, { signal }: RpcContext): Promise<RpcReply> {
+      const timeline = timelines.get(timelineId);
+      const { tenantId, pgVersion } = timeline;
+      const { startLsn } = timeline.index;
+      await timeline.waitLsn(startLsn, ANCESTOR_WAIT_MS, signal);
+      const controlFile = timeline.getImage(CONTROL_FILE_KEY, startLsn);
+      if (controlFile === undefined) throw new StrataError('internal', `timeline ${timelineId} has no control file`);
+      const systemId = decodeControlFile(controlFile).systemId.toString();
+      const result: TimelineIdentity = { tenantId, timelineId, startLsn, pgVersion, systemId };
+      return { result };
+    },
+
+    listTimelines(): RpcReply {
+      const result: ListedTimeline[] = [];
+      for (const timeline of timelines.all()) result.push({ kind: 'loaded', ...statusOf(timeline, receiver) });
+      for (const [timelineId, reason] of timelines.broken) result.push({ kind: 'broken', timelineId, reason });
+      return { result };
+    },
+
+    async waitLsn(params: LsnParams & { timeoutMs: number }, { signal }: RpcContext): Promise<RpcReply> {
+      await timelines.get(params.timelineId).waitLsn(params.lsn, params.timeoutMs, signal);
+      return { result: {} };
+    },
+
+    resolveLsn({ timelineId, lsn }: LsnParams): RpcReply {
+      const { startLsn, endLsn } = resolved(indexed(timelines.get(timelineId)), lsn);
+      const result: ResolvedLsn = { lsn: endLsn, prevRecordLsn: startLsn };
+      return { result };
+    },
+
+    lsnForTimestamp({ timelineId, timestampUs }: TimelineParams & { timestampUs: number }): RpcReply {
+      const timeline = indexed(timelines.get(timelineId));
+      const result: LsnForTimestamp = lsnForTimestamp(timeline, timestampUs - UNIX_TO_POSTGRES_EPOCH_US);
+      return { result };
+    },
+
+    async basebackup(params: LsnParams & { timeoutMs: number }, { signal }: RpcContext): Promise<RpcReply> {
+      const timeline = timelines.get(params.timelineId);
+      await timeline.waitLsn(params.lsn, params.timeoutMs, signal);
+      const startMs = performance.now();
+      const { header, attachment } = encodeBasebackup(takeBasebackup(indexed(timeline), params.lsn));
+      const tookMs = Math.round(performance.now() - startMs);
+      log.debug({ timelineId: params.timelineId, bytes: attachment.length, tookMs }, 'basebackup');
+      return { result: header, attachment };
+    },
+
+    async getPages(
+      params: LsnParams & { spc: number; db: number; rel: number; fork: number; blk: number; count: number },
+      { signal }: RpcContext,
+    ): Promise<RpcReply> {
+      const { timelineId, lsn, blk, count } = params;
+      if (!(count > 0 && count <= PAGES_MAX))
+        throw new StrataError('bad-request', `${count} pages cannot be read at once`);
+      const timeline = timelines.get(timelineId);
+      if (lsn < timeline.oldestLsn) {
+        throw new StrataError('history-gone', `the oldest LSN that can be read is ${formatLsn(timeline.oldestLsn)}`);
+      }
+      await timeline.waitLsn(lsn, ANCESTOR_WAIT_MS, signal);
+      return { result: {}, attachment: timeline.getPages(params, blk, count, lsn) };
+    },
+
+    async flush({ timelineId }: TimelineParams): Promise<RpcReply> {
+      await timelines.get(timelineId).flush();
+      return { result: {} };
+    },
+  };
+}
+
+/** A timeline with what searches in its WAL index need. Ancestors are made as they are asked for. */
+class Indexed implements IndexedTimeline {
+  readonly reader: Timeline;
+  readonly #receiver: WalReceiver;
+
+  constructor(timeline: Timeline, receiver: WalReceiver) {
+    this.reader = timeline;
+    this.#receiver = receiver;
+  }
+
+  get startLsn(): Lsn {
+    return this.reader.index.startLsn;
+  }
+
+  get tail(): WalIndexChunk | undefined {
+    return this.#receiver.indexTail(this.reader.timelineId);
+  }
+
+  get ancestor(): IndexedTimeline | undefined {
+    const { ancestor } = this.reader;
+    return ancestor === undefined ? undefined : new Indexed(ancestor, this.#receiver);
+  }
+}
+
+function resolved(timeline: IndexedTimeline, lsn: Lsn): { startLsn: Lsn; endLsn: Lsn } {
+  try {
+    return resolveLsn(timeline, lsn);
+  } catch (error) {
+    if (error instanceof WalIndexError) throw new StrataError('history-gone', error.message, { cause: error });
+    throw error;
+  }
+}
+
+function statusOf(timeline: Timeline, receiver: WalReceiver): PageserverTimelineStatus {
+  const { index, ingestError, flushError } = timeline;
+  const commitLsn = receiver.commitLsn(timeline.timelineId);
+  return {
+    tenantId: timeline.tenantId,
+    timelineId: timeline.timelineId,
+    pgVersion: timeline.pgVersion,
+    ...(index.ancestor === undefined
+      ? {}
+      : { ancestorTimelineId: index.ancestor.timelineId, ancestorLsn: index.ancestor.lsn }),
+    startLsn: index.startLsn,
+    oldestLsn: timeline.oldestLsn,
+    lastRecordLsn: timeline.lastRecordLsn,
+    lastRecordStartLsn: timeline.lastRecordStartLsn,
+    diskConsistentLsn: timeline.diskConsistentLsn,
+    ...(commitLsn === undefined ? {} : { commitLsn }),
+    layerCount: index.layers.length,
+    layerBytes: index.layers.reduce((sum, layer) => sum + layer.sizeBytes, 0),
+    memoryBytes: timeline.memoryBytes,
+    ...(ingestError === undefined ? {} : { ingestError: ingestError.message }),
+    ...(flushError === undefined ? {} : { flushError: flushError.message }),
+  };
+}
