@@ -7,9 +7,10 @@ import { join } from 'node:path';
 import { createLog } from './base/log.ts';
 import { StrataError } from './base/errors.ts';
 import { runServiceProcess } from './base/service-process.ts';
-import { runCommandLine } from './cli/command-line.ts';
+import { runCli } from './cli/program.ts';
+import type { StartOptions } from './cli/start.ts';
 import { runPageserver } from './pageserver/main.ts';
-import { startPlatform, type StartOptions } from './platform/platform.ts';
+import { startPlatform } from './platform/platform.ts';
 import { runSafekeeper } from './safekeeper/main.ts';
 
 interface SafekeeperProcessConfig {
@@ -45,7 +46,7 @@ if (role === 'safekeeper') {
     return { service, ready: { rpcPort: service.rpcPort, pagePort: service.pagePort } };
   });
 } else {
-  await runCommandLine(process.argv, { version: packageVersion(), start });
+  process.exitCode = await runCli(process.argv.slice(2), { version: packageVersion(), start });
 }
 
 /** `strata start`: runs in the foreground until SIGINT or SIGTERM. */

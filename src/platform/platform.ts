@@ -14,6 +14,7 @@ import { listen } from '../base/rpc.ts';
 import { signToken } from '../base/token.ts';
 import { findInstallation, reachableInstallation, unprivilegedUser } from '../compute/installation.ts';
 import { ADMIN_ROLE } from '../compute/settings.ts';
+import type { StartOptions } from '../cli/start.ts';
 import { buildShim } from '../compute/shim/build.ts';
 import { Control } from '../control/control.ts';
 import { createApiServer } from '../control/server.ts';
@@ -29,17 +30,6 @@ import {
 } from './platform-directory.ts';
 import { ClusterStorage } from './storage.ts';
 import { rmSync } from 'node:fs';
-
-export interface StartOptions {
-  readonly dataDir: string;
-  readonly pgPort: number;
-  readonly httpPort: number;
-  readonly safekeeperCount: number;
-  readonly pgVersion: number;
-  readonly pgBinDir: string | undefined;
-  /** -1: never. */
-  readonly suspendTimeoutSeconds: number;
-}
 
 export interface Platform {
   readonly connectionString: string;
