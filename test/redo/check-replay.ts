@@ -7,13 +7,13 @@
  */
 
 import assert from 'node:assert/strict';
-import { readFileSync, readdirSync } from 'node:fs';
+import { existsSync, readFileSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 
 import { restoreImage } from '../../src/pageserver/redo/image.ts';
 import { formatLsn, parseWalFileName } from '../../src/postgres/lsn.ts';
 import type { Lsn } from '../../src/postgres/lsn.ts';
-import { setPageLsn } from '../../src/postgres/page.ts';
+import { pageLsn, setPageLsn } from '../../src/postgres/page.ts';
 import { RM_XLOG, rmgrName } from '../../src/postgres/rmgr.ts';
 import type { PgVersion } from '../../src/postgres/version.ts';
 import { WalReader } from '../../src/postgres/wal/reader.ts';
@@ -27,6 +27,8 @@ export interface AccessMethodRedo {
   readonly mask: (page: Buffer, blk: number, version: PgVersion) => void;
   /** What remains to be done on a page that was restored from the record's image. */
   readonly redoOnImage?: (page: Buffer, record: WalRecord, blockId: number, version: PgVersion) => boolean;
+  /** A mask that hides less, for the comparison with files, where what is set after the record was written is there too. */
+  readonly fileMask?: (page: Buffer, blk: number, version: PgVersion) => void;
 }
 
 export interface TypeCounts {
@@ -40,6 +42,13 @@ export interface TypeCounts {
 export interface ReplayReport {
   readonly counts: ReadonlyMap<string, TypeCounts>;
   readonly mismatches: readonly string[];
+  /** The pages as they are after the last record, by `tablespace/database/relation/fork/block`, each with who changed it last. */
+  readonly pages: ReadonlyMap<string, ReplayedPage>;
+}
+
+interface ReplayedPage {
+  readonly page: Buffer;
+  readonly rmid: number;
 }
 
 /** Replays the records of the given resource managers; others are passed by, but for full page images. */
@@ -49,7 +58,7 @@ export function checkReplay(
   version: PgVersion,
   methods: ReadonlyMap<number, AccessMethodRedo>,
 ): ReplayReport {
-  const pages = new Map<string, Buffer>();
+  const pages = new Map<string, ReplayedPage>();
   const counts = new Map<string, TypeCounts>();
   const mismatches: string[] = [];
   for (const record of readRecords(directory, startLsn, version)) {
@@ -69,11 +78,11 @@ export function checkReplay(
           mismatches.push(`${type} at ${formatLsn(record.startLsn)} block ${block.id} (${key}): ${wrong}`);
       } catch (error) {
         mismatches.push(`${type} at ${formatLsn(record.startLsn)} block ${block.id} (${key}): ${String(error)}`);
-        if (block.hasImage) pages.set(key, imageOf(record, block));
+        if (block.hasImage) pages.set(key, { page: imageOf(record, block), rmid: record.rmid });
       }
     }
   }
-  return { counts, mismatches };
+  return { counts, mismatches, pages };
 }
 
 export function* readRecords(directory: string, startLsn: Lsn, version: PgVersion): Generator<WalRecord> {
@@ -98,7 +107,7 @@ export function* readRecords(directory: string, startLsn: Lsn, version: PgVersio
 }
 
 function replayBlock(
-  pages: Map<string, Buffer>,
+  pages: Map<string, ReplayedPage>,
   key: string,
   record: WalRecord,
   block: WalBlock,
@@ -110,19 +119,22 @@ function replayBlock(
     const page = imageOf(record, block);
     setPageLsn(page, record.endLsn);
     method?.redoOnImage?.(page, record, block.id, version);
-    pages.set(key, page);
+    pages.set(key, { page, rmid: record.rmid });
     count.restored++;
     return undefined;
   }
   if (method === undefined) return undefined;
-  let page = pages.get(key);
-  if (block.willInit) pages.set(key, (page = Buffer.alloc(8192)));
+  let page = pages.get(key)?.page;
+  if (block.willInit) page = Buffer.alloc(8192);
   if (page === undefined) {
     if (!block.hasImage) return 'its page was never seen and the record has no image';
-    pages.set(key, imageOf(record, block));
+    const image = imageOf(record, block);
+    setPageLsn(image, record.endLsn);
+    pages.set(key, { page: image, rmid: record.rmid });
     count.trusted++;
     return undefined;
   }
+  pages.set(key, { page, rmid: record.rmid });
   if (method.redo(page, record, block.id, version)) setPageLsn(page, record.endLsn);
   if (!block.hasImage) return undefined;
   count.compared++;
@@ -135,8 +147,45 @@ function replayBlock(
   const differing: number[] = [];
   for (let i = 0; i < 8192; i++) if (expected[i] !== found[i]) differing.push(i);
   const at = differing[0] ?? 0;
-  pages.set(key, raw);
+  pages.set(key, { page: raw, rmid: record.rmid });
   return `${differing.length} bytes differ from byte ${at} on: expected ${expected.subarray(at, at + 16).toString('hex')}, found ${found.subarray(at, at + 16).toString('hex')}`;
+}
+
+/**
+ * Compares the pages with the files that Postgres wrote at its shutdown: under the masks, and, what the masks hide, their LSNs. Returns
+ * the differences and how many pages were compared. Pages that no record of `rmid` changed last are passed by.
+ */
+export function compareWithFiles(
+  pages: ReadonlyMap<string, ReplayedPage>,
+  baseDirectory: string,
+  rmid: number,
+  method: AccessMethodRedo,
+  version: PgVersion,
+): { compared: number; differences: string[] } {
+  const files = new Map<string, Buffer | undefined>();
+  const differences: string[] = [];
+  let compared = 0;
+  for (const [key, { page, rmid: changedBy }] of pages) {
+    const [, db, rel, fork, blk] = key.split('/').map(Number);
+    if (changedBy !== rmid || fork !== 0 || blk === undefined) continue;
+    const path = join(baseDirectory, `${db}/${rel}`);
+    if (!files.has(path)) files.set(path, existsSync(path) ? readFileSync(path) : undefined);
+    const expected = files.get(path)?.subarray(blk * 8192, blk * 8192 + 8192);
+    if (expected === undefined || expected.length !== 8192) continue;
+    // SP-GiST takes an empty page, makes it anew without WAL, and may then not use it.
+    if (pageLsn(expected) === 0) continue;
+    compared++;
+    if (pageLsn(expected) !== pageLsn(page)) {
+      differences.push(`page ${key} has LSN ${formatLsn(pageLsn(page))}, in its file ${formatLsn(pageLsn(expected))}`);
+    }
+    const found = Buffer.from(page);
+    const wanted = Buffer.from(expected);
+    const mask = method.fileMask ?? method.mask;
+    mask(found, blk, version);
+    mask(wanted, blk, version);
+    if (!found.equals(wanted)) differences.push(`page ${key} differs from its file`);
+  }
+  return { compared, differences };
 }
 
 function imageOf(record: WalRecord, block: WalBlock): Buffer {
@@ -153,9 +202,10 @@ export async function assertReplays(
   rmid: number,
   method: AccessMethodRedo,
   workload: (sessions: WorkloadSessions) => Promise<void>,
-  absent: readonly string[] = [],
+  options: { readonly absent?: readonly string[]; readonly settings?: string } = {},
 ): Promise<void> {
-  using wal = await recordWal(workload);
+  const absent = options.absent ?? [];
+  using wal = await recordWal(workload, { settings: options.settings });
   const report = checkReplay(wal.directory, wal.startLsn, wal.version, new Map([[rmid, method]]));
   assert.deepEqual(report.mismatches.slice(0, 5), []);
   const prefix = `${rmgrName(rmid)}/`;
@@ -168,4 +218,8 @@ export async function assertReplays(
   let compared = 0;
   for (const count of report.counts.values()) compared += count.compared;
   assert.ok(compared > 100, `${compared} pages were compared`);
+
+  const files = compareWithFiles(report.pages, join(wal.directory, '..', 'base'), rmid, method, wal.version);
+  assert.deepEqual(files.differences.slice(0, 5), []);
+  assert.ok(files.compared > 10, `${files.compared} pages were compared with files`);
 }

@@ -25,7 +25,7 @@ async function postingTrees(sql: Sql): Promise<void> {
   await sql(`CREATE INDEX gin_big_k ON gin_big USING gin (k) WITH (fastupdate = on)`);
   await sql(`DELETE FROM gin_big WHERE ctid >= '(50,0)' AND ctid < '(250,0)' OR ctid::text ~ '[2-5],1'`);
   await sql(`VACUUM gin_big`);
-  await sql(`INSERT INTO gin_big SELECT ARRAY[1] FROM generate_series(1, 20000) i`);
+  await sql(`INSERT INTO gin_big SELECT ARRAY[1] FROM generate_series(1, 6000) i`);
   await sql(`VACUUM gin_big`);
   await sql(`DELETE FROM gin_big WHERE ctid < '(100,0)'`);
   await sql(`VACUUM gin_big`);
