@@ -115,6 +115,11 @@ export class ProposerState {
     return this.#peers.map((peer) => peer.writtenLsn).sort((a, b) => b - a)[this.#quorum - 1]!;
   }
 
+  /** The voter whose log became this term's past; -1 before the election. */
+  get donor(): number {
+    return this.#donor;
+  }
+
   peer(index: number): PeerView {
     return this.#peers[index]!;
   }
@@ -202,6 +207,7 @@ export class ProposerState {
     actions.push({ kind: 'retry', reason });
   }
 
+  /** Some acceptor has a term that this one can never lead. */
   #isOutrun(): boolean {
     return this.#peers.some((peer) => peer.term > this.#candidateTerm);
   }
@@ -226,6 +232,7 @@ export class ProposerState {
 
   #voted(index: number, peer: Peer, reply: VoteReply, actions: ProposerAction[]): void {
     if (peer.state !== 'voting' || reply.term !== this.#candidateTerm) return;
+    if (this.#isOutrun()) return; // Winning now would only mean to be fenced later; `elect` asks again.
     if (reply.granted) peer.votedTerm = reply.term;
     if (this.#phase === 'electing' && peer.votedTerm !== this.#candidateTerm) {
       this.#retry(`a vote for term ${reply.term} went to another proposer, or was lost on the way`, actions);
@@ -287,6 +294,7 @@ export class ProposerState {
       .sort((a, b) => b - a);
     const lsn = acked[this.#quorum - 1]!;
     if (lsn < this.#startLsn || lsn === 0) return;
+    if (this.#phase === 'leading' && this.#isOutrun()) return;
     if (this.#phase === 'leading') this.#phase = 'established';
     else if (lsn <= this.#commitLsn) return;
     this.#commitLsn = lsn;

@@ -1,7 +1,8 @@
 /**
  * The proxy's self-signed certificate, made at first start. Clients use sslmode=require, which encrypts without checking names.
  */
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync } from 'node:fs';
+import { dirname } from 'node:path';
 import { generate } from 'selfsigned';
 import { writeFileDurably } from '../base/durable-file.ts';
 
@@ -33,6 +34,7 @@ export async function loadOrMakeCertificate(certFile: string, keyFile: string): 
         },
       ],
     });
+    mkdirSync(dirname(keyFile), { recursive: true, mode: 0o700 });
     writeFileDurably(keyFile, made.private, 0o600);
     writeFileDurably(certFile, made.cert, 0o644);
   }

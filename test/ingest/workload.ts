@@ -2,12 +2,23 @@
 
 import type { Client } from 'pg';
 
+import { parseLsn } from '../../src/postgres/lsn.ts';
+import type { Lsn } from '../../src/postgres/lsn.ts';
 import type { Cluster } from './cluster.ts';
 
-/** Leaves one prepared transaction, `left`, and the tables that the checks name. */
-export async function runWorkload(cluster: Cluster): Promise<void> {
+/** A moment in the middle: an LSN and a time, both between two commits. */
+export interface Mark {
+  readonly lsn: Lsn;
+  /** Microseconds since 2000-01-01. */
+  readonly timeUs: number;
+}
+
+/** Leaves one prepared transaction, `left`, and the tables that the checks name. Marks the moment when there is only `orders`, whole. */
+export async function runWorkload(cluster: Cluster): Promise<Mark> {
   const first = await cluster.connect();
   await visibility(first);
+  const mark = await markNow(first);
+  await first.query('DELETE FROM orders WHERE id > 30000');
   await truncation(first);
   await rewrites(first);
   await transactions(first);
@@ -15,6 +26,28 @@ export async function runWorkload(cluster: Cluster): Promise<void> {
   await twoPhase(first);
   await databases(cluster, first);
   await catalogs(first);
+  return mark;
+}
+
+async function markNow(client: Client): Promise<Mark> {
+  const { rows } = await client.query<{ lsn: string; us: string }>(
+    `SELECT pg_current_wal_insert_lsn()::text AS lsn,
+            ((extract(epoch FROM clock_timestamp()) - 946684800) * 1000000)::bigint::text AS us`,
+  );
+  return { lsn: parseLsn(rows[0]!.lsn), timeUs: Number(rows[0]!.us) };
+}
+
+/** After a restart with commit timestamps tracked. */
+export async function runSecondWorkload(cluster: Cluster): Promise<void> {
+  const client = await cluster.connect();
+  await client.query('CREATE TABLE timed (i int)');
+  await client.query(`DO $$ BEGIN FOR i IN 1..2000 LOOP
+      BEGIN INSERT INTO timed VALUES (i); EXCEPTION WHEN division_by_zero THEN NULL; END;
+      IF i % 4 = 0 THEN ROLLBACK; ELSIF i % 2 = 0 THEN COMMIT; END IF;
+    END LOOP; END $$`);
+  await client.query(
+    'BEGIN; SELECT * FROM locked WHERE i < 20 FOR SHARE; SAVEPOINT s; UPDATE locked SET i = i WHERE i < 10; COMMIT',
+  );
 }
 
 async function visibility(client: Client): Promise<void> {

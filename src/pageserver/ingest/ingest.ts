@@ -196,7 +196,8 @@ export class Ingest {
       case 'parameters': {
         const tracked = checkpoint.trackCommitTimestamp;
         checkpoint.setParameters(change.parameters);
-        if (tracked && !change.parameters.trackCommitTimestamp) this.#slrus.dropCommitTimestamps(lsn);
+        if (tracked && !checkpoint.trackCommitTimestamp) this.#slrus.dropCommitTimestamps(lsn);
+        if (checkpoint.trackCommitTimestamp) this.#slrus.beginCommitTimestamps(checkpoint.nextXid, lsn);
         return;
       }
       case 'checkpoint':

@@ -7,7 +7,7 @@
 import { BLOCK_SIZE } from '../../postgres/page-size.ts';
 import type { Lsn } from '../../postgres/lsn.ts';
 import { KEY_KIND, SLRU, prefixRange, slruPageKey, slruSizeKey } from '../key.ts';
-import { commitTimestampChanges } from '../redo/derived.ts';
+import { COMMIT_TIMESTAMPS_PER_PAGE, commitTimestampChanges } from '../redo/derived.ts';
 import type { DerivedChange } from '../redo/derived.ts';
 import type { TimelineWriter } from '../timeline.ts';
 import { encodeCountImage, encodeDerived, encodeImage, encodeTombstone } from '../value.ts';
@@ -42,6 +42,13 @@ export class SlruStore {
 
   setCommitTimestamps(time: bigint, origin: number, xids: readonly number[], lsn: Lsn): void {
     for (const change of commitTimestampChanges(time, origin, xids)) this.change(SLRU.commitTs, change, lsn);
+  }
+
+  /** Timestamps are tracked from here on: the page of the next transaction exists, though no record says so (ActivateCommitTs). */
+  beginCommitTimestamps(nextXid: number, lsn: Lsn): void {
+    const page = Math.floor((nextXid % 2 ** 32) / COMMIT_TIMESTAMPS_PER_PAGE);
+    const { segment, index } = locate(page);
+    if (index >= this.#size(SLRU.commitTs, segment)) this.zeroPage(SLRU.commitTs, page, lsn);
   }
 
   /** What is left of timestamps that are no longer tracked is of no use (DeactivateCommitTs). */

@@ -38,11 +38,13 @@ export interface RecordPosition {
  * last record gives the last record. Throws WalIndexError when `lsn` is before all history.
  */
 export function resolveLsn(timeline: IndexedTimeline, lsn: Lsn): RecordPosition {
-  let at = timeline;
-  while (lsn <= at.startLsn && at.ancestor !== undefined) at = at.ancestor;
-  const position = lastRecord(at, lsn);
-  if (position === undefined) throw new WalIndexError(`${formatLsn(lsn)} is before the first record that is known`);
-  return position;
+  let upTo = lsn;
+  for (let at: IndexedTimeline | undefined = timeline; at !== undefined; at = at.ancestor) {
+    const position = upTo > at.startLsn || at.ancestor === undefined ? lastRecord(at, upTo) : undefined;
+    if (position !== undefined && (position.endLsn > at.startLsn || at.ancestor === undefined)) return position;
+    upTo = Math.min(upTo, at.startLsn);
+  }
+  throw new WalIndexError(`${formatLsn(lsn)} is before the first record that is known`);
 }
 
 export interface TimestampPosition {

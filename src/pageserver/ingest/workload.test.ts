@@ -9,7 +9,8 @@ import { after, before, test } from 'node:test';
 import { Cluster } from '../../../test/ingest/cluster.ts';
 import { materialize, otherFiles, pageOf, relationFiles } from '../../../test/ingest/data-directory.ts';
 import { MemoryTimeline } from '../../../test/ingest/memory-timeline.ts';
-import { runWorkload } from '../../../test/ingest/workload.ts';
+import { runSecondWorkload, runWorkload } from '../../../test/ingest/workload.ts';
+import type { Mark } from '../../../test/ingest/workload.ts';
 import type { Basebackup } from '../../api/basebackup.ts';
 import { decodeControlFile } from '../../postgres/control-file.ts';
 import type { Lsn } from '../../postgres/lsn.ts';
@@ -21,6 +22,7 @@ import { importDataDirectory, inspectDataDirectory } from '../import.ts';
 import { maskPageLsnAndChecksum } from '../redo/masks.ts';
 import { maskPage } from '../redo/redo.ts';
 import { Ingest } from './ingest.ts';
+import { lsnForTimestamp, resolveLsn } from './wal-search.ts';
 import type { IndexedTimeline } from './wal-search.ts';
 
 const cluster = new Cluster();
@@ -32,6 +34,7 @@ let backup: Basebackup;
 const managers = new Map<string, number>();
 let realFiles: Map<string, Buffer>;
 let walBytes = 0;
+let mark: Mark;
 /** Oid of the database made by STRATEGY WAL_LOG. */
 let copiedByWal = 0;
 
@@ -46,7 +49,10 @@ before(async () => {
   timeline = new MemoryTimeline(cluster.version, lsn, recordStartLsn);
   await importDataDirectory(cluster.dataDir, timeline);
   await cluster.start();
-  await runWorkload(cluster);
+  mark = await runWorkload(cluster);
+  await cluster.stop();
+  await cluster.start('track_commit_timestamp = on\nmax_connections = 77');
+  await runSecondWorkload(cluster);
   await noteResourceManagers();
   await cluster.stop();
   realFiles = relationFiles(cluster.dataDir);
@@ -193,17 +199,16 @@ test('the checkpoint state is what the last checkpoint says, and the settings ar
 });
 
 test('a vanilla Postgres runs on what was ingested', async () => {
-  const copy = new Cluster();
-  await using _ = copy;
+  await using copy = new Cluster();
   copy.writeDataDirectory(materialize(backup, timeline, Math.floor(Date.now() / 1000)));
-  await copy.start();
+  await copy.start('track_commit_timestamp = on');
   const client = await copy.connect();
   const count = async (sql: string): Promise<number> =>
     Number((await client.query<{ n: string }>(`SELECT count(*) AS n FROM ${sql}`)).rows[0]!.n);
   await client.query(`COMMIT PREPARED 'left'`);
   assert.equal(await count('kept'), 3);
   assert.equal(await count('made_later'), 0);
-  assert.equal(await count('orders'), 20000 - 20 + 15000);
+  assert.equal(await count('orders'), 20000 - 20);
   assert.equal(await count('shrinking'), 1);
   assert.equal(await count('fleeting'), 0);
   assert.equal(await count('nested'), 200);
@@ -215,11 +220,33 @@ test('a vanilla Postgres runs on what was ingested', async () => {
     await count(`pg_class WHERE relname IN ('gone', 'never', 'never_made', 'dropped_later', 'temporary')`),
     0,
   );
+  assert.equal(await count('timed'), 1000);
+  assert.equal(await count('timed WHERE pg_xact_commit_timestamp(xmin) IS NOT NULL'), 1000);
   await client.query('SET enable_seqscan = off');
   assert.equal(await count('rewritten WHERE v BETWEEN 1 AND 3000'), 3000);
   await client.query('INSERT INTO fleeting VALUES (1)');
   for (const sql of ['VACUUM', 'UPDATE locked SET i = i + 1', 'CREATE DATABASE after', 'DROP DATABASE by_wal']) {
     await client.query(sql);
   }
+  await copy.stop();
+});
+
+test('a vanilla Postgres runs on what was ingested up to a moment in the middle, by LSN and by time', async () => {
+  const { endLsn } = resolveLsn(indexed(), mark.lsn);
+  const byTime = lsnForTimestamp(indexed(), mark.timeUs);
+  assert.equal(byTime.kind, 'present');
+  assert.ok(endLsn <= mark.lsn && mark.lsn - endLsn <= 40);
+  assert.ok(byTime.lsn >= endLsn);
+  await using copy = new Cluster();
+  const then = takeBasebackup(indexed(), byTime.lsn);
+  assert.throws(() => takeBasebackup(indexed(), byTime.lsn - 1), /no record ends at/);
+  copy.writeDataDirectory(materialize(then, timeline, Math.floor(Date.now() / 1000)));
+  await copy.start();
+  const client = await copy.connect();
+  const { rows } = await client.query<{ orders: string; tables: string }>(
+    `SELECT (SELECT count(*) FROM orders) AS orders, (SELECT count(*) FROM pg_tables WHERE schemaname = 'public') AS tables`,
+  );
+  assert.deepEqual(rows, [{ orders: String(20000 - 20 + 15000), tables: '1' }]);
+  await client.query(`INSERT INTO orders VALUES (-1, 'new'); CREATE TABLE another AS SELECT * FROM orders`);
   await copy.stop();
 });
