@@ -125,6 +125,12 @@ export class Cluster implements AsyncDisposable {
     if (stopped === false) throw new Error('Postgres did not shut down');
   }
 
+  /** What the server has complained about. */
+  complaints(): string[] {
+    const log = readFileSync(join(this.#directory, 'log'), 'utf8');
+    return log.split('\n').filter((line) => /\b(WARNING|ERROR|FATAL|PANIC):/.test(line));
+  }
+
   /** The records from `startLsn` on, until they end. */
   *records(startLsn: Lsn): Generator<WalRecord> {
     const reader = new WalReader(startLsn, this.version);

@@ -229,6 +229,7 @@ test('a vanilla Postgres runs on what was ingested', async () => {
     await client.query(sql);
   }
   await copy.stop();
+  assert.deepEqual(copy.complaints(), []);
 });
 
 test('a vanilla Postgres runs on what was ingested up to a moment in the middle, by LSN and by time', async () => {
@@ -249,4 +250,5 @@ test('a vanilla Postgres runs on what was ingested up to a moment in the middle,
   assert.deepEqual(rows, [{ orders: String(20000 - 20 + 15000), tables: '1' }]);
   await client.query(`INSERT INTO orders VALUES (-1, 'new'); CREATE TABLE another AS SELECT * FROM orders`);
   await copy.stop();
+  assert.deepEqual(copy.complaints(), []);
 });
