@@ -208,7 +208,7 @@ test('times and LSNs resolve through branches exactly as a walk over all records
         }
       },
     ),
-    { numRuns: 150 },
+    { numRuns: 300 },
   );
 });
 

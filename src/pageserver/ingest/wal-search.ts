@@ -65,15 +65,16 @@ export function lsnForTimestamp(timeline: IndexedTimeline, timeUs: number): Time
     endLsn = Math.min(endLsn, at.startLsn);
   }
   let latest = NO_TIME;
-  for (const [depth, step] of path.entries()) {
+  for (const step of path) {
     // What a child inherits of its ancestors' index may lack their latest commits, but never has one that they lack: a time that is
     // later here and was in no ancestor is the timeline's own.
     const latestHere = latestTimeAt(step.timeline, step.endLsn);
-    if (latestHere > latest) latest = latestHere;
-    if (latestHere <= timeUs) continue;
-    const found = firstLater(step.timeline, step.endLsn, timeUs);
-    const isFirst = depth === 0 && found.timeBefore === NO_TIME;
-    return { kind: isFirst || found.timeBefore > timeUs ? 'past' : 'present', lsn: found.lsn };
+    if (latestHere > timeUs) {
+      const found = firstLater(step.timeline, step.endLsn, timeUs);
+      const nothingBefore = latest === NO_TIME && found.timeBefore === NO_TIME;
+      return { kind: nothingBefore || found.timeBefore > timeUs ? 'past' : 'present', lsn: found.lsn };
+    }
+    latest = Math.max(latest, latestHere);
   }
   return { kind: latest === NO_TIME ? 'nodata' : 'future', lsn: timeline.reader.lastRecordLsn };
 }
