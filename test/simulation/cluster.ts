@@ -1,0 +1,243 @@
+/**
+ * A whole cluster in one process and virtual time: three acceptors, proposers that come and go, sometimes several at once, and a network and disks
+ * that fail. One seed decides everything, so a seed repeats a run exactly.
+ */
+import { Invariants, Violation } from './invariants.ts';
+import { Random } from './random.ts';
+import { Scheduler } from './scheduler.ts';
+import {
+  type AcceptorWorld,
+  type Bug,
+  type FromAcceptor,
+  SimulatedAcceptor,
+  type ToAcceptor,
+} from './simulated-acceptor.ts';
+import { type ProposerWorld, SimulatedProposer } from './simulated-proposer.ts';
+
+const ACCEPTOR_COUNT = 3;
+const FAULTS_MS = 2_500;
+const HEALING_MS = 4_000;
+const MAX_PROPOSERS = 3;
+
+/** What goes wrong in a run, and how often. */
+interface Faults {
+  readonly dropRate: number;
+  readonly duplicateRate: number;
+  /** Messages of a connection overtake each other. */
+  readonly isReordering: boolean;
+  readonly maxDelayMs: number;
+  readonly crashEveryMs: number;
+  readonly powerCutRate: number;
+  readonly partitionEveryMs: number;
+  readonly newProposerEveryMs: number;
+}
+
+export interface RunResult {
+  readonly committedBytes: number;
+  readonly proposerCount: number;
+  readonly crashCount: number;
+}
+
+/** Throws a Violation that names the seed. */
+export function simulate(seed: number, bug?: Bug): RunResult {
+  const cluster = new Cluster(seed, bug);
+  try {
+    return cluster.run();
+  } catch (error) {
+    if (error instanceof Violation) {
+      error.message += ` (seed ${seed}, ${cluster.now} ms; repeat with SIMULATION_SEED=${seed})`;
+    }
+    throw error;
+  }
+}
+
+class Cluster implements AcceptorWorld, ProposerWorld {
+  readonly scheduler = new Scheduler();
+  readonly random: Random;
+  readonly invariants = new Invariants();
+  readonly bug: Bug | undefined;
+  readonly #acceptors: SimulatedAcceptor[] = [];
+  readonly #proposers = new Map<string, SimulatedProposer>();
+  /** Connection → acceptor. */
+  readonly #connections = new Map<string, number>();
+  /** Pairs that cannot reach each other, `proposer/acceptor`. */
+  readonly #cut = new Set<string>();
+  readonly #lastArrival = new Map<string, number>();
+  #faults: Faults;
+  #proposerCount = 0;
+  #connectionCount = 0;
+  #crashCount = 0;
+  #isHealing = false;
+
+  constructor(seed: number, bug: Bug | undefined) {
+    this.random = new Random(seed);
+    this.bug = bug;
+    this.#faults = drawFaults(this.random);
+    for (let index = 0; index < ACCEPTOR_COUNT; index++) this.#acceptors.push(new SimulatedAcceptor(index, this));
+  }
+
+  get now(): number {
+    return this.scheduler.now;
+  }
+
+  run(): RunResult {
+    this.#startProposer();
+    this.#repeat(this.#faults.crashEveryMs, () => this.#crashOne());
+    this.#repeat(this.#faults.partitionEveryMs, () => this.#partition());
+    this.#repeat(this.#faults.newProposerEveryMs, () => this.#startProposer());
+    this.#repeat(200, () => this.random.pick(this.#acceptors).save());
+    this.scheduler.runUntil(FAULTS_MS);
+    this.#heal();
+    return {
+      committedBytes: this.invariants.committedEnd,
+      proposerCount: this.#proposerCount,
+      crashCount: this.#crashCount,
+    };
+  }
+
+  connect(proposer: SimulatedProposer, acceptor: number): string {
+    for (const [connection, to] of this.#connections) {
+      if (to === acceptor && nameOf(connection) === proposer.name) this.#connections.delete(connection);
+    }
+    const connection = `${proposer.name}#${this.#connectionCount++}`;
+    this.#connections.set(connection, acceptor);
+    return connection;
+  }
+
+  send(connection: string, acceptor: number, message: ToAcceptor): void {
+    this.#transmit(connection, acceptor, () => this.#acceptors[acceptor]!.deliver(connection, message));
+  }
+
+  reply(from: SimulatedAcceptor, to: string, message: FromAcceptor): void {
+    const proposer = this.#proposers.get(nameOf(to));
+    if (proposer === undefined) return;
+    this.#transmit(to, from.index, () => {
+      if (message.kind === 'read-reply') proposer.deliverRead(Number(to.split('#read')[1]), message.lsn, message.bytes);
+      else proposer.deliver(to, message);
+    });
+  }
+
+  connectionsOf(acceptor: SimulatedAcceptor): string[] {
+    return [...this.#connections].filter(([, to]) => to === acceptor.index).map(([connection]) => connection);
+  }
+
+  logOf(acceptor: number): Buffer {
+    return this.#acceptors[acceptor]!.disk.visible;
+  }
+
+  /** Delivers after a while, or never, or twice. */
+  #transmit(connection: string, acceptor: number, deliver: () => void): void {
+    const { dropRate, duplicateRate, isReordering, maxDelayMs } = this.#faults;
+    const pair = `${nameOf(connection)}/${acceptor}`;
+    const copies = this.random.chance(duplicateRate) ? 2 : 1;
+    for (let copy = 0; copy < copies; copy++) {
+      if (this.random.chance(dropRate)) continue;
+      let delayMs = this.random.chance(0.02)
+        ? this.random.between(0, 10 * maxDelayMs)
+        : this.random.between(0, maxDelayMs);
+      if (!isReordering) {
+        const arrival = Math.max(this.now + delayMs, this.#lastArrival.get(pair) ?? 0);
+        this.#lastArrival.set(pair, arrival);
+        delayMs = arrival - this.now;
+      }
+      this.scheduler.after(delayMs, () => {
+        if (!this.#cut.has(pair)) deliver();
+      });
+    }
+  }
+
+  #startProposer(): void {
+    if (this.#proposers.size >= MAX_PROPOSERS) {
+      const [oldest] = this.#proposers.values();
+      oldest!.stop();
+      this.#proposers.delete(oldest!.name);
+    }
+    const name = `p${this.#proposerCount++}`;
+    const all = this.#acceptors.map((acceptor) => acceptor.index);
+    const members = this.bug === 'quorum-of-one' ? [this.random.pick(all)] : all;
+    const proposer = new SimulatedProposer(name, members, this);
+    this.#proposers.set(name, proposer);
+  }
+
+  #crashOne(): void {
+    const acceptor = this.random.pick(this.#acceptors);
+    if (!acceptor.isUp) return;
+    this.#crashCount++;
+    acceptor.crash(this.random.chance(this.#faults.powerCutRate));
+    if (this.random.chance(0.1)) {
+      for (const other of this.#acceptors) if (other.isUp) this.#restartLater(other, true);
+    }
+    this.#restartLater(acceptor, false);
+  }
+
+  #restartLater(acceptor: SimulatedAcceptor, crashFirst: boolean): void {
+    if (crashFirst) acceptor.crash(this.random.chance(this.#faults.powerCutRate));
+    const restartMs = this.random.between(5, this.random.pick([40, 400]));
+    this.scheduler.after(restartMs, () => {
+      if (!acceptor.isUp) acceptor.start();
+    });
+  }
+
+  #partition(): void {
+    const [...names] = this.#proposers.keys();
+    const pair = `${this.random.pick(names)}/${this.random.between(0, ACCEPTOR_COUNT - 1)}`;
+    this.#cut.add(pair);
+    this.scheduler.after(this.random.between(20, 600), () => this.#cut.delete(pair));
+  }
+
+  #repeat(meanMs: number, act: () => void): void {
+    if (meanMs === Infinity) return;
+    this.scheduler.after(this.random.between(1, 2 * meanMs), () => {
+      if (this.#isHealing) return;
+      act();
+      this.#repeat(meanMs, act);
+    });
+  }
+
+  /** Faults stop: a new proposer must get through, and all logs become the same. */
+  #heal(): void {
+    this.#isHealing = true;
+    this.#faults = { ...this.#faults, dropRate: 0, duplicateRate: 0, isReordering: false, maxDelayMs: 3 };
+    this.#cut.clear();
+    for (const acceptor of this.#acceptors) if (!acceptor.isUp) acceptor.start();
+    for (const proposer of this.#proposers.values()) proposer.stop();
+    this.#proposers.clear();
+    const before = this.invariants.committedEnd;
+    this.#startProposer();
+    this.scheduler.runUntil(this.now + HEALING_MS / 4);
+    // A term that an unlucky candidate left on one acceptor fences a leader once; whoever runs computes then starts another.
+    if ([...this.#proposers.values()].every((proposer) => proposer.isFenced)) this.#startProposer();
+    const last = [...this.#proposers.values()].at(-1);
+    this.scheduler.runUntil(this.now + HEALING_MS / 4);
+    this.invariants.check(last!.isEstablished, 'a proposer is established once faults have stopped');
+    this.invariants.check(last!.commitLsn > before, 'commits go on once faults have stopped');
+    last!.quiesce();
+    this.scheduler.runUntil(this.now + HEALING_MS / 2);
+    if (this.bug === 'quorum-of-one') return;
+    this.invariants.check(last!.isQuiet, 'everything that was written is committed once faults have stopped');
+    for (const acceptor of this.#acceptors) {
+      this.invariants.check(
+        acceptor.flushLsn === last!.commitLsn,
+        `acceptor ${acceptor.index} has everything in the end: ${acceptor.flushLsn}, not ${last!.commitLsn}`,
+      );
+      this.invariants.committedOn(acceptor.index, acceptor.disk.visible, last!.commitLsn);
+    }
+  }
+}
+
+function drawFaults(random: Random): Faults {
+  return {
+    dropRate: random.pick([0, 0, 0.01, 0.1]),
+    duplicateRate: random.pick([0, 0, 0.02, 0.1]),
+    isReordering: random.chance(0.4),
+    maxDelayMs: random.pick([2, 5, 20]),
+    crashEveryMs: random.pick([Infinity, 40, 150, 400]),
+    powerCutRate: random.pick([0, 0.5, 1]),
+    partitionEveryMs: random.pick([Infinity, 100, 300]),
+    newProposerEveryMs: random.pick([60, 150, 300, 900]),
+  };
+}
+
+function nameOf(connection: string): string {
+  return connection.split('#')[0]!;
+}

@@ -1,0 +1,179 @@
+/** One safekeeper of the simulation: the real acceptor on a simulated disk, which crashes and comes back. */
+import { Acceptor, type AcceptorAction } from '../../src/consensus/acceptor.ts';
+import type { AcceptorMessage, ProposerMessage } from '../../src/consensus/messages.ts';
+import type { Invariants } from './invariants.ts';
+import { findEnd, LOG_START, RecordBoundaries } from './log-records.ts';
+import type { Random } from './random.ts';
+import type { Scheduler } from './scheduler.ts';
+import { SimulatedDisk } from './simulated-disk.ts';
+
+/** A mistake made on purpose, to see that the simulation finds it. */
+export type Bug =
+  'acknowledge-before-sync' | 'vote-without-persisting' | 'skip-truncation' | 'flush-inside-record' | 'quorum-of-one';
+
+export type ToAcceptor =
+  | { readonly kind: 'greeting' }
+  | { readonly kind: 'read'; readonly fromLsn: number; readonly term: number }
+  | ProposerMessage;
+
+export type FromAcceptor =
+  | { readonly kind: 'greeting-reply'; readonly term: number }
+  | { readonly kind: 'read-reply'; readonly lsn: number; readonly bytes: Buffer }
+  | AcceptorMessage;
+
+const MAX_IO_MS = 8;
+const READ_BYTES = 400;
+
+export interface AcceptorWorld {
+  readonly scheduler: Scheduler;
+  readonly random: Random;
+  readonly invariants: Invariants;
+  readonly bug: Bug | undefined;
+  reply(from: SimulatedAcceptor, to: string, message: FromAcceptor): void;
+  /** Connections that were greeted here and may still be there. */
+  connectionsOf(acceptor: SimulatedAcceptor): Iterable<string>;
+}
+
+export class SimulatedAcceptor {
+  readonly index: number;
+  readonly disk: SimulatedDisk;
+  readonly #world: AcceptorWorld;
+  #acceptor: Acceptor<string> | undefined;
+  /** Completions of I/O that belong to an earlier life are ignored. */
+  #life = 0;
+
+  constructor(index: number, world: AcceptorWorld) {
+    this.index = index;
+    this.#world = world;
+    this.disk = new SimulatedDisk(world.random, {
+      term: 0,
+      history: [{ term: 0, startLsn: LOG_START }],
+      commitLsn: LOG_START,
+    });
+    this.start();
+  }
+
+  get isUp(): boolean {
+    return this.#acceptor !== undefined;
+  }
+
+  get flushLsn(): number {
+    return this.#acceptor?.flushLsn ?? 0;
+  }
+
+  start(): void {
+    const { bug, invariants } = this.#world;
+    const { state } = this.disk;
+    const { endLsn } = findEnd(this.disk.visible, state.commitLsn, LOG_START + this.disk.visible.length);
+    this.disk.settle(endLsn);
+    this.#acceptor = new Acceptor({
+      state,
+      flushLsn: endLsn,
+      trackBoundaries: (startLsn) =>
+        bug === 'flush-inside-record' ? new EveryByteABoundary(startLsn) : new RecordBoundaries(startLsn),
+    });
+    invariants.restarted(this.index, endLsn);
+    invariants.committedOn(this.index, this.disk.visible, state.commitLsn);
+  }
+
+  crash(isPowerCut: boolean): void {
+    this.#acceptor = undefined;
+    this.#life++;
+    if (isPowerCut) this.disk.cutPower();
+    else this.disk.kill();
+  }
+
+  deliver(connection: string, message: ToAcceptor): void {
+    const acceptor = this.#acceptor;
+    if (acceptor === undefined) return;
+    if (message.kind === 'greeting') {
+      this.#world.reply(this, connection, { kind: 'greeting-reply', term: acceptor.term });
+    } else if (message.kind === 'read') {
+      if (acceptor.leaderTerm !== message.term || message.fromLsn >= acceptor.flushLsn) return;
+      const from = message.fromLsn - LOG_START;
+      const bytes = Buffer.from(
+        this.disk.visible.subarray(from, Math.min(from + READ_BYTES, acceptor.flushLsn - LOG_START)),
+      );
+      this.#world.reply(this, connection, { kind: 'read-reply', lsn: message.fromLsn, bytes });
+    } else {
+      this.#perform(acceptor.receive(connection, message));
+    }
+  }
+
+  save(): void {
+    if (this.#acceptor !== undefined) this.#perform(this.#acceptor.save());
+  }
+
+  #perform(actions: readonly AcceptorAction<string>[]): void {
+    const { invariants } = this.#world;
+    for (const action of actions) {
+      switch (action.kind) {
+        case 'write': {
+          const write = this.disk.write(action.beginLsn, action.chunks);
+          this.#io(() => this.disk.sync(write), 'acknowledge-before-sync');
+          break;
+        }
+        case 'truncate': {
+          invariants.truncated(this.index, action.lsn);
+          const write = this.#world.bug === 'skip-truncation' ? undefined : this.disk.truncate(action.lsn);
+          this.#io(() => write !== undefined && this.disk.sync(write));
+          break;
+        }
+        case 'persist':
+          if (this.#world.bug === 'vote-without-persisting' && action.state.term > this.disk.state.term) {
+            this.#complete();
+            break;
+          }
+          this.disk.startPersist(action.state);
+          this.#io(() => this.disk.finishPersist(action.state));
+          break;
+        case 'send':
+          if (action.message.kind === 'append-reply') invariants.acknowledged(this.index, action.message.flushLsn);
+          if (action.message.kind === 'vote-reply' && action.message.granted) {
+            invariants.voted(this.index, action.message.term, action.to);
+          }
+          this.#world.reply(this, action.to, action.message);
+          break;
+        case 'term-raised':
+          for (const connection of this.#world.connectionsOf(this)) {
+            if (connection === action.by) continue;
+            this.#world.reply(this, connection, { kind: 'term-notice', term: action.term });
+          }
+          break;
+        case 'progress': {
+          const acceptor = this.#acceptor!;
+          invariants.check(acceptor.commitLsn <= acceptor.flushLsn, 'the commit LSN is not past the flush LSN');
+          invariants.committedOn(this.index, this.disk.visible, acceptor.commitLsn);
+          break;
+        }
+      }
+    }
+  }
+
+  #io(finish: () => void, earlyBug?: Bug): void {
+    const life = this.#life;
+    const isEarly = earlyBug !== undefined && this.#world.bug === earlyBug;
+    this.#world.scheduler.after(this.#world.random.between(0, MAX_IO_MS), () => {
+      if (this.#life !== life) return;
+      finish();
+      if (!isEarly) this.#complete();
+    });
+    if (isEarly) this.#complete();
+  }
+
+  #complete(): void {
+    if (this.#acceptor !== undefined) this.#perform(this.#acceptor.completed());
+  }
+}
+
+class EveryByteABoundary {
+  boundaryLsn: number;
+
+  constructor(startLsn: number) {
+    this.boundaryLsn = startLsn;
+  }
+
+  push(lsn: number, bytes: Buffer): void {
+    this.boundaryLsn = lsn + bytes.length;
+  }
+}

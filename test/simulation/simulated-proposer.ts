@@ -1,0 +1,242 @@
+/** One proposer of the simulation: the real state machine with a memory for its log, and a Postgres that never stops writing records. */
+import type { Elected, VoteRequest } from '../../src/consensus/messages.ts';
+import { type ProposerAction, ProposerState } from '../../src/consensus/proposer.ts';
+import type { Invariants } from './invariants.ts';
+import { findEnd, LOG_START, makeRecord } from './log-records.ts';
+import type { Random } from './random.ts';
+import type { Scheduler } from './scheduler.ts';
+import type { FromAcceptor, ToAcceptor } from './simulated-acceptor.ts';
+import { LOG_CAPACITY } from './simulated-disk.ts';
+
+const MAX_CHUNK_BYTES = 200;
+const MAX_IN_FLIGHT_BYTES = 1_500;
+const MAX_PENDING_BYTES = 3_000;
+const RETAINED_BYTES = 600;
+const PATIENCE_MS = 80;
+const RETRY_MS = 60;
+
+export interface ProposerWorld {
+  readonly scheduler: Scheduler;
+  readonly random: Random;
+  readonly invariants: Invariants;
+  /** Opens a connection to an acceptor, in place of an earlier one. */
+  connect(proposer: SimulatedProposer, acceptor: number): string;
+  send(connection: string, acceptor: number, message: ToAcceptor): void;
+  /** The log of an acceptor as it is now: what Postgres would have got from the pageserver. */
+  logOf(acceptor: number): Buffer;
+}
+
+export class SimulatedProposer {
+  readonly name: string;
+  readonly #world: ProposerWorld;
+  readonly #state: ProposerState;
+  /** Acceptors that it knows, in its own order. */
+  readonly #members: readonly number[];
+  readonly #connections: string[];
+  readonly #heardAt: number[];
+  readonly #reading: boolean[];
+  /** The whole log; what is below #memoryStart would not be in a real proposer's memory and has to be read from another acceptor. */
+  readonly #log = Buffer.alloc(LOG_CAPACITY);
+  #memoryStart = LOG_START;
+  #endLsn = LOG_START;
+  #lastRecordStart = 0;
+  #stopped = false;
+  #writing = true;
+  /** This term's first commit is to come. */
+  #isStart = true;
+
+  constructor(name: string, members: readonly number[], world: ProposerWorld) {
+    this.name = name;
+    this.#world = world;
+    this.#members = members;
+    this.#state = new ProposerState(members.length);
+    this.#connections = members.map(() => '');
+    this.#heardAt = members.map(() => 0);
+    this.#reading = members.map(() => false);
+    members.forEach((_, peer) => this.#connect(peer));
+    this.#watch();
+    this.#write();
+  }
+
+  get isFenced(): boolean {
+    return this.#state.phase === 'fenced';
+  }
+
+  get isEstablished(): boolean {
+    return this.#state.phase === 'established';
+  }
+
+  get commitLsn(): number {
+    return this.#state.commitLsn;
+  }
+
+  /** Writes no more records; goes on committing those there are. */
+  quiesce(): void {
+    this.#writing = false;
+  }
+
+  get isQuiet(): boolean {
+    return this.isEstablished && this.commitLsn === this.#endLsn;
+  }
+
+  stop(): void {
+    this.#stopped = true;
+  }
+
+  deliver(connection: string, message: FromAcceptor): void {
+    const peer = this.#connections.indexOf(connection);
+    if (this.#stopped || peer < 0) return;
+    this.#heardAt[peer] = this.#world.scheduler.now;
+    if (message.kind === 'read-reply') return; // deliverRead
+    if (message.kind === 'greeting-reply') {
+      this.#perform(this.#state.greeted(peer, message.term));
+    } else {
+      this.#perform(this.#state.receive(peer, message));
+      this.#pump(peer);
+    }
+  }
+
+  /** WAL read from another acceptor for the peer. */
+  deliverRead(peer: number, lsn: number, bytes: Buffer): void {
+    this.#reading[peer] = false;
+    const view = this.#state.peer(peer);
+    if (this.#stopped || view.state !== 'streaming' || view.sendLsn !== lsn) return;
+    this.#append(peer, lsn, bytes);
+    this.#pump(peer);
+  }
+
+  #perform(actions: readonly ProposerAction[]): void {
+    const { scheduler, random, invariants } = this.#world;
+    for (const action of actions) {
+      switch (action.kind) {
+        case 'send':
+          this.#send(action.peer, action.message);
+          break;
+        case 'reconnect':
+          this.#reconnect(action.peer);
+          break;
+        case 'stream':
+          this.#members.forEach((_, peer) => this.#pump(peer));
+          break;
+        case 'retry':
+          scheduler.after(random.between(1, RETRY_MS), () => {
+            if (!this.#stopped) this.#perform(this.#state.elect());
+          });
+          break;
+        case 'leading':
+          invariants.leads(this.name, action.term);
+          this.#begin(action.startLsn);
+          break;
+        case 'committed':
+          this.#committed(action.lsn);
+          break;
+        case 'fenced':
+          this.#stopped = true;
+          break;
+      }
+    }
+  }
+
+  #begin(startLsn: number): void {
+    this.#world.logOf(this.#members[this.#state.donor]!).copy(this.#log, 0, 0, startLsn - LOG_START);
+    this.#memoryStart = startLsn;
+    this.#endLsn = startLsn;
+    this.#lastRecordStart = findEnd(this.#log, LOG_START, startLsn, 0).lastStart;
+    this.#isStart = true;
+  }
+
+  #committed(lsn: number): void {
+    const { invariants, scheduler } = this.#world;
+    invariants.committed(this.name, this.#log, lsn, this.#isStart);
+    this.#isStart = false;
+    this.#memoryStart = Math.max(this.#memoryStart, Math.min(lsn, lsn - RETAINED_BYTES));
+    scheduler.after(1, () => {
+      if (this.#stopped) return;
+      this.#members.forEach((_, peer) => {
+        const view = this.#state.peer(peer);
+        if (view.state === 'streaming' && view.sentCommitLsn < this.#state.commitLsn) {
+          this.#append(peer, view.sendLsn, Buffer.alloc(0));
+        }
+      });
+    });
+  }
+
+  #pump(peer: number): void {
+    const view = this.#state.peer(peer);
+    while (view.state === 'streaming' && view.sendLsn < this.#endLsn) {
+      if (view.sendLsn - view.writtenLsn > MAX_IN_FLIGHT_BYTES) return;
+      if (view.sendLsn < this.#memoryStart) {
+        this.#read(peer);
+        return;
+      }
+      const length = Math.min(this.#world.random.between(1, MAX_CHUNK_BYTES), this.#endLsn - view.sendLsn);
+      const at = view.sendLsn - LOG_START;
+      this.#append(peer, view.sendLsn, Buffer.from(this.#log.subarray(at, at + length)));
+    }
+  }
+
+  #append(peer: number, beginLsn: number, bytes: Buffer): void {
+    const { term, commitLsn } = this.#state;
+    this.#send(peer, { kind: 'append', term, beginLsn, commitLsn, bytes });
+    this.#state.sent(peer, beginLsn + bytes.length);
+  }
+
+  #read(peer: number): void {
+    const source = this.#state.recoverySource(peer);
+    if (source === undefined || this.#reading[peer]!) return;
+    this.#reading[peer] = true;
+    const fromLsn = this.#state.peer(peer).sendLsn;
+    this.#world.send(`${this.name}#read${peer}`, this.#members[source]!, {
+      kind: 'read',
+      fromLsn,
+      term: this.#state.term,
+    });
+    this.#world.scheduler.after(PATIENCE_MS, () => {
+      this.#reading[peer] = false;
+    });
+  }
+
+  #send(peer: number, message: VoteRequest | Elected | ToAcceptor): void {
+    this.#world.send(this.#connections[peer]!, this.#members[peer]!, message);
+  }
+
+  #connect(peer: number): void {
+    this.#connections[peer] = this.#world.connect(this, this.#members[peer]!);
+    this.#heardAt[peer] = this.#world.scheduler.now;
+    this.#send(peer, { kind: 'greeting' });
+  }
+
+  #reconnect(peer: number): void {
+    this.#perform(this.#state.lost(peer));
+    this.#connect(peer);
+  }
+
+  /** Connects anew where an answer is overdue, and keeps recoveries going. */
+  #watch(): void {
+    if (this.#stopped) return;
+    const { scheduler, random } = this.#world;
+    this.#members.forEach((_, peer) => {
+      const view = this.#state.peer(peer);
+      const isOwed = view.state === 'streaming' ? view.writtenLsn < view.sendLsn : true;
+      if (isOwed && scheduler.now - this.#heardAt[peer]! > PATIENCE_MS) this.#reconnect(peer);
+      else this.#pump(peer);
+    });
+    scheduler.after(random.between(20, 40), () => this.#watch());
+  }
+
+  #write(): void {
+    if (this.#stopped) return;
+    const { scheduler, random } = this.#world;
+    if (this.#writing && this.isEstablished && this.#endLsn - this.commitLsn < MAX_PENDING_BYTES) {
+      for (let count = random.between(1, 3); count > 0; count--) {
+        const record = makeRecord(this.#lastRecordStart, random);
+        if (this.#endLsn + record.length > LOG_START + LOG_CAPACITY) break;
+        record.copy(this.#log, this.#endLsn - LOG_START);
+        this.#lastRecordStart = this.#endLsn;
+        this.#endLsn += record.length;
+      }
+      this.#members.forEach((_, peer) => this.#pump(peer));
+    }
+    scheduler.after(random.between(2, 20), () => this.#write());
+  }
+}
