@@ -297,12 +297,18 @@ test('a transaction prepared under an earlier epoch is found again by its xid', 
   assert.equal(timeline.get(key), undefined);
 });
 
-test('the index is complete in what was flushed, and goes on after a restart', () => {
+test('the index is complete in what was flushed, and goes on after a restart or an error', () => {
   writePages(1, [0]);
   assert.equal(ingest.indexTail?.ends.length, 1);
   timeline.beforeFlush?.();
+  delete timeline.beforeFlush;
   ingest = new Ingest(timeline);
   writePages(2, [0]);
   assert.equal(ingest.indexTail?.ends.length, 2);
+  assert.throws(() => ingest.ingest(makeRecord({ rmid: 130, lsn })), IngestError);
+  ingest = new Ingest(timeline);
+  assert.equal(ingest.indexTail?.ends.length, 2);
+  writePages(3, [0]);
+  assert.equal(ingest.indexTail?.ends.length, 3);
   assert.equal(ingest.indexTail?.ends.at(-1), timeline.lastRecordLsn);
 });

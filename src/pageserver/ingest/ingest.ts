@@ -65,6 +65,8 @@ export class Ingest {
     this.#slrus = new SlruStore(writer);
     this.#prepared = new PreparedTransactions(writer);
     this.#checkpoint = new CheckpointTracker(decodeCheckpointState(state));
+    // Another Ingest of the same timeline, before this one, may hold the end of the index in memory.
+    writer.beforeFlush?.();
     this.#index = new WalIndexWriter(writer);
     writer.beforeFlush = () => this.#index.flush();
   }
