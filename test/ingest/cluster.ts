@@ -1,6 +1,6 @@
 /**
  * A throw-away cluster of vanilla Postgres: made by initdb, run for a workload, stopped, and compared with what the pageserver has made of
- * its WAL.
+ * its WAL. Postgres is the one from npm, or the one in STRATA_TEST_PG_BIN_DIR.
  */
 
 import { execFileSync } from 'node:child_process';
@@ -45,7 +45,8 @@ export class Cluster implements AsyncDisposable {
     this.#directory = mkdtempSync(join(tmpdir(), 'strata-ingest-'));
     this.#user = unprivilegedUser();
     if (this.#user !== undefined) chownSync(this.#directory, this.#user.uid, this.#user.gid);
-    this.#installation = reachableInstallation(findInstallation({}), this.#user, join(this.#directory, 'bin'));
+    const installation = findInstallation({ pgBinDir: process.env['STRATA_TEST_PG_BIN_DIR'] });
+    this.#installation = reachableInstallation(installation, this.#user, join(this.#directory, 'bin'));
   }
 
   get version(): PgVersion {

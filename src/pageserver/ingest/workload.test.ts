@@ -116,19 +116,21 @@ test('relations are those on disk, with their sizes', () => {
     } else {
       // Postgres adds pages without logging it; they are zeroes until their first record.
       const rest = realFiles.get(path)!.subarray(relation.blocks * BLOCK_SIZE);
-      assert.ok(
-        relation.blocks <= blocks && rest.every((byte) => byte === 0),
-        `${path}: ${relation.blocks} and ${blocks} blocks`,
-      );
+      assert.ok(relation.blocks <= blocks && isEmpty(rest), `${path}: ${relation.blocks} and ${blocks} blocks`);
     }
   }
   for (const path of expected.keys()) {
     const fork = parseRelationPath(path)!.fork;
     if (fork === FORK_FSM || initForks.has(`${path.replace(/_(vm|fsm)$/, '')}_init`)) continue;
-    if (fork === FORK_VM && realFiles.get(path)!.every((byte) => byte === 0)) continue;
+    if (fork === FORK_VM && isEmpty(realFiles.get(path)!)) continue;
     assert.ok(actual.has(path), `${path} is on disk only`);
   }
 });
+
+/** Whether pages are zeroes, but for headers: until 15, Postgres initialises the pages of a visibility map that it adds. */
+function isEmpty(pages: Buffer): boolean {
+  return pages.every((byte, i) => byte === 0 || i % BLOCK_SIZE < 24);
+}
 
 test('pages are those on disk, under the masks of Postgres', () => {
   let compared = 0;
