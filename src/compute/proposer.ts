@@ -26,6 +26,8 @@ export interface ProposerOptions {
   readonly log?: Logger;
   /** WAL that is not committed yet, in memory; beyond it `append` asks the caller to wait. */
   readonly maxPendingBytes?: number;
+  /** Committed WAL that stays in memory for safekeepers that are behind. */
+  readonly retainedBytes?: number;
   /** False: safekeepers that do not know the timeline refuse, instead of starting an empty log. */
   readonly mayCreate?: boolean;
 }
@@ -40,7 +42,6 @@ export interface ProposerEvents {
 }
 
 const MAX_PENDING_BYTES = 32 * 1024 * 1024;
-/** Committed WAL that is kept for safekeepers that are behind. */
 const RETAINED_BYTES = 8 * 1024 * 1024;
 /** How long the safekeepers may wait for a new commit LSN when no WAL follows that would carry it. */
 const COMMIT_NOTICE_MS = 1;
@@ -261,7 +262,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     for (const waiter of this.#waiters) if (waiter.lsn <= lsn) waiter.resolve();
     this.emit('commit', lsn);
     const ackedByAll = Math.min(...this.#peers.map((peer) => this.#state.peer(peer.index).ackedLsn));
-    this.#buffer.trim(Math.min(lsn, Math.max(ackedByAll, lsn - RETAINED_BYTES)));
+    this.#buffer.trim(Math.min(lsn, Math.max(ackedByAll, lsn - (this.#options.retainedBytes ?? RETAINED_BYTES))));
     this.#commitTimer ??= setTimeout(() => {
       this.#commitTimer = undefined;
       for (const peer of this.#peers) peer.tellCommit();
