@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
 import fc from 'fast-check';
 import { createLog } from '../base/log.ts';
-import { encodePoke, ModelTimeline, replayPoke } from './history-model.ts';
+import { encodePoke, ModelTimeline, replayPoke } from '../../test/pageserver/history-model.ts';
 import { ALL_KEYS, databaseKey, KEY_KIND, prefixRange, relationBlockKey, relationSizeKey, slruPageKey } from './key.ts';
 import type { Key } from './key.ts';
 import type { Timeline } from './timeline.ts';

@@ -3,11 +3,11 @@
  * Pages change by "pokes": a poke sets one byte at an offset, adds one to the byte after it, and so shows order, loss and repetition.
  */
 
-import { BLOCK_SIZE } from '../postgres/page-size.ts';
-import type { Lsn } from '../postgres/lsn.ts';
-import { compareKeys, formatKey } from './key.ts';
-import type { Key, KeyRange } from './key.ts';
-import { decodeValue, encodeDerived, encodeRecord } from './value.ts';
+import { BLOCK_SIZE } from '../../src/postgres/page-size.ts';
+import type { Lsn } from '../../src/postgres/lsn.ts';
+import { compareKeys, formatKey } from '../../src/pageserver/key.ts';
+import type { Key, KeyRange } from '../../src/pageserver/key.ts';
+import { decodeValue, encodeDerived, encodeRecord } from '../../src/pageserver/value.ts';
 
 interface Put {
   readonly key: Key;

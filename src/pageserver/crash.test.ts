@@ -1,0 +1,93 @@
+/**
+ * A process is killed at any moment; what it leaves must be the state at some record at or past the last flush that it was told of, whole,
+ * with no file that belongs to nothing.
+ */
+
+import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { putsOf, RECORD_BYTES, ROOT, START_LSN } from '../../test/pageserver/crash-writer.ts';
+import { ModelTimeline, replayPoke } from '../../test/pageserver/history-model.ts';
+import { createLog } from '../base/log.ts';
+import { ALL_KEYS, databaseKey } from './key.ts';
+import { layerFileName } from './layers/layer-format.ts';
+import { Timelines } from './timelines.ts';
+import { encodeImage } from './value.ts';
+
+const WRITER = join(import.meta.dirname, '../../test/pageserver/crash-writer.ts');
+const seed = Number(process.env['STRATA_TEST_SEED'] ?? Date.now() % 1_000_000);
+const rounds = Number(process.env['STRATA_TEST_RUNS'] ?? 10);
+
+/** Runs a writer until it dies; gives the last LSN that it was told is durable. */
+async function runUntilKilled(directory: string, dieAtStep: number, killAfterMs: number): Promise<number> {
+  const child = spawn(process.execPath, [WRITER, directory, String(seed), String(dieAtStep)], {
+    stdio: ['ignore', 'pipe', 'inherit'],
+  });
+  let output = '';
+  child.stdout.setEncoding('utf8').on('data', (text: string) => (output += text));
+  const exited = new Promise<void>((resolve, reject) => {
+    child.once('close', (code, signal) => {
+      if (signal === 'SIGKILL') resolve();
+      else reject(new Error(`the writer ended by itself: ${code ?? signal}`));
+    });
+  });
+  void sleep(killAfterMs).then(() => child.kill('SIGKILL'));
+  await exited;
+  return Number(output.split('\n').at(-2) ?? START_LSN);
+}
+
+test(`a killed store comes back whole (seed ${seed})`, { timeout: 120_000 }, async () => {
+  const directory = mkdtempSync(join(tmpdir(), 'strata-crash-'));
+  const model = new ModelTimeline(START_LSN);
+  model.puts.push({ key: databaseKey(1663, 0), lsn: START_LSN, value: encodeImage(Buffer.from('first')) });
+  try {
+    for (let round = 0; round < rounds; round++) {
+      const isAtStep = round % 2 === 0;
+      const dieAtStep = isAtStep ? 1 + ((seed + round * 5) % 23) : 0;
+      const confirmedLsn = await runUntilKilled(directory, dieAtStep, isAtStep ? 20_000 : 300 + ((seed * round) % 500));
+      const log = createLog({ name: 'test', level: 'error' });
+      const timelines = await Timelines.open(directory, { replay: replayPoke, log });
+      assert.equal(timelines.broken.size, 0);
+      for (const { directory: folder, index } of timelines.all()) {
+        const named = index.layers.map((layer) => layerFileName(layer));
+        assert.deepEqual(readdirSync(folder).sort(), [...named, 'index'].sort());
+      }
+      const root = timelines.find(ROOT);
+      if (root === undefined) {
+        assert.equal(confirmedLsn, START_LSN, 'the import did not end');
+        continue;
+      }
+      const lsn = root.lastRecordLsn;
+      assert(lsn >= confirmedLsn, `round ${round}: ${lsn} is there, ${confirmedLsn} was confirmed`);
+      while (model.lastRecordLsn < lsn) {
+        model.lastRecordLsn += RECORD_BYTES;
+        for (const [key, value] of putsOf(seed, model.lastRecordLsn)) {
+          model.puts.push({ key, lsn: model.lastRecordLsn, value });
+        }
+      }
+      for (const at of [START_LSN, START_LSN + Math.floor((lsn - START_LSN) / 3), lsn]) {
+        const found = root.scan(ALL_KEYS, at);
+        assert.deepEqual(found, model.scan(ALL_KEYS, at), `round ${round}: the state at ${at}`);
+      }
+      for (const branch of timelines.all()) {
+        if (branch !== root) assert.equal(branch.ancestor, root);
+      }
+      // What a child inherits is what the model had there.
+      const branch = [...timelines.all()].find(
+        (timeline) => timeline !== root && timeline.isVisible(timeline.index.startLsn),
+      );
+      if (branch !== undefined) {
+        const at = branch.index.startLsn;
+        assert.deepEqual(branch.scan(ALL_KEYS, at), model.scan(ALL_KEYS, at));
+      }
+      await timelines.close();
+    }
+    assert(model.lastRecordLsn > START_LSN + 1000 * RECORD_BYTES, 'much was written');
+  } finally {
+    rmSync(directory, { recursive: true, force: true });
+  }
+});

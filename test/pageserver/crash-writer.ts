@@ -1,0 +1,95 @@
+/**
+ * A process that writes history until it is killed: an endless log of records on one timeline, the same for the same seed, frozen and
+ * flushed often, with branches made and deleted on the way. Run as a child of the crash test:
+ *
+ *   crash-writer.ts <directory> <seed> <die at step>     the step is counted over all changes on disk; 0: never by itself
+ *
+ * It begins where the store says that it is, as a pageserver does that pulls WAL again. Each line of its output is an LSN up to which a
+ * flush was confirmed.
+ */
+
+import { createLog } from '../../src/base/log.ts';
+import { databaseKey, makeKey, KEY_KIND, relationBlockKey, relationSizeKey } from '../../src/pageserver/key.ts';
+import type { Key } from '../../src/pageserver/key.ts';
+import { Timelines } from '../../src/pageserver/timelines.ts';
+import { encodeCountImage, encodeImage, encodeTombstone } from '../../src/pageserver/value.ts';
+import { encodePoke, replayPoke } from './history-model.ts';
+
+export const ROOT = '1'.padStart(32, '0');
+export const START_LSN = 0x100000;
+export const RECORD_BYTES = 8;
+
+/** The puts of the record that ends at `lsn`. */
+export function putsOf(seed: number, lsn: number): [Key, Buffer][] {
+  const random = generator(seed * 1_000_003 + lsn);
+  return Array.from({ length: 1 + (random() % 3) }, (): [Key, Buffer] => {
+    const what = random() % 100;
+    const block = relationBlockKey(1663, 5, 16384 + (random() % 3), 0, random() % 40);
+    if (what < 8) return [databaseKey(1663, random() % 5), encodeImage(Buffer.alloc(random() % 600, what))];
+    if (what < 10) return [databaseKey(1663, random() % 5), encodeTombstone()];
+    if (what < 15) return [relationSizeKey(1663, 5, 16384 + (random() % 3), 0), encodeCountImage(random() % 50)];
+    if (what < 20) return [block, encodeImage(Buffer.alloc(8192, random()))];
+    if (what < 25) return [makeKey(KEY_KIND.walIndex, 0, lsn, 0, 0, 0), encodeImage(Buffer.alloc(10, what))];
+    const how = what < 30 ? 'init' : what < 60 ? 'derived' : 'record';
+    return [block, encodePoke(how, random() % 100, random() % 250)];
+  });
+}
+
+function generator(seed: number): () => number {
+  let state = seed >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+    return (mixed ^ (mixed >>> 14)) >>> 0;
+  };
+}
+
+async function write(directory: string, seed: number, dieAtStep: number): Promise<never> {
+  let stepCount = 0;
+  const timelines = await Timelines.open(directory, {
+    replay: replayPoke,
+    log: createLog({ name: 'crash-writer', level: 'error' }),
+    limits: { flushBytes: 30_000, frozenLayersMax: 2 },
+    onStep: () => {
+      if (++stepCount === dieAtStep) process.kill(process.pid, 'SIGKILL');
+    },
+  });
+  let root = timelines.find(ROOT);
+  root ??= await timelines.import(
+    { tenantId: ROOT, timelineId: ROOT, pgVersion: 17, lsn: START_LSN, recordLsn: START_LSN - RECORD_BYTES },
+    async (target) => {
+      target.put(databaseKey(1663, 0), Buffer.from('first'));
+      await target.drain();
+    },
+  );
+  for (;;) {
+    for (let i = 0; i < 400; i++) {
+      const lsn = root.lastRecordLsn + RECORD_BYTES;
+      for (const [key, value] of putsOf(seed, lsn)) root.put(key, lsn, value);
+      root.advance(lsn, lsn - RECORD_BYTES);
+      root.freezeIfFull();
+      await root.writable();
+    }
+    await root.flush();
+    process.stdout.write(`${root.diskConsistentLsn}\n`);
+    const timelineId = (root.lastRecordLsn % 7).toString().padStart(32, 'b');
+    if (timelines.find(timelineId) === undefined) {
+      const lsn = root.lastRecordLsn;
+      await timelines.create({
+        tenantId: ROOT,
+        timelineId,
+        ancestorTimelineId: ROOT,
+        ancestorLsn: lsn,
+        ancestorRecordLsn: lsn - RECORD_BYTES,
+      });
+    } else {
+      await timelines.delete(timelineId);
+    }
+  }
+}
+
+if (process.argv[1] === import.meta.filename) {
+  const [directory, seed, dieAtStep] = process.argv.slice(2);
+  await write(directory!, Number(seed), Number(dieAtStep));
+}
