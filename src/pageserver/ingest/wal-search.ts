@@ -5,7 +5,6 @@
 
 import type { Lsn } from '../../postgres/lsn.ts';
 import { formatLsn } from '../../postgres/lsn.ts';
-import { KEY_KIND, prefixRange } from '../key.ts';
 import type { TimelineReader } from '../timeline.ts';
 import {
   NO_TIME,
@@ -170,6 +169,3 @@ function countUpTo(ends: readonly Lsn[], lsn: Lsn): number {
   }
   return low;
 }
-
-/** All chunks, for tests and tools. */
-export const WAL_INDEX_RANGE = prefixRange(KEY_KIND.walIndex);
