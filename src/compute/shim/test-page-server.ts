@@ -53,7 +53,7 @@ export class TestPageServer {
   async stop(): Promise<void> {
     const server = this.#server;
     this.#server = undefined;
-    for (const socket of this.#sockets) socket.resetAndDestroy();
+    for (const socket of this.#sockets) socket.destroy();
     await new Promise<void>((resolve) => (server === undefined ? resolve() : server.close(() => resolve())));
   }
 
@@ -96,7 +96,7 @@ export class TestPageServer {
     if (socket.destroyed) return;
     this.requestCount++;
     if (fault === 'disconnect') {
-      socket.resetAndDestroy();
+      socket.destroy();
       return;
     }
     let pages: Buffer;

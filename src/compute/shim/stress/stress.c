@@ -6,7 +6,7 @@
  * Shared memory says what each page must hold: the pageserver's version 0, a version that was written, or zeroes. Processes take turns on
  * a page as Postgres' buffer locks make them (reads and writes of one page exclude each other, truncation excludes all); readahead and prefetch
  * ignore the locks, as they do in Postgres. A fetched page that lands on a written one, an old page after a truncation, a torn page or a page
- * of zeroes ends in exit code 1 and a line that says which.
+ * of zeroes ends in a line that says which, and SIGKILL for the whole process group.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -54,9 +54,10 @@ static uint32_t random_below(uint32_t limit)
 	return (uint32_t)((random_state >> 33) % limit);
 }
 
-static void fail(const char *what, uint32_t block)
+static _Noreturn void fail(const char *what, uint32_t block)
 {
 	fprintf(stderr, "stress: %s, block %u, version %u: %s\n", what, block, block < max_blocks ? shared->page[block].version : 0, strerror(errno));
+	kill(0, SIGKILL); /* others may wait for a lock of ours: end the whole group, which is the program's own */
 	exit(1);
 }
 
@@ -264,7 +265,7 @@ static void work(uint64_t seed, int64_t end_ms)
 			while (waitpid(child, &status, 0) < 0 && errno == EINTR)
 				;
 			if (status != 0)
-				exit(1);
+				fail("a child ended", 0);
 		}
 	}
 }
@@ -273,6 +274,7 @@ int main(int argc, char **argv)
 {
 	if (argc != 6)
 		return 2;
+	setpgid(0, 0);
 	path = argv[1];
 	max_blocks = (uint32_t)atoi(argv[2]);
 	int processes = atoi(argv[3]);
@@ -299,12 +301,10 @@ int main(int argc, char **argv)
 			work(seed * 1000 + (uint64_t)i, end_ms);
 			exit(0);
 		}
-	int worst = 0, status;
+	int status;
 	while (wait(&status) > 0)
 		if (status != 0)
-			worst = 1;
-	if (worst != 0)
-		return worst;
+			fail("a process ended", 0);
 	random_state = seed;
 	reopen();
 	for (uint32_t block = 0; block < shared->size; block++)
