@@ -118,7 +118,7 @@ describe('connections', () => {
   });
 
   test('files that hold secrets are only for their owner', () => {
-    for (const name of ['api-key', 'secrets.json', 'state.db', 'tls/key.pem']) {
+    for (const name of ['api-key', 'secrets.json', 'password-key', 'state.db', 'tls/key.pem']) {
       assert.equal(statSync(join(platform.dataDir, name)).mode & 0o077, 0, name);
     }
   });

@@ -201,7 +201,7 @@ export class TestPlatform {
   }
 
   async cli(args: readonly string[]): Promise<CommandResult> {
-    return run(executable, [...args, '--data-dir', this.dataDir], { maxBuffer: 1 << 28 });
+    return run(executable, args, { maxBuffer: 1 << 28, env: { ...process.env, STRATA_DATA_DIR: this.dataDir } });
   }
 
   async cliJson<T>(args: readonly string[]): Promise<T> {

@@ -97,7 +97,7 @@ describe('a compute started from nothing', () => {
     await two.query('COMMIT');
     await one.end();
     await two.end();
-    await sameAfterRestart('SELECT count(*), sum(n) FROM shared', 'SELECT count(DISTINCT xmax) > 0 FROM shared');
+    await sameAfterRestart('SELECT count(*), sum(n) FROM shared', 'SELECT count(DISTINCT xmax::text) > 0 FROM shared');
     await platform.psql('UPDATE shared SET n = n + 1');
     assert.equal(await platform.psql('SELECT sum(n) FROM shared'), '600');
   });

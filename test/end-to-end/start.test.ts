@@ -61,17 +61,12 @@ describe('a running platform', () => {
   });
 
   test('projects are created, used and deleted from the command line', async () => {
-    const created = await platform.cliJson<{ id: string; connection_uri?: string }>([
-      'projects',
-      'create',
-      '--name',
-      'second',
-    ]);
-    const uri = (await platform.cli(['connection-string', '--project', created.id])).stdout.trim();
+    const created = await platform.cliJson<{ project: { id: string } }>(['projects', 'create', '--name', 'second']);
+    const uri = (await platform.cli(['connection-string', '--project', created.project.id])).stdout.trim();
     assert.equal(await platform.psql('SELECT 1', uri), '1');
     const names = (await platform.cliJson<{ name: string }[]>(['projects', 'list'])).map((project) => project.name);
     assert(names.includes('second'));
-    await platform.cli(['projects', 'delete', created.id]);
+    await platform.cli(['projects', 'delete', created.project.id]);
     await assert.rejects(platform.psql('SELECT 1', uri));
   });
 
