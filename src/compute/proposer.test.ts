@@ -1,0 +1,272 @@
+/** Proposers against real safekeepers, in this process, over real sockets and disks. */
+import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
+import { once } from 'node:events';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test, type TestContext } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { readWal, type SafekeeperAddress, SafekeeperClient, type TimelineIdentity } from '../api/safekeeper.ts';
+import { createLog } from '../base/log.ts';
+import { signToken } from '../base/token.ts';
+import { type Safekeeper, runSafekeeper } from '../safekeeper/main.ts';
+import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from '../safekeeper/made-wal.test-data.ts';
+import { electProposer, type Proposer, type ProposerOptions } from './proposer.ts';
+
+const SECRET = randomBytes(32);
+const log = createLog({ name: 'test', level: process.env['STRATA_LOG_LEVEL'] ?? 'silent' });
+
+class Cluster {
+  readonly timeline: TimelineIdentity = {
+    tenantId: randomBytes(16).toString('hex'),
+    timelineId: randomBytes(16).toString('hex'),
+    startLsn: MID_SEGMENT_LSN,
+    pgVersion: 17,
+    systemId: String(SYSTEM_ID),
+  };
+  readonly addresses: SafekeeperAddress[] = [];
+  readonly #root: string;
+  readonly #safekeepers: (Safekeeper | undefined)[] = [];
+  readonly #proposers: Proposer[] = [];
+
+  private constructor(root: string) {
+    this.#root = root;
+  }
+
+  static async start(context: TestContext, count = 3): Promise<Cluster> {
+    const cluster = new Cluster(await mkdtemp(join(tmpdir(), 'strata-proposer-')));
+    for (let index = 0; index < count; index++) await cluster.startOne(index);
+    context.after(async () => {
+      await Promise.all(cluster.#proposers.map((proposer) => proposer.close()));
+      for (const safekeeper of cluster.#safekeepers) await safekeeper?.close();
+      await rm(cluster.#root, { recursive: true });
+    });
+    return cluster;
+  }
+
+  async startOne(index: number): Promise<void> {
+    const port = this.addresses[index]?.port ?? 0;
+    const dataDir = join(this.#root, `safekeeper-${index}`);
+    const safekeeper = await runSafekeeper({
+      nodeId: index + 1,
+      dataDir,
+      host: '127.0.0.1',
+      port,
+      secret: SECRET,
+      log,
+    });
+    this.#safekeepers[index] = safekeeper;
+    this.addresses[index] = { host: '127.0.0.1', port: safekeeper.port };
+  }
+
+  async stopOne(index: number): Promise<void> {
+    await this.#safekeepers[index]!.close();
+    this.#safekeepers[index] = undefined;
+  }
+
+  async elect(options: Partial<ProposerOptions> = {}): Promise<Proposer> {
+    const proposer = await electProposer({
+      safekeepers: this.addresses,
+      token: await this.token(),
+      timeline: this.timeline,
+      signal: AbortSignal.timeout(5_000),
+      log,
+      ...options,
+    });
+    this.#proposers.push(proposer);
+    return proposer;
+  }
+
+  token(): Promise<string> {
+    return signToken(SECRET, { scope: 'platform' });
+  }
+
+  async client(index: number): Promise<SafekeeperClient> {
+    return new SafekeeperClient({ address: this.addresses[index]!, token: await this.token() });
+  }
+
+  /** Resolves when the safekeeper has everything up to the LSN and knows that it is committed. */
+  async reaches(index: number, lsn: number): Promise<void> {
+    const client = await this.client(index);
+    const deadline = Date.now() + 5_000;
+    for (;;) {
+      const { flushLsn, commitLsn } = await client.status(this.timeline.tenantId, this.timeline.timelineId);
+      if (flushLsn === lsn && commitLsn === lsn) break;
+      assert(Date.now() < deadline, `safekeeper ${index} is at ${flushLsn}, committed ${commitLsn}, not ${lsn}`);
+      await sleep(5);
+    }
+    client.close();
+  }
+
+  async walOf(index: number, endLsn: number): Promise<Buffer> {
+    const { tenantId, timelineId, startLsn } = this.timeline;
+    const endpoint = { address: this.addresses[index]!, token: await this.token() };
+    const parts: Buffer[] = [];
+    for await (const { lsn, bytes } of readWal({ ...endpoint, tenantId, timelineId, fromLsn: startLsn })) {
+      parts.push(Buffer.from(bytes));
+      if (lsn + bytes.length >= endLsn) break;
+    }
+    return Buffer.concat(parts);
+  }
+}
+
+test('what is appended is committed and is then on all safekeepers, the commit LSN too', async (context) => {
+  const cluster = await Cluster.start(context);
+  const proposer = await cluster.elect();
+  assert.equal(proposer.startLsn, MID_SEGMENT_LSN);
+  const wal = makeWal(MID_SEGMENT_LSN, [100, 30_000, 5, 1_000_000, 77]);
+  // In pieces that end anywhere.
+  for (let at = 0; at < wal.bytes.length; at += 9_999) {
+    proposer.append(MID_SEGMENT_LSN + at, wal.bytes.subarray(at, at + 9_999));
+  }
+  await proposer.waitCommitted(wal.endLsn);
+  assert.equal(proposer.commitLsn, wal.endLsn);
+  for (const index of [0, 1, 2]) {
+    await cluster.reaches(index, wal.endLsn);
+    assert((await cluster.walOf(index, wal.endLsn)).equals(wal.bytes));
+  }
+});
+
+test('only whole records are committed, and a new leader starts after the last of them', async (context) => {
+  const cluster = await Cluster.start(context);
+  const first = await cluster.elect();
+  const wal = makeWal(MID_SEGMENT_LSN, [100, 200, 20_000]);
+  first.append(MID_SEGMENT_LSN, wal.bytes.subarray(0, wal.bytes.length - 8));
+  await first.waitCommitted(wal.ends[1]!);
+  await sleep(20);
+  assert.equal(first.commitLsn, wal.ends[1]);
+
+  const second = await cluster.elect();
+  assert.equal(second.startLsn, wal.ends[1]);
+  const other = makeWal(MID_SEGMENT_LSN, [100, 200, 50, 60], 0);
+  second.append(second.startLsn, other.bytes.subarray(second.startLsn - MID_SEGMENT_LSN));
+  await second.waitCommitted(other.endLsn);
+  for (const index of [0, 1, 2]) {
+    await cluster.reaches(index, other.endLsn);
+    assert((await cluster.walOf(index, other.endLsn)).equals(other.bytes));
+  }
+});
+
+test('a proposer is fenced at once when another one is elected, even if it is idle', async (context) => {
+  const cluster = await Cluster.start(context);
+  const first = await cluster.elect();
+  const fenced = once(first, 'fenced');
+  const waiting = assert.rejects(first.waitCommitted(MID_SEGMENT_LSN + 8), { code: 'conflict' });
+  const second = await cluster.elect();
+  assert.deepEqual(await fenced, [second.term]);
+  await waiting;
+  assert(first.fenced && !second.fenced);
+  const wal = makeWal(MID_SEGMENT_LSN, [100]);
+  first.append(MID_SEGMENT_LSN, wal.bytes);
+  await assert.rejects(first.waitCommitted(wal.endLsn), { code: 'conflict' });
+});
+
+test('one of three may be away; it catches up from another one while commits go on', async (context) => {
+  const cluster = await Cluster.start(context);
+  const proposer = await cluster.elect({ retainedBytes: 10_000 });
+  const wal = makeWal(MID_SEGMENT_LSN, Array<number>(400).fill(5_000));
+  const append = async (to: number): Promise<void> => {
+    proposer.append(proposer.endLsn, wal.bytes.subarray(proposer.endLsn - MID_SEGMENT_LSN, to - MID_SEGMENT_LSN));
+    await proposer.waitCommitted(to);
+  };
+  await append(wal.ends[10]!);
+  await cluster.stopOne(2);
+  await append(wal.ends[300]!);
+  await cluster.startOne(2);
+  for (let record = 301; record < 400; record++) await append(wal.ends[record]!);
+  for (const index of [0, 1, 2]) {
+    await cluster.reaches(index, wal.endLsn);
+    assert((await cluster.walOf(index, wal.endLsn)).equals(wal.bytes));
+  }
+});
+
+test('two of three away: appending is held back, and nothing is lost when one returns', async (context) => {
+  const cluster = await Cluster.start(context);
+  const proposer = await cluster.elect({ maxPendingBytes: 200_000 });
+  await cluster.stopOne(0);
+  await cluster.stopOne(1);
+  const wal = makeWal(MID_SEGMENT_LSN, Array<number>(100).fill(5_000));
+  assert(proposer.append(MID_SEGMENT_LSN, wal.bytes.subarray(0, 100_000)));
+  assert(!proposer.append(proposer.endLsn, wal.bytes.subarray(100_000, 300_000)), 'there is no room');
+  await sleep(50);
+  assert.equal(proposer.commitLsn, MID_SEGMENT_LSN);
+  const drained = once(proposer, 'drain');
+  await cluster.startOne(0);
+  await drained;
+  proposer.append(proposer.endLsn, wal.bytes.subarray(300_000));
+  await proposer.waitCommitted(wal.endLsn);
+  await cluster.reaches(0, wal.endLsn);
+  assert((await cluster.walOf(0, wal.endLsn)).equals(wal.bytes));
+});
+
+test('one record larger than the bound on what is pending gets through', async (context) => {
+  const cluster = await Cluster.start(context);
+  const proposer = await cluster.elect({ maxPendingBytes: 100_000 });
+  const wal = makeWal(MID_SEGMENT_LSN, [3_000_000]);
+  for (let at = 0; at < wal.bytes.length; at += 64_000) {
+    if (!proposer.append(MID_SEGMENT_LSN + at, wal.bytes.subarray(at, at + 64_000))) await once(proposer, 'drain');
+  }
+  await proposer.waitCommitted(wal.endLsn);
+});
+
+test('an election brings the log that only one safekeeper has to a quorum', async (context) => {
+  const cluster = await Cluster.start(context);
+  const wal = makeWal(MID_SEGMENT_LSN, [100, 200_000]);
+  const first = await cluster.elect();
+  await cluster.stopOne(1);
+  await cluster.stopOne(2);
+  first.append(MID_SEGMENT_LSN, wal.bytes);
+  const client = await cluster.client(0);
+  for (let flushLsn = 0; flushLsn < wal.endLsn; await sleep(5)) {
+    ({ flushLsn } = await client.status(cluster.timeline.tenantId, cluster.timeline.timelineId));
+  }
+  client.close();
+  await first.close();
+  await cluster.startOne(1);
+  const second = await cluster.elect();
+  assert.equal(second.startLsn, wal.endLsn);
+  await cluster.startOne(2);
+  await cluster.reaches(1, wal.endLsn);
+  await cluster.reaches(2, wal.endLsn);
+  assert((await cluster.walOf(2, wal.endLsn)).equals(wal.bytes));
+});
+
+test('one safekeeper alone is a quorum of one', async (context) => {
+  const cluster = await Cluster.start(context, 1);
+  const wal = makeWal(MID_SEGMENT_LSN, [100]);
+  const proposer = await cluster.elect();
+  proposer.append(MID_SEGMENT_LSN, wal.bytes);
+  await proposer.waitCommitted(wal.endLsn);
+});
+
+test('an election ends with the reason when it cannot be won', async (context) => {
+  const cluster = await Cluster.start(context);
+  const { tenantId, timelineId } = cluster.timeline;
+  await assert.rejects(cluster.elect({ token: 'forged' }), { code: 'unauthorized' });
+  const otherTimeline = await signToken(SECRET, { scope: 'timeline', timelineId: 'f'.repeat(32) });
+  await assert.rejects(cluster.elect({ token: otherTimeline }), { code: 'forbidden' });
+  await assert.rejects(cluster.elect({ mayCreate: false }), { code: 'not-found' });
+  for (const index of [0, 1, 2]) {
+    const client = await cluster.client(index);
+    await client.deleteTimeline(tenantId, timelineId);
+    client.close();
+  }
+  await assert.rejects(cluster.elect(), { code: 'not-found', message: /was deleted/ });
+  await cluster.stopOne(0);
+  await cluster.stopOne(1);
+  await assert.rejects(
+    cluster.elect({ signal: AbortSignal.timeout(200), timeline: { ...cluster.timeline, timelineId: 'e'.repeat(32) } }),
+    { code: 'unavailable', message: /ECONNREFUSED/ },
+  );
+});
+
+test('two proposers at once: one of them leads in the end', async (context) => {
+  const cluster = await Cluster.start(context);
+  const [a, b] = await Promise.all([cluster.elect(), cluster.elect()]);
+  await sleep(50);
+  const leaders = [a, b].filter((proposer) => !proposer.fenced);
+  assert(leaders.length <= 1);
+  const next = await cluster.elect();
+  assert(next.term > Math.max(a.term, b.term));
+});
