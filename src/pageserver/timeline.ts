@@ -16,7 +16,6 @@ import assert from 'node:assert/strict';
 import { readdir, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { StrataError } from '../base/errors.ts';
-import { formatLsn } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import type { PgVersion } from '../postgres/version.ts';
@@ -29,6 +28,7 @@ import { layerFileName } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerMap } from './layers/layer-map.ts';
 import { MemoryLayer } from './layers/memory-layer.ts';
+import { LsnWaiters } from './lsn-waiters.ts';
 import type { History, HistoryReader, KeyImage, Lineage, LineageStep } from './read.ts';
 import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
@@ -108,12 +108,6 @@ interface FrozenLayer {
   readonly lastRecordStartLsn: Lsn;
 }
 
-interface Waiter {
-  readonly lsn: Lsn;
-  resolve(): void;
-  reject(error: StrataError): void;
-}
-
 export class Timeline implements TimelineWriter, TimelineReader, History {
   readonly number = ++timelineCount;
   readonly directory: string;
@@ -132,8 +126,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   #lineage: Lineage | undefined;
   #root: Timeline | undefined;
   #areAncestorsVisible = false;
-  readonly #waiters = new Set<Waiter>();
-  #nextWaiterLsn: Lsn = Infinity;
+  readonly #waiters: LsnWaiters;
   #flushing: Promise<void> | undefined;
   #indexWritten: Promise<void> = Promise.resolve();
   #ingestError: Error | undefined;
@@ -145,6 +138,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.ancestor = ancestor;
     this.#options = options;
     this.#index = index;
+    this.#waiters = new LsnWaiters(`timeline ${index.timelineId}`);
     this.#lastRecordLsn = index.diskConsistentLsn;
     this.#lastRecordStartLsn = index.diskConsistentRecordLsn;
     this.#open = new MemoryLayer(this.#lastRecordLsn + 1, options.now());
@@ -242,7 +236,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     assert(endLsn > this.#lastRecordLsn, 'the last record LSN rises');
     this.#lastRecordLsn = endLsn;
     this.#lastRecordStartLsn = recordStartLsn;
-    if (endLsn >= this.#nextWaiterLsn) this.#wake();
+    this.#waiters.reached(endLsn);
   }
 
   /** Freezes the open layer when it is large enough. To be called between two records. */
@@ -309,7 +303,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   /** Stops ingest of this timeline: its waiters are told why. Undefined: it goes on. */
   setIngestError(error: Error | undefined): void {
     this.#ingestError = error;
-    if (error !== undefined) this.#failWaiters(this.#stoppedError());
+    if (error !== undefined) this.#waiters.fail(this.#stoppedError());
   }
 
   /** Starts a new open layer and has the old one flushed. To be called between two records. */
@@ -358,7 +352,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   async #stop(how: 'closed' | 'deleted'): Promise<void> {
     this.#stopped = how;
-    this.#failWaiters(this.#stoppedError());
+    this.#waiters.fail(this.#stoppedError());
     await this.#flushing;
     for (const layer of this.layerMap.all()) layer.close();
     for (const layer of this.#memoryLayers) this.#options.memory.bytes -= layer.sizeBytes;
@@ -474,53 +468,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     if (this.#stopped !== undefined) return Promise.reject(this.#stoppedError());
     if (lsn <= this.#lastRecordLsn) return Promise.resolve();
     if (this.#ingestError !== undefined) return Promise.reject(this.#stoppedError());
-    return new Promise((resolve, reject) => {
-      const finish = (): void => {
-        clearTimeout(timer);
-        signal?.removeEventListener('abort', onAbort);
-        this.#waiters.delete(waiter);
-      };
-      const waiter: Waiter = {
-        lsn,
-        resolve: () => {
-          finish();
-          resolve();
-        },
-        reject: (error) => {
-          finish();
-          reject(error);
-        },
-      };
-      const where = `${formatLsn(lsn)} of timeline ${this.timelineId}`;
-      const onAbort = (): void => waiter.reject(new StrataError('unavailable', `the wait for ${where} was given up`));
-      const timer = setTimeout(
-        () =>
-          waiter.reject(
-            new StrataError(
-              'timeout',
-              `${where} is not ingested after ${timeoutMs} ms, only ${formatLsn(this.#lastRecordLsn)} is`,
-            ),
-          ),
-        Math.max(0, timeoutMs),
-      );
-      signal?.addEventListener('abort', onAbort, { once: true });
-      this.#waiters.add(waiter);
-      this.#nextWaiterLsn = Math.min(this.#nextWaiterLsn, lsn);
-      if (signal?.aborted) onAbort();
-    });
-  }
-
-  #wake(): void {
-    this.#nextWaiterLsn = Infinity;
-    for (const waiter of this.#waiters) {
-      if (waiter.lsn <= this.#lastRecordLsn) waiter.resolve();
-      else this.#nextWaiterLsn = Math.min(this.#nextWaiterLsn, waiter.lsn);
-    }
-  }
-
-  #failWaiters(error: StrataError): void {
-    for (const waiter of this.#waiters) waiter.reject(error);
-    this.#nextWaiterLsn = Infinity;
+    return this.#waiters.wait(lsn, timeoutMs, signal);
   }
 
   #stoppedError(): StrataError {

@@ -11,9 +11,9 @@ import { compareKeys, makeKey } from '../key.ts';
 import type { Key, KeyRange } from '../key.ts';
 import type { Chain, ValueSource } from './chain.ts';
 
-const ARENA_BYTES_MIN = 64 * 1024;
+const ARENA_BYTES_MIN = 16 * 1024;
 const ARENA_BYTES_MAX = 4 * 1024 * 1024;
-const ENTRIES_MIN = 256;
+const ENTRIES_MIN = 16;
 const ENTRY_BYTES = 24;
 const NONE = -1;
 
