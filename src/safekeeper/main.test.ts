@@ -1,0 +1,392 @@
+/** A safekeeper in this process, spoken to as others would. */
+import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
+import { once } from 'node:events';
+import { existsSync, readdirSync, readlinkSync } from 'node:fs';
+import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { connect } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test, type TestContext } from 'node:test';
+import {
+  greetingOf,
+  readWal,
+  SafekeeperClient,
+  SafekeeperConnection,
+  type SafekeeperEndpoint,
+  type TimelineIdentity,
+  type TimelineProgress,
+  watchCommits,
+} from '../api/safekeeper.ts';
+import {
+  decodeAcceptorMessage,
+  encodeAppendHead,
+  encodeHello,
+  encodeJson,
+  encodeProposerMessage,
+  FRAME,
+} from '../api/safekeeper-protocol.ts';
+import type { StrataError } from '../base/errors.ts';
+import { createLog } from '../base/log.ts';
+import { signToken } from '../base/token.ts';
+import type { AcceptorMessage, ProposerMessage } from '../consensus/messages.ts';
+import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from './made-wal.test-data.ts';
+import { runSafekeeper, type Safekeeper } from './main.ts';
+import { segmentPath } from './wal-store.ts';
+
+const SECRET = randomBytes(32);
+const log = createLog({ name: 'test', level: process.env['STRATA_LOG_LEVEL'] ?? 'silent' });
+
+interface Served {
+  safekeeper: Safekeeper;
+  endpoint: SafekeeperEndpoint;
+  readonly dataDir: string;
+  restart(): Promise<void>;
+}
+
+async function serve(context: TestContext): Promise<Served> {
+  const dataDir = await mkdtemp(join(tmpdir(), 'strata-safekeeper-'));
+  const token = await signToken(SECRET, { scope: 'platform' });
+  const start = async (): Promise<void> => {
+    served.safekeeper = await runSafekeeper({ nodeId: 1, dataDir, host: '127.0.0.1', port: 0, secret: SECRET, log });
+    served.endpoint = { address: { host: '127.0.0.1', port: served.safekeeper.port }, token };
+  };
+  const served = {
+    dataDir,
+    restart: async () => {
+      await served.safekeeper.close();
+      await start();
+    },
+  } as Served;
+  await start();
+  context.after(async () => {
+    await served.safekeeper.close();
+    await rm(dataDir, { recursive: true });
+  });
+  return served;
+}
+
+function newTimeline(): TimelineIdentity {
+  return {
+    tenantId: randomBytes(16).toString('hex'),
+    timelineId: randomBytes(16).toString('hex'),
+    startLsn: MID_SEGMENT_LSN,
+    pgVersion: 17,
+    systemId: String(SYSTEM_ID),
+  };
+}
+
+/** Speaks the proposer's protocol by hand. */
+class RawProposer {
+  readonly #connection: SafekeeperConnection;
+  readonly #replies: (AcceptorMessage | 'greeted')[] = [];
+  readonly closed: Promise<StrataError>;
+  #wake: (() => void) | undefined;
+
+  constructor(endpoint: SafekeeperEndpoint, timeline: TimelineIdentity) {
+    let resolveClosed: (error: StrataError) => void;
+    this.closed = new Promise((resolve) => (resolveClosed = resolve));
+    this.#connection = new SafekeeperConnection(endpoint, {
+      onFrame: ({ type, payload }) => {
+        this.#replies.push(type === FRAME.greetingReply ? 'greeted' : decodeAcceptorMessage(type, payload)!);
+        this.#wake?.();
+      },
+      onClose: (error) => resolveClosed(error),
+    });
+    this.#connection.write(encodeJson(FRAME.greeting, greetingOf(timeline, true)));
+  }
+
+  send(message: ProposerMessage): void {
+    if (message.kind === 'append') this.#connection.write(encodeAppendHead(message), message.bytes);
+    else this.#connection.write(encodeProposerMessage(message));
+  }
+
+  async next(): Promise<AcceptorMessage | 'greeted'> {
+    while (this.#replies.length === 0) {
+      await new Promise<void>((resolve) => {
+        this.#wake = resolve;
+      });
+    }
+    return this.#replies.shift()!;
+  }
+
+  /** Greeting, vote and election under a term; the log begins where the timeline does. */
+  async lead(term: number): Promise<void> {
+    assert.equal(await this.next(), 'greeted');
+    this.send({ kind: 'vote', term });
+    const vote = await this.next();
+    assert(vote !== 'greeted' && vote.kind === 'vote-reply' && vote.granted);
+    this.send({
+      kind: 'elected',
+      term,
+      startLsn: vote.flushLsn,
+      history: [...vote.history, { term, startLsn: vote.flushLsn }],
+    });
+    const reply = await this.next();
+    assert(reply !== 'greeted' && reply.kind === 'append-reply');
+  }
+
+  close(): void {
+    this.#connection.close();
+  }
+}
+
+test('watchers see all timelines, then each commit', async (context) => {
+  const served = await serve(context);
+  const client = new SafekeeperClient(served.endpoint);
+  const [a, b] = [newTimeline(), newTimeline()];
+  await client.createTimeline(a);
+  await client.createTimeline(a);
+  const stopping = new AbortController();
+  const batches = watchCommits({ ...served.endpoint, signal: stopping.signal });
+  const next = async (): Promise<TimelineProgress[]> => (await batches.next()).value ?? [];
+  const { tenantId, timelineId } = a;
+  assert.deepEqual(await next(), [{ tenantId, timelineId, commitLsn: MID_SEGMENT_LSN, flushLsn: MID_SEGMENT_LSN }]);
+  await client.createTimeline(b);
+  assert.equal((await next())[0]?.timelineId, b.timelineId);
+
+  const proposer = new RawProposer(served.endpoint, a);
+  await proposer.lead(1);
+  const wal = makeWal(MID_SEGMENT_LSN, [100, 50_000]);
+  proposer.send({ kind: 'append', term: 1, beginLsn: MID_SEGMENT_LSN, commitLsn: 0, bytes: wal.bytes });
+  proposer.send({ kind: 'append', term: 1, beginLsn: wal.endLsn, commitLsn: wal.ends[0]!, bytes: Buffer.alloc(0) });
+  let seen: TimelineProgress | undefined;
+  while (seen?.commitLsn !== wal.ends[0]) seen = (await next()).find((each) => each.timelineId === timelineId) ?? seen;
+  assert.equal(seen?.flushLsn, wal.endLsn);
+  stopping.abort();
+  assert.equal((await batches.next()).done, true);
+  proposer.close();
+  client.close();
+});
+
+test('readers get what is committed, then what comes; the leader of the term what is flushed', async (context) => {
+  const served = await serve(context);
+  const timeline = newTimeline();
+  const { tenantId, timelineId } = timeline;
+  const proposer = new RawProposer(served.endpoint, timeline);
+  await proposer.lead(4);
+  const wal = makeWal(MID_SEGMENT_LSN, [100, 50_000, 1_000]);
+  const commitLsn = wal.ends[0]!;
+  proposer.send({ kind: 'append', term: 4, beginLsn: MID_SEGMENT_LSN, commitLsn, bytes: wal.bytes });
+  await proposer.next();
+
+  const request = { ...served.endpoint, tenantId, timelineId, fromLsn: MID_SEGMENT_LSN };
+  const committed = readWal(request);
+  const first = (await committed.next()).value!;
+  assert.deepEqual(
+    [first.lsn, first.bytes.length, first.commitLsn],
+    [MID_SEGMENT_LSN, commitLsn - MID_SEGMENT_LSN, commitLsn],
+  );
+  const more = committed.next();
+  proposer.send({ kind: 'append', term: 4, beginLsn: wal.endLsn, commitLsn: wal.ends[1]!, bytes: Buffer.alloc(0) });
+  const second = (await more).value!;
+  assert.deepEqual([second.lsn, second.commitLsn], [commitLsn, wal.ends[1]]);
+  await committed.return();
+
+  const flushed = readWal({ ...request, fromLsn: wal.ends[1]!, term: 4 });
+  const third = (await flushed.next()).value!;
+  assert.equal(third.lsn + third.bytes.length, wal.endLsn);
+  const other = new RawProposer(served.endpoint, timeline);
+  assert.equal(await other.next(), 'greeted');
+  other.send({ kind: 'vote', term: 5 });
+  await assert.rejects(flushed.next(), { code: 'conflict' }, 'the old leader reads no more');
+  assert.deepEqual(await proposer.next(), { kind: 'term-notice', term: 5 });
+  await assert.rejects(readWal({ ...request, fromLsn: MID_SEGMENT_LSN - 8 }).next(), { code: 'bad-request' });
+  await assert.rejects(readWal({ ...request, timelineId: tenantId }).next(), { code: 'not-found' });
+  proposer.close();
+  other.close();
+});
+
+test('bytes that are no WAL, gaps and appends without an election are refused', async (context) => {
+  const served = await serve(context);
+  const timeline = newTimeline();
+  const wal = makeWal(MID_SEGMENT_LSN, [100, 100]);
+  const proposer = new RawProposer(served.endpoint, timeline);
+  const append = (beginLsn: number, bytes: Buffer): void =>
+    proposer.send({ kind: 'append', term: 1, beginLsn, commitLsn: 0, bytes });
+  const refused = async (pattern: RegExp): Promise<void> => {
+    const reply = await proposer.next();
+    assert(reply !== 'greeted' && reply.kind === 'refusal');
+    assert.match(reply.message, pattern);
+  };
+  assert.equal(await proposer.next(), 'greeted');
+  append(MID_SEGMENT_LSN, wal.bytes);
+  await refused(/term 1/);
+  proposer.send({ kind: 'vote', term: 1 });
+  await proposer.next();
+  append(MID_SEGMENT_LSN, wal.bytes);
+  await refused(/introduced/);
+  proposer.close();
+
+  const leader = new RawProposer(served.endpoint, timeline);
+  await leader.lead(2);
+  for (const [beginLsn, bytes] of [
+    [MID_SEGMENT_LSN + 8, wal.bytes],
+    [MID_SEGMENT_LSN, Buffer.alloc(100)],
+  ] as const) {
+    leader.send({ kind: 'append', term: 2, beginLsn, commitLsn: 0, bytes });
+    const reply = await leader.next();
+    assert(reply !== 'greeted' && reply.kind === 'refusal');
+  }
+  leader.close();
+});
+
+test('what was acknowledged is there after a restart, and a torn tail is not', async (context) => {
+  const served = await serve(context);
+  const timeline = newTimeline();
+  const proposer = new RawProposer(served.endpoint, timeline);
+  await proposer.lead(1);
+  const wal = makeWal(MID_SEGMENT_LSN, [100, 20_000, 300]);
+  const bytes = wal.bytes.subarray(0, -8);
+  proposer.send({ kind: 'append', term: 1, beginLsn: MID_SEGMENT_LSN, commitLsn: wal.ends[0]!, bytes });
+  const reply = await proposer.next();
+  assert(reply !== 'greeted' && reply.kind === 'append-reply');
+  assert.deepEqual([reply.flushLsn, reply.writeLsn], [wal.ends[1], wal.endLsn - 8]);
+  proposer.close();
+  await served.restart();
+  const client = new SafekeeperClient(served.endpoint);
+  const status = await client.status(timeline.tenantId, timeline.timelineId);
+  assert.deepEqual([status.term, status.lastLogTerm, status.flushLsn], [1, 1, wal.ends[1]]);
+  assert.equal(status.commitLsn, wal.ends[0], 'a clean stop writes the commit LSN down');
+  client.close();
+});
+
+test('a deleted timeline stays deleted, and an unfinished creation is forgotten', async (context) => {
+  const served = await serve(context);
+  const timeline = newTimeline();
+  const { tenantId, timelineId } = timeline;
+  const client = new SafekeeperClient(served.endpoint);
+  const proposer = new RawProposer(served.endpoint, timeline);
+  await proposer.lead(1);
+  await client.deleteTimeline(tenantId, timelineId);
+  assert.equal((await proposer.closed).code, 'not-found', 'its proposer is disconnected');
+  await client.deleteTimeline(tenantId, timelineId);
+  await assert.rejects(client.createTimeline(timeline), { code: 'not-found' });
+  const never = newTimeline();
+  await client.deleteTimeline(never.tenantId, never.timelineId);
+  client.close();
+
+  const unfinished = join(served.dataDir, tenantId, randomBytes(16).toString('hex'));
+  await mkdir(unfinished);
+  await writeFile(join(unfinished, 'control.partial'), 'half');
+  await served.restart();
+  assert(!existsSync(unfinished));
+  const again = new SafekeeperClient(served.endpoint);
+  assert.deepEqual(await again.list(), []);
+  await assert.rejects(again.createTimeline(timeline), { code: 'not-found' });
+  await assert.rejects(again.createTimeline(never), { code: 'not-found' });
+  assert(!existsSync(segmentPath(join(served.dataDir, tenantId, timelineId), MID_SEGMENT_LSN)));
+  again.close();
+});
+
+test('a timeline must be what it was said to be', async (context) => {
+  const served = await serve(context);
+  const timeline = newTimeline();
+  const client = new SafekeeperClient(served.endpoint);
+  await client.createTimeline(timeline);
+  await assert.rejects(client.createTimeline({ ...timeline, startLsn: MID_SEGMENT_LSN + 8 }), { code: 'conflict' });
+  await assert.rejects(client.createTimeline({ ...newTimeline(), pgVersion: 9 }), { code: 'bad-request' });
+  await assert.rejects(client.createTimeline({ ...newTimeline(), tenantId: '../../x' }), { code: 'bad-request' });
+  client.close();
+});
+
+test('a token opens what it is for', async (context) => {
+  const served = await serve(context);
+  const timeline = newTimeline();
+  const { tenantId, timelineId } = timeline;
+  const platform = new SafekeeperClient(served.endpoint);
+  await platform.createTimeline(timeline);
+  platform.close();
+  const client = new SafekeeperClient({
+    ...served.endpoint,
+    token: await signToken(SECRET, { scope: 'timeline', timelineId }),
+  });
+  assert.equal((await client.status(tenantId, timelineId)).timelineId, timelineId);
+  await assert.rejects(client.status(tenantId, tenantId), { code: 'forbidden' });
+  await assert.rejects(client.list(), { code: 'forbidden' });
+  await assert.rejects(client.deleteTimeline(tenantId, timelineId), { code: 'forbidden' });
+  client.close();
+  const forged = new SafekeeperClient({
+    ...served.endpoint,
+    token: await signToken(randomBytes(32), { scope: 'platform' }),
+  });
+  await assert.rejects(forged.list(), { code: 'unauthorized' });
+});
+
+test('strangers are disconnected: no hello, a frame too large, another protocol', async (context) => {
+  const served = await serve(context);
+  const { address, token } = served.endpoint;
+  const openings = [
+    encodeJson(FRAME.request, { id: 1, method: 'list', params: {} }),
+    Buffer.from('GET / HTTP/1.1\r\n\r\n'),
+    Buffer.concat([encodeHello(token), Buffer.from([0xff, 0xff, 0xff, 0x7f, FRAME.append])]),
+  ];
+  for (const opening of openings) {
+    const socket = connect(address);
+    socket.resume();
+    socket.write(opening);
+    await once(socket, 'close');
+  }
+});
+
+test('hundreds of idle timelines hold no file open and are there quickly after a restart', async (context) => {
+  const served = await serve(context);
+  const client = new SafekeeperClient(served.endpoint);
+  const timelines = Array.from({ length: 500 }, newTimeline);
+  for (let from = 0; from < timelines.length; from += 50) {
+    await Promise.all(timelines.slice(from, from + 50).map((timeline) => client.createTimeline(timeline)));
+  }
+  const proposer = new RawProposer(served.endpoint, timelines[0]!);
+  await proposer.lead(1);
+  proposer.send({
+    kind: 'append',
+    term: 1,
+    beginLsn: MID_SEGMENT_LSN,
+    commitLsn: 0,
+    bytes: makeWal(MID_SEGMENT_LSN, [100]).bytes,
+  });
+  await proposer.next();
+  assert.equal(openFiles(served.dataDir).length, 2, 'one segment and the lock');
+  proposer.close();
+  client.close();
+  const startedAtMs = performance.now();
+  await served.restart();
+  context.diagnostic(`restart with 500 timelines: ${(performance.now() - startedAtMs).toFixed(0)} ms`);
+  const again = new SafekeeperClient(served.endpoint);
+  assert.equal((await again.list()).length, 500);
+  assert.equal(openFiles(served.dataDir).length, 1);
+  again.close();
+});
+
+test('after a failed write the timeline is not served any more, others are', async (context) => {
+  const served = await serve(context);
+  const [broken, sound] = [newTimeline(), newTimeline()];
+  const proposer = new RawProposer(served.endpoint, broken);
+  await proposer.lead(1);
+  const directory = join(served.dataDir, broken.tenantId, broken.timelineId);
+  // The next segment cannot be made: a folder stands in its place.
+  await mkdir(segmentPath(directory, MID_SEGMENT_LSN + 16 * 1024 * 1024));
+  const wal = makeWal(MID_SEGMENT_LSN, [18_000_000]);
+  for (let at = 0; at < wal.bytes.length; at += 500_000) {
+    const bytes = wal.bytes.subarray(at, at + 500_000);
+    proposer.send({ kind: 'append', term: 1, beginLsn: MID_SEGMENT_LSN + at, commitLsn: 0, bytes });
+  }
+  assert.equal((await proposer.closed).code, 'internal');
+  const client = new SafekeeperClient(served.endpoint);
+  await assert.rejects(client.status(broken.tenantId, broken.timelineId), { code: 'internal' });
+  await client.createTimeline(sound);
+  assert.equal((await client.status(sound.tenantId, sound.timelineId)).flushLsn, MID_SEGMENT_LSN);
+  client.close();
+});
+
+function openFiles(directory: string): string[] {
+  const files: string[] = [];
+  for (const handle of readdirSync('/proc/self/fd')) {
+    try {
+      files.push(readlinkSync(`/proc/self/fd/${handle}`));
+    } catch {
+      // The handle by which the folder was read.
+    }
+  }
+  return files.filter((file) => file.startsWith(directory));
+}
