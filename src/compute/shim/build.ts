@@ -5,7 +5,7 @@
  * is never compiled again nor overwritten under a Postgres that has it loaded.
  */
 import { execFile } from 'node:child_process';
-import { createHash } from 'node:crypto';
+import { createHash, randomUUID } from 'node:crypto';
 import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
 import { arch } from 'node:os';
 import { join } from 'node:path';
@@ -38,7 +38,7 @@ export async function buildShim(directory: string, options: BuildShimOptions = {
   if (existsSync(path)) return path;
 
   mkdirSync(directory, { recursive: true });
-  const partial = `${path}.${process.pid}.partial`;
+  const partial = `${path}.${randomUUID()}.partial`;
   const inputs = sources.filter((name) => name.endsWith('.c')).map((name) => join(SOURCE_DIRECTORY, name));
   try {
     await compile([...FLAGS, ...UNFORTIFIED, '-o', partial, ...inputs, '-ldl'], options.compiler ?? process.env['CC']);
