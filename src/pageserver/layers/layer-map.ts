@@ -29,9 +29,7 @@ export class LayerMap {
   /** By descending end, then start. */
   readonly #deltas: Run[] = [];
   readonly #images: Run[] = [];
-  /** At i: the lowest start of runs 0 to i of #deltas. Runs before the first that is at or below an LSN have nothing for it. */
-  #deltaMinStarts = new Float64Array(0);
-  #oldestLsn = Infinity;
+  #minStarts: Float64Array | undefined;
   #count = 0;
 
   /** How many layers there are. */
@@ -41,7 +39,7 @@ export class LayerMap {
 
   /** The first LSN of any layer; Infinity when there is none. */
   get oldestLsn(): Lsn {
-    return this.#oldestLsn;
+    return Math.min(this.#deltaMinStarts.at(-1) ?? Infinity, this.#images.at(-1)?.lsnStart ?? Infinity);
   }
 
   insert(layer: LayerFile): void {
@@ -129,9 +127,14 @@ export class LayerMap {
 
   #changed(count: number): void {
     this.#count += count;
+    this.#minStarts = undefined;
+  }
+
+  /** At i: the lowest start of the delta runs 0 to i. Runs before the first that is at or below an LSN have nothing for it. */
+  get #deltaMinStarts(): Float64Array {
     let minStart = Infinity;
-    this.#deltaMinStarts = Float64Array.from(this.#deltas, (run) => (minStart = Math.min(minStart, run.lsnStart)));
-    this.#oldestLsn = Math.min(minStart, this.#images.at(-1)?.lsnStart ?? Infinity);
+    this.#minStarts ??= Float64Array.from(this.#deltas, (run) => (minStart = Math.min(minStart, run.lsnStart)));
+    return this.#minStarts;
   }
 }
 
