@@ -285,7 +285,7 @@ test('start has the documented defaults and checks what it is given', async () =
     pgPort: 55432,
     httpPort: 55480,
     safekeeperCount: 3,
-    pgVersion: 17,
+    pgVersion: undefined,
     pgBinDir: undefined,
     suspendTimeoutSeconds: 300,
   });

@@ -11,7 +11,8 @@ export interface StartOptions {
   readonly pgPort: number;
   readonly httpPort: number;
   readonly safekeeperCount: number;
-  readonly pgVersion: number;
+  /** Of new projects; undefined: that of pgBinDir, else the platform's default. */
+  readonly pgVersion: number | undefined;
   readonly pgBinDir: string | undefined;
   /** -1: never. */
   readonly suspendTimeoutSeconds: number;
@@ -27,7 +28,7 @@ interface GivenOptions {
   readonly pgPort: number;
   readonly httpPort: number;
   readonly safekeepers: number;
-  readonly pgVersion: number;
+  readonly pgVersion?: number;
   readonly pgBinDir?: string;
   readonly suspendTimeout: number;
 }
@@ -44,7 +45,11 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
       wholeNumber(1, MAX_SAFEKEEPERS),
       3,
     )
-    .option('--pg-version <major>', `Postgres of new projects: ${PG_VERSIONS.join(', ')}`, oneOf(PG_VERSIONS), 17)
+    .option(
+      '--pg-version <major>',
+      `Postgres of new projects: ${PG_VERSIONS.join(', ')} (default: 17, or that of --pg-bin-dir)`,
+      oneOf(PG_VERSIONS),
+    )
     .option('--pg-bin-dir <directory>', 'use the Postgres installed there instead of the one from npm')
     .option(
       '--suspend-timeout <seconds>',

@@ -3,10 +3,10 @@
  */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { closeSync, openSync, readFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError } from '../base/errors.ts';
-import type { PostgresInstallation, UnixUser } from './installation.ts';
+import { installationEnvironment, type PostgresInstallation, type UnixUser } from './installation.ts';
 
 export interface PostgresProcessOptions {
   readonly installation: PostgresInstallation;
@@ -50,12 +50,11 @@ export class PostgresProcess {
   /** Resolves when the postmaster says `ready` in its pid file. Throws `unavailable` with the end of its log when it dies before. */
   static async start(options: PostgresProcessOptions, signal?: AbortSignal): Promise<PostgresProcess> {
     const log = openSync(options.logFile, 'a', 0o600);
-    const lib = join(dirname(options.installation.binDir), 'lib');
     const child = spawn(join(options.installation.binDir, 'postgres'), ['-D', options.dataDir], {
       cwd: options.dataDir,
       detached: true, // its own process group: a Ctrl-C in the terminal is the supervisor's to handle
       stdio: ['ignore', log, log],
-      env: { PATH: '/usr/bin:/bin', LC_ALL: 'C.UTF-8', TZ: 'UTC', LD_LIBRARY_PATH: lib, ...options.env },
+      env: { ...installationEnvironment(options.installation), LC_ALL: 'C.UTF-8', ...options.env },
       ...(options.user === undefined ? {} : { uid: options.user.uid, gid: options.user.gid }),
     });
     closeSync(log);

@@ -8,15 +8,14 @@ import type { RunningCompute } from '../api/wake.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { Compute, type ComputeEnvironment } from '../compute/compute.ts';
-import { findInstallation, type PostgresInstallation, reachableInstallation } from '../compute/installation.ts';
+import type { Installations } from '../compute/installation.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { makeFolderFor, type PlatformDirectory } from './platform-directory.ts';
 
 export interface LocalComputesOptions {
   readonly directory: PlatformDirectory;
   readonly environment: Omit<ComputeEnvironment, 'installation'>;
-  /** The binaries that the platform was started with. */
-  readonly installation: PostgresInstallation;
+  readonly installations: Installations;
   readonly log: Logger;
 }
 
@@ -33,7 +32,7 @@ export class LocalComputes implements Computes {
   async start(spec: ComputeSpec): Promise<RunningCompute> {
     const existing = this.#computes.get(spec.endpointId);
     if (existing !== undefined) return toRunning(spec.endpointId, existing);
-    const { directory, environment, log } = this.#options;
+    const { directory, environment, installations, log } = this.#options;
     const cacheDir = join(directory.computesDir, spec.endpointId);
     const socketDir = join(directory.runDir, spec.endpointId);
     makeFolderFor(environment.user, cacheDir);
@@ -43,7 +42,7 @@ export class LocalComputes implements Computes {
       cacheDir,
       socketDir,
       logFile: join(directory.logsDir, `${spec.endpointId}.log`),
-      environment: { ...environment, installation: this.#installationFor(spec.pgVersion) },
+      environment: { ...environment, installation: installations.of(spec.pgVersion) },
       log: log.child({ endpoint: spec.endpointId }),
     });
     this.#starting.set(spec.timelineId, starting);
@@ -117,12 +116,6 @@ export class LocalComputes implements Computes {
     const compute = this.#computes.get(endpointId);
     if (compute === undefined) throw new StrataError('unavailable', `endpoint "${endpointId}" is not running`);
     return compute;
-  }
-
-  #installationFor(pgVersion: number): PostgresInstallation {
-    const { installation, environment, directory } = this.#options;
-    const wanted = installation.pgVersion === pgVersion ? installation : findInstallation({ pgVersion });
-    return reachableInstallation(wanted, environment.user, directory.runDir);
   }
 }
 

@@ -12,7 +12,7 @@ import { StrataError } from '../base/errors.ts';
 import { createLog, type Logger } from '../base/log.ts';
 import { listen } from '../base/rpc.ts';
 import { signToken } from '../base/token.ts';
-import { findInstallation, reachableInstallation, unprivilegedUser } from '../compute/installation.ts';
+import { findInstallation, Installations, unprivilegedUser } from '../compute/installation.ts';
 import { ADMIN_ROLE } from '../compute/settings.ts';
 import type { StartOptions } from '../cli/start.ts';
 import { buildShim } from '../compute/shim/build.ts';
@@ -65,8 +65,8 @@ async function bringUp(
 ): Promise<Platform> {
   const user = unprivilegedUser();
   const found = findInstallation({
-    pgVersion: options.pgVersion,
-    ...(options.pgBinDir ? { pgBinDir: options.pgBinDir } : {}),
+    ...(options.pgVersion === undefined ? {} : { pgVersion: options.pgVersion }),
+    ...(options.pgBinDir === undefined ? {} : { pgBinDir: options.pgBinDir }),
   });
   const directory = openPlatformDirectory(options.dataDir, user);
   const lock = await lockPlatform(directory);
@@ -74,14 +74,14 @@ async function bringUp(
   await assertPortFree(options.pgPort, '--pg-port');
   await assertPortFree(options.httpPort, '--http-port');
   const shimFile = await buildShim(directory.runDir);
-  const installation = reachableInstallation(found, user, directory.runDir);
+  const installations = new Installations(found, user, directory.runDir);
   const secrets = loadOrMakeSecrets(directory);
   const certificate = await loadOrMakeCertificate(
     join(directory.path, 'tls', 'cert.pem'),
     join(directory.path, 'tls', 'key.pem'),
   );
   const log = createLog({ name: 'platform', file: join(directory.logsDir, 'platform.log') });
-  log.info({ ...options, version, postgres: installation.fullVersion }, 'starting');
+  log.info({ ...options, version, postgres: found.fullVersion }, 'starting');
 
   progress('starting storage');
   const { safekeepers, pageserver, pageAddress, services } = await startServices(
@@ -95,7 +95,7 @@ async function bringUp(
     pageserver,
     safekeepers,
     token: await signToken(secrets.platformSecret, { scope: 'platform' }),
-    installation: found,
+    installations,
     user,
     runDir: directory.runDir,
     adminPassword: secrets.adminPassword,
@@ -105,7 +105,7 @@ async function bringUp(
   });
   const computes = new LocalComputes({
     directory,
-    installation: found,
+    installations,
     environment: {
       user,
       shimFile,
@@ -128,8 +128,8 @@ async function bringUp(
       proxyHost: LOOPBACK,
       proxyPort: options.pgPort,
       domain: 'localhost',
-      defaultPgVersion: options.pgVersion,
-      availablePgVersions: [found.pgVersion],
+      defaultPgVersion: found.pgVersion,
+      availablePgVersions: installations.versions,
       suspendTimeoutSeconds: options.suspendTimeoutSeconds,
     },
   });
@@ -140,7 +140,7 @@ async function bringUp(
     await api.close();
   });
   await api.listen({ host: LOOPBACK, port: options.httpPort });
-  await storage.ensureTemplate(options.pgVersion);
+  await storage.ensureTemplate(found.pgVersion);
   await control.recover();
   if (control.projects.count() === 0) {
     progress('creating the first project');

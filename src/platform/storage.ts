@@ -6,12 +6,7 @@ import type { PageserverClient } from '../api/pageserver.ts';
 import { type SafekeeperAddress, SafekeeperClient } from '../api/safekeeper.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
-import {
-  findInstallation,
-  type PostgresInstallation,
-  reachableInstallation,
-  type UnixUser,
-} from '../compute/installation.ts';
+import type { Installations, UnixUser } from '../compute/installation.ts';
 import { electProposer } from '../compute/proposer.ts';
 import { DEFAULT_DATABASE_NAME, DEFAULT_ROLE_NAME } from '../control/projects.ts';
 import type { Lsn } from '../postgres/lsn.ts';
@@ -22,7 +17,7 @@ export interface ClusterStorageOptions {
   readonly safekeepers: readonly SafekeeperAddress[];
   /** Scope `platform`. */
   readonly token: string;
-  readonly installation: PostgresInstallation;
+  readonly installations: Installations;
   readonly user: UnixUser | undefined;
   readonly runDir: string;
   readonly adminPassword: string;
@@ -125,7 +120,7 @@ export class ClusterStorage implements Storage {
   }
 
   async #findOrMakeTemplate(pgVersion: number): Promise<BranchPoint> {
-    const { pageserver, installation, user, runDir, adminPassword, progress } = this.#options;
+    const { pageserver, installations, user, runDir, adminPassword, progress } = this.#options;
     const timelineId = templateTimelineId(pgVersion);
     try {
       return { timelineId, lsn: (await pageserver.timelineStatus(timelineId)).lastRecordLsn };
@@ -133,9 +128,8 @@ export class ClusterStorage implements Storage {
       if (!(error instanceof StrataError) || error.code !== 'not-found') throw error;
     }
     progress(`initialising Postgres ${pgVersion}, once`);
-    const wanted = installation.pgVersion === pgVersion ? installation : findInstallation({ pgVersion });
     const template = {
-      installation: reachableInstallation(wanted, user, runDir),
+      installation: installations.of(pgVersion),
       user,
       runDir,
       adminPassword,

@@ -4,12 +4,12 @@
  */
 import { execFile } from 'node:child_process';
 import { chownSync, rmSync, writeFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { join } from 'node:path';
 import { promisify } from 'node:util';
 import type { CatalogSpec } from '../api/control.ts';
 import { StrataError } from '../base/errors.ts';
 import { ADMIN_DATABASE, applyCatalog, connectAdmin, createOwnerGroup } from '../compute/admin.ts';
-import type { PostgresInstallation, UnixUser } from '../compute/installation.ts';
+import { installationEnvironment, type PostgresInstallation, type UnixUser } from '../compute/installation.ts';
 import { PostgresProcess } from '../compute/postgres-process.ts';
 import { ADMIN_ROLE, encodeSettings, hbaFile } from '../compute/settings.ts';
 import { makeFolderFor } from './platform-directory.ts';
@@ -71,12 +71,7 @@ async function runInitdb(options: TemplateOptions, workDir: string, dataDir: str
   try {
     await promisify(execFile)(join(installation.binDir, 'initdb'), args, {
       cwd: workDir,
-      env: {
-        PATH: '/usr/bin:/bin',
-        LC_ALL: 'C',
-        TZ: 'UTC',
-        LD_LIBRARY_PATH: join(dirname(installation.binDir), 'lib'),
-      },
+      env: { ...installationEnvironment(installation), LC_ALL: 'C' },
       ...(user === undefined ? {} : { uid: user.uid, gid: user.gid }),
     });
   } catch (error) {

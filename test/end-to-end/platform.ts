@@ -1,6 +1,8 @@
 /**
  * A real platform for a test: `strata start` as a child process on free ports and a data directory of its own, and the clients that
  * users have (psql, pgbench, the `pg` package) against it.
+ *
+ * STRATA_TEST_PG_VERSION runs the tests on another major than the default, STRATA_TEST_PG_BIN_DIR on the Postgres installed there.
  */
 import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
@@ -44,7 +46,8 @@ export class TestPlatform {
 
   static async start(options: PlatformOptions = {}): Promise<TestPlatform> {
     const dataDir = options.dataDir ?? mkdtempSync(join(tmpdir(), 'strata-test-'));
-    const platform = new TestPlatform(dataDir, await freePort(), await freePort(), options.args ?? []);
+    const args = [...versionArgs(options.args ?? []), ...(options.args ?? [])];
+    const platform = new TestPlatform(dataDir, await freePort(), await freePort(), args);
     await platform.start();
     return platform;
   }
@@ -237,6 +240,17 @@ export class TestPlatform {
       return '';
     }
   }
+}
+
+/** What the environment says about the Postgres to run on, unless the test says it itself. */
+function versionArgs(args: readonly string[]): readonly string[] {
+  if (args.some((arg) => arg === '--pg-version' || arg === '--pg-bin-dir')) return [];
+  const version = process.env['STRATA_TEST_PG_VERSION'];
+  const binDir = process.env['STRATA_TEST_PG_BIN_DIR'];
+  return [
+    ...(version === undefined || version === '' ? [] : ['--pg-version', version]),
+    ...(binDir === undefined || binDir === '' ? [] : ['--pg-bin-dir', binDir]),
+  ];
 }
 
 /** The `pg` package reads sslmode=require as a demand to verify; libpq does not. */
