@@ -1,8 +1,8 @@
 import assert from 'node:assert/strict';
-import { execFileSync } from 'node:child_process';
-import { chmodSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { execFileSync, spawn } from 'node:child_process';
+import { chmodSync, existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Client } from 'pg';
@@ -325,3 +325,28 @@ test('a server whose page map is damaged, or of another timeline, does not start
     'fine\n',
   );
 });
+
+test('the server goes down with the process that started it, when told to', async () => {
+  const cluster = makeColdCluster(full, join(root, 'orphan'));
+  const { user, installation, dataDir } = cluster;
+  const parent = spawn('/bin/sh', ['-c', `'${join(installation.binDir, 'postgres')}' -D '${dataDir}' & wait`], {
+    cwd: dataDir,
+    stdio: 'ignore',
+    env: {
+      PATH: '/usr/bin:/bin',
+      LD_LIBRARY_PATH: join(dirname(installation.binDir), 'lib'),
+      ...environmentOf(cluster, { STRATA_PARENT_DEATH: '1' }),
+    },
+    ...(user === undefined ? {} : { uid: user.uid, gid: user.gid }),
+  });
+  const pidFile = join(dataDir, 'postmaster.pid');
+  await until(() => existsSync(pidFile) && readFileSync(pidFile, 'utf8').includes('ready'));
+  const pid = Number(readFileSync(pidFile, 'utf8').split('\n')[0]);
+  parent.kill('SIGKILL');
+  await until(() => !existsSync(`/proc/${pid}`) || readFileSync(`/proc/${pid}/stat`, 'utf8').includes(') Z '));
+});
+
+async function until(condition: () => boolean): Promise<void> {
+  for (const deadline = Date.now() + 10_000; !condition(); await sleep(10))
+    assert.ok(Date.now() < deadline, 'it took more than 10 s');
+}

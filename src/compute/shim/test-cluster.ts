@@ -49,9 +49,18 @@ export interface Cluster {
   readonly dataDir: string;
 }
 
+/** The npm package's Postgres, or the one whose bin folder STRATA_TEST_PG_BIN_DIR names. */
 export function installationForTests(root: string): { installation: PostgresInstallation; user: UnixUser | undefined } {
   const user = unprivilegedUser();
-  return { installation: reachableInstallation(findInstallation({}), user, join(root, 'postgres')), user };
+  const pgBinDir = process.env['STRATA_TEST_PG_BIN_DIR'];
+  return {
+    installation: reachableInstallation(
+      findInstallation(pgBinDir === undefined ? {} : { pgBinDir }),
+      user,
+      join(root, 'postgres'),
+    ),
+    user,
+  };
 }
 
 /** A fresh cluster by initdb, without durability and without background work that tests do not ask for. */
