@@ -46,6 +46,8 @@ export class Timeline {
     readonly directory: string;
     readonly identity: TimelineIdentity;
     readonly state: AcceptorState;
+    /** Made just now: there is no WAL to look for. */
+    readonly isNew: boolean;
     readonly log: Logger;
     readonly onProgress: (timeline: Timeline) => void;
   }) {
@@ -55,6 +57,7 @@ export class Timeline {
     this.#onProgress = options.onProgress;
     this.#log = options.log.child({ timelineId: options.identity.timelineId });
     this.#store = new WalStore(options.directory, options.identity);
+    if (options.isNew) this.#opening = Promise.resolve(this.#opened(options.identity.startLsn));
   }
 
   get term(): number {
@@ -105,7 +108,7 @@ export class Timeline {
   detach(link: ProposerLink): void {
     if (!this.#links.delete(link)) return;
     this.#acceptor?.forget(link);
-    if (this.#links.size === 0 && this.#failure === undefined) void this.#rest();
+    if (this.#links.size === 0 && this.#failure === undefined) this.#rest().catch((error: unknown) => this.#ioFailed(error));
   }
 
   /** From an attached link. False: `onWritable` tells when to go on. */
@@ -158,16 +161,21 @@ export class Timeline {
         // A control file that was renamed just before a kill may not be durable yet; what follows relies on it.
         writeControlFile(this.directory, { kind: 'timeline', identity: this.identity, acceptor: this.#state }),
       ]);
-      this.#acceptor = new Acceptor({
-        state: this.#state,
-        flushLsn,
-        trackBoundaries: (startLsn) => new Boundaries(startLsn),
-      });
-      const term = lastLogTerm(this.#state.history, flushLsn);
-      this.#log.debug({ term, commitLsn: formatLsn(commitLsn), flushLsn: formatLsn(flushLsn) }, 'opened');
+      this.#opened(flushLsn);
     } catch (error) {
       this.#ioFailed(error);
     }
+  }
+
+  #opened(flushLsn: Lsn): void {
+    const state = this.#state;
+    this.#acceptor = new Acceptor({
+      state,
+      flushLsn,
+      trackBoundaries: (startLsn) => new Boundaries(startLsn),
+    });
+    const term = lastLogTerm(state.history, flushLsn);
+    this.#log.debug({ term, commitLsn: formatLsn(state.commitLsn), flushLsn: formatLsn(flushLsn) }, 'opened');
   }
 
   async #rest(): Promise<void> {

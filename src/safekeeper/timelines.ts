@@ -123,34 +123,33 @@ export class Timelines {
         if (/^[0-9A-F]{24}$/.test(name)) await rm(join(directory, name)); // A deletion that did not finish.
       }
     } else {
-      this.#add(directory, control.identity, control.acceptor);
+      this.#add(directory, control.identity, control.acceptor, false);
     }
   }
 
   async #create(identity: TimelineIdentity): Promise<Timeline> {
     const directory = join(this.#dataDir, identity.tenantId, identity.timelineId);
     await makeDirectory(directory);
-    const store = new WalStore(directory, identity);
-    await store.create();
-    await store.release();
+    await new WalStore(directory, identity).create();
     const acceptor = {
       term: 0,
       history: [{ term: 0, startLsn: identity.startLsn }],
       commitLsn: identity.startLsn,
     };
     await writeControlFile(directory, { kind: 'timeline', identity, acceptor });
-    const timeline = this.#add(directory, identity, acceptor);
+    const timeline = this.#add(directory, identity, acceptor, true);
     const { tenantId, timelineId, startLsn } = identity;
     this.#log.info({ tenantId, timelineId, startLsn: formatLsn(startLsn) }, 'timeline created');
     for (const callback of this.#watchers) callback(timeline);
     return timeline;
   }
 
-  #add(directory: string, identity: TimelineIdentity, state: AcceptorState): Timeline {
+  #add(directory: string, identity: TimelineIdentity, state: AcceptorState, isNew: boolean): Timeline {
     const timeline = new Timeline({
       directory,
       identity,
       state,
+      isNew,
       log: this.#log,
       onProgress: (moved) => this.#progressed(moved),
     });

@@ -64,21 +64,29 @@ export class WalStore {
     this.#identity = identity;
   }
 
-  /** Makes the first segment, with the page headers that precede the timeline's start. Repeatable. */
+  /**
+   * Makes the first segment, with the page headers that precede the timeline's start. Its content is durable when this resolves; its name is once
+   * the folder was synced.
+   */
   async create(): Promise<void> {
     const { startLsn, pgVersion, systemId } = this.#identity;
     if (segmentOffset(startLsn) === 0) return; // The first page header comes with the stream.
     const version = toPgVersion(pgVersion);
-    const file = await this.#segment(startLsn);
-    for (const pageLsn of new Set([segmentStart(startLsn), pageStart(startLsn)])) {
-      if (pageLsn === startLsn) continue;
-      const header = Buffer.alloc(pageHeaderSize(pageLsn));
-      const isLast = pageLsn === pageStart(startLsn);
-      const remaining = isLast ? pageOffset(startLsn) - header.length : 0;
-      writePageHeader(header, 0, { pageLsn, remaining, systemId: BigInt(systemId), version });
-      await writeFully(file, [header], segmentOffset(pageLsn));
+    const handle = await openHandle(segmentPath(this.#directory, startLsn), 'w', 0o600);
+    try {
+      await handle.truncate(WAL_SEGMENT_SIZE);
+      for (const pageLsn of new Set([segmentStart(startLsn), pageStart(startLsn)])) {
+        if (pageLsn === startLsn) continue;
+        const header = Buffer.alloc(pageHeaderSize(pageLsn));
+        const isLast = pageLsn === pageStart(startLsn);
+        const remaining = isLast ? pageOffset(startLsn) - header.length : 0;
+        writePageHeader(header, 0, { pageLsn, remaining, systemId: BigInt(systemId), version });
+        await handle.write(header, 0, header.length, segmentOffset(pageLsn));
+      }
+      await handle.sync();
+    } finally {
+      await handle.close();
     }
-    await syncFile(file);
   }
 
   /**

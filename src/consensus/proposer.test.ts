@@ -1,0 +1,118 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import type { AcceptorMessage, TermHistory } from './messages.ts';
+import { type ProposerAction, ProposerState } from './proposer.ts';
+import { compareLogs, highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
+
+const START: TermHistory = [{ term: 0, startLsn: 100 }];
+
+function vote(term: number, flushLsn: number, history = START, granted = true): AcceptorMessage {
+  return { kind: 'vote-reply', term, granted, flushLsn, commitLsn: 100, history };
+}
+
+function ack(term: number, flushLsn: number): AcceptorMessage {
+  return { kind: 'append-reply', term, flushLsn, writeLsn: flushLsn, commitLsn: 100 };
+}
+
+function kinds(actions: readonly ProposerAction[]): string[] {
+  return actions.map((action) => (action.kind === 'send' ? `${action.message.kind} to ${action.peer}` : action.kind));
+}
+
+test('the term is above all that a quorum knows, and the log is that of the most advanced voter', () => {
+  const proposer = new ProposerState(3);
+  assert.deepEqual(proposer.greeted(0, 4), []);
+  assert.deepEqual(kinds(proposer.greeted(2, 7)), ['vote to 0', 'vote to 2']);
+  assert.equal(proposer.term, 8);
+  // The longer log is of an older term.
+  assert.deepEqual(proposer.receive(0, vote(8, 900, [...START, { term: 3, startLsn: 100 }])), []);
+  const history = [...START, { term: 3, startLsn: 100 }, { term: 6, startLsn: 300 }];
+  const won = proposer.receive(2, vote(8, 400, history));
+  assert.deepEqual(kinds(won), ['leading', 'elected to 0', 'elected to 2']);
+  assert.deepEqual([proposer.startLsn, proposer.donor], [400, 2]);
+  assert.deepEqual(proposer.history, [...history, { term: 8, startLsn: 400 }]);
+  assert.deepEqual([proposer.peer(0).sendLsn, proposer.peer(2).sendLsn], [300, 400]);
+});
+
+function leader(): ProposerState {
+  const proposer = new ProposerState(3);
+  proposer.greeted(0, 0);
+  proposer.greeted(1, 0);
+  proposer.receive(0, vote(1, 200));
+  proposer.receive(1, vote(1, 150));
+  return proposer;
+}
+
+test('nothing is committed before a quorum has the log up to the start of the term', () => {
+  const proposer = leader();
+  assert.equal(proposer.startLsn, 200);
+  assert.deepEqual(kinds(proposer.receive(0, ack(1, 200))), ['stream']);
+  assert.deepEqual(kinds(proposer.receive(1, ack(1, 150))), ['stream']);
+  assert.deepEqual(proposer.receive(1, ack(1, 190)), []);
+  assert.equal(proposer.phase, 'leading');
+  assert.deepEqual(proposer.receive(1, ack(1, 200)), [{ kind: 'committed', lsn: 200 }]);
+  assert.equal(proposer.phase, 'established');
+  assert.deepEqual(proposer.receive(0, ack(1, 300)), []);
+  assert.deepEqual(proposer.receive(1, ack(1, 250)), [{ kind: 'committed', lsn: 250 }]);
+});
+
+test('a leader is fenced by a higher term; a candidate tries again under one still higher', () => {
+  const candidate = new ProposerState(3);
+  candidate.greeted(0, 0);
+  candidate.greeted(1, 0);
+  assert.deepEqual(kinds(candidate.receive(0, vote(5, 100, START, false))), ['retry']);
+  assert.deepEqual(candidate.receive(1, vote(1, 100)), []);
+  assert.deepEqual(kinds(candidate.elect()), ['vote to 0', 'vote to 1']);
+  assert.equal(candidate.term, 6);
+
+  const proposer = leader();
+  proposer.receive(0, ack(1, 200));
+  proposer.receive(1, ack(1, 200));
+  assert.deepEqual(proposer.receive(1, { kind: 'term-notice', term: 2 }), [{ kind: 'fenced', term: 2 }]);
+  assert.deepEqual(proposer.receive(0, ack(1, 900)), []);
+  assert.equal(proposer.commitLsn, 200);
+});
+
+test('a vote that may have gone to another proposer is not counted', () => {
+  const proposer = new ProposerState(3);
+  proposer.greeted(0, 0);
+  proposer.greeted(1, 0);
+  proposer.receive(0, vote(1, 100));
+  assert.deepEqual(kinds(proposer.receive(1, vote(1, 100, START, false))), ['retry']);
+  assert.equal(proposer.phase, 'electing');
+});
+
+test('when the only voter with the newest log is gone before a quorum has it, there is a new election', () => {
+  const proposer = leader();
+  proposer.receive(1, ack(1, 150));
+  assert.deepEqual(kinds(proposer.lost(0)), ['retry']);
+  proposer.greeted(2, 0);
+  assert.deepEqual(kinds(proposer.elect()), ['vote to 1', 'vote to 2']);
+  assert.equal(proposer.term, 2);
+});
+
+test('a peer that comes back is brought on from where the logs part', () => {
+  const proposer = leader();
+  proposer.receive(0, ack(1, 200));
+  proposer.receive(1, ack(1, 200));
+  assert.deepEqual(kinds(proposer.greeted(2, 1)), ['vote to 2']);
+  const joined = proposer.receive(2, vote(1, 120, START, false));
+  assert.deepEqual(kinds(joined), ['elected to 2']);
+  assert.equal(proposer.peer(2).sendLsn, 120);
+  proposer.receive(2, ack(1, 120));
+  assert.equal(proposer.recoverySource(2), 0);
+});
+
+test('logs are compared by their histories', () => {
+  const history = [...START, { term: 2, startLsn: 150 }, { term: 5, startLsn: 300 }];
+  assert.deepEqual(historyUpTo(history, 299), history.slice(0, 2));
+  assert.equal(lastLogTerm(history, 300), 5);
+  assert(compareLogs({ lastLogTerm: 5, flushLsn: 1 }, { lastLogTerm: 4, flushLsn: 9 }) > 0);
+  // The same history: the shorter log is the beginning of the other.
+  assert.equal(highestCommonPoint(history, history, 400), 400);
+  // The acceptor lags: entries past its end mean nothing.
+  assert.equal(highestCommonPoint(history, history, 200), 200);
+  // It wrote more in term 2 than the leader of term 5 had.
+  assert.equal(highestCommonPoint(history, history.slice(0, 2), 500), 300);
+  // It followed another leader after term 0.
+  assert.equal(highestCommonPoint(history, [...START, { term: 3, startLsn: 120 }], 500), 120);
+});
