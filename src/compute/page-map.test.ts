@@ -71,6 +71,31 @@ test('what is written is read back: a fork of more than a GiB is two entries, on
   assert.deepEqual(countPresentPages(path), { present: 0, total: 131_077 });
 });
 
+test('with files on first use an empty fork is an entry too, and the flag is kept', () => {
+  createPageMap(path, { startLsn: 1, timelineId: TIMELINE, relations: [table, empty], filesOnFirstUse: true });
+  const map = readPageMap(path);
+  assert.equal(map.filesOnFirstUse, true);
+  assert.equal(readFileSync(path).readUInt32LE(96), 1);
+  assert.deepEqual(
+    map.entries.map((entry) => [entry.rel, entry.segment, entry.blocks]),
+    [
+      [16384, 0, 131_072],
+      [16384, 1, 3],
+      [1262, 0, 0],
+    ],
+  );
+  damage((bytes) => [3, 2, 1].forEach((name, i) => bytes.writeUInt32LE(name, map.namesOffset + i * 4)));
+  assert.equal(reusePageMap(path, { timelineId: TIMELINE }).kind, 'ready');
+  assert.deepEqual(
+    [0, 1, 2].map((i) => readFileSync(path).readUInt32LE(map.namesOffset + i * 4)),
+    [0, 2, 1],
+  );
+  assert.deepEqual(
+    readPageMap(path).entries.map((entry) => entry.gone),
+    [false, false, true],
+  );
+});
+
 test('any set of forks is read back, page states lie apart', () => {
   const shape = {
     spc: fc.constantFrom(1663, 1664, 70_000),

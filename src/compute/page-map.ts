@@ -14,20 +14,25 @@
  *       36     4  index slot count m: a power of two, larger than the entry count
  *       40     4  blocks per segment of a relation fork (131072)
  *       44     4  block size in bytes (8192)
- *       48     8  offset of the gone words
+ *       48     8  offset of the name words
  *       56     8  offset of the page states
  *       64    16  boot id of the machine: after a reboot the local files cannot be trusted, nothing was synced
  *       80    16  timeline id
- *       96    32  zero
- *      128   48n  entries, one per segment file that had blocks at the start:
+ *       96     4  flags: 1 = the files are made on first use
+ *      100    28  zero
+ *      128   48n  entries, one per segment file that had blocks at the start (with flag 1 also one per file without):
  *                   0 spc, 4 db, 8 rel, 12 fork, 16 segment: the key, u32 each
  *                  20 rel, 24 fork: from where its pages are fetched (another fork for unlogged tables, else the same), u32 each
  *                  28 blocks of this segment at the start, u32
  *                  32 offset in this file of its page states, u64
  *                  40 zero, 8 bytes
  *        ·    4m  index: open addressing with linear probing; entry number + 1, or 0 for an empty slot; begins at hash(key) & (m - 1)
- *                 table end; zeroes up to the gone words, which begin at a multiple of 64
- *        ·    4n  gone words, one per entry: 1 when the file was dropped, or made anew by this compute: the name is wholly local from then on
+ *                 table end; zeroes up to the name words, which begin at a multiple of 64
+ *        ·    4n  name words, one per entry: what is under the name of its file
+ *                   0 the file of the start; with flag 1 it is not made yet, and whoever uses the name first makes it
+ *                   1 nothing, or a file that this compute made after dropping the other: wholly local from then on
+ *                   2 the file of the start, made on first use (with flag 1 only)
+ *                   3 somebody is making it (with flag 1 only; waited for by a futex)
  *        ·     ·  page states, one byte per block, each entry's at a multiple of 64:
  *                   0 absent, 1 claimed, 2 present, 3 claimed and somebody waits (what they mean: shim/format.h)
  *
@@ -50,7 +55,7 @@ import { dirname, join } from 'node:path';
 import { crc32 } from 'node:zlib';
 import { type Lsn, readLsn, writeLsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
-import { BLOCKS_PER_SEGMENT, type RelationForkKey, relationSegmentPath } from '../postgres/relation.ts';
+import { BLOCKS_PER_SEGMENT, databasePath, type RelationForkKey, relationSegmentPath } from '../postgres/relation.ts';
 import type { PgVersion } from '../postgres/version.ts';
 
 const MAGIC = 'STRPGMAP';
@@ -61,6 +66,11 @@ const CRC_OFFSET = 12;
 const MIN_SLOTS = 16;
 const BOOT_ID_FILE = '/proc/sys/kernel/random/boot_id';
 
+const FLAG_FILES_ON_FIRST_USE = 1;
+const FLAGS_OFFSET = 96;
+const NAME_AT_START = 0;
+const NAME_GONE = 1;
+const NAME_BEING_MADE = 3;
 const STATE_PRESENT = 2;
 const CLAIMED_STATES = [1, 3];
 const SCAN_CHUNK_BYTES = 1 << 20;
@@ -82,6 +92,11 @@ export interface PageMapOptions {
   readonly startLsn: Lsn;
   readonly timelineId: string;
   readonly relations: readonly RelationFork[];
+  /**
+   * The shim makes each relation file when its name is first used, and only their folders have to be there (createRelationFolders). Else all
+   * files have to be there before Postgres starts (createSparseRelationFiles).
+   */
+  readonly filesOnFirstUse?: boolean;
   readonly owner?: FileOwner | undefined;
 }
 
@@ -99,6 +114,8 @@ export interface PageMap {
   readonly timelineId: string;
   /** 32 hex digits. */
   readonly bootId: string;
+  readonly filesOnFirstUse: boolean;
+  readonly namesOffset: number;
   readonly entries: readonly PageMapEntry[];
 }
 
@@ -107,7 +124,7 @@ export type PageMapReuse =
 
 /** Writes the page map of a compute that starts with no page of its own. A file that is there is replaced. */
 export function createPageMap(path: string, options: PageMapOptions): void {
-  const segments = options.relations.flatMap(segmentsOf);
+  const segments = options.relations.flatMap((relation) => segmentsOf(relation, options.filesOnFirstUse ? 1 : 0));
   const table = encodeTable(options, segments);
   const temporary = `${path}.partial`;
   const file = openSync(temporary, 'w', 0o600);
@@ -147,6 +164,7 @@ export function reusePageMap(path: string, expected: { readonly timelineId: stri
     if (map.timelineId !== expected.timelineId)
       return { kind: 'unusable', reason: `it is of timeline ${map.timelineId}` };
     if (map.bootId !== readBootId()) return { kind: 'unusable', reason: 'the machine was started anew since' };
+    resetNames(file, map);
     resetClaims(file, map);
     return { kind: 'ready', map };
   } catch (error) {
@@ -207,6 +225,17 @@ export function createSparseRelationFiles(
   }
 }
 
+/** Makes the folders of the forks' files: what a page map with filesOnFirstUse needs. */
+export function createRelationFolders(
+  dataDir: string,
+  pgVersion: PgVersion,
+  relations: readonly RelationFork[],
+  owner?: FileOwner,
+): void {
+  const folders = new Set(relations.map(({ spc, db }) => databasePath(spc, db, pgVersion)));
+  for (const folder of folders) makeFolder(join(dataDir, folder), owner);
+}
+
 function makeFolder(folder: string, owner: FileOwner | undefined): void {
   if (mkdirSync(folder, { recursive: true, mode: 0o700 }) === undefined || owner === undefined) return;
   const file = openSync(folder, 'r');
@@ -226,10 +255,11 @@ interface Segment extends RelationForkKey {
   readonly blocks: number;
 }
 
-function segmentsOf(relation: RelationFork): Segment[] {
+/** At least `minSegments`, the last of which may then have no blocks. */
+function segmentsOf(relation: RelationFork, minSegments: number): Segment[] {
   const { spc, db, rel, fork, blocks, source } = relation;
   const segments: Segment[] = [];
-  for (let segment = 0; segment * BLOCKS_PER_SEGMENT < blocks; segment++) {
+  for (let segment = 0; segment < minSegments || segment * BLOCKS_PER_SEGMENT < blocks; segment++) {
     segments.push({
       spc,
       db,
@@ -249,8 +279,8 @@ function encodeTable(options: PageMapOptions, segments: readonly Segment[]): { b
   const slotCount = slotsFor(segments.length);
   const indexOffset = HEADER_BYTES + segments.length * ENTRY_BYTES;
   const tableEnd = indexOffset + slotCount * 4;
-  const goneOffset = align64(tableEnd);
-  const statesOffset = align64(goneOffset + segments.length * 4);
+  const namesOffset = align64(tableEnd);
+  const statesOffset = align64(namesOffset + segments.length * 4);
   const bytes = Buffer.alloc(tableEnd);
 
   let nextStates = statesOffset;
@@ -275,10 +305,11 @@ function encodeTable(options: PageMapOptions, segments: readonly Segment[]): { b
   bytes.writeUInt32LE(slotCount, 36);
   bytes.writeUInt32LE(BLOCKS_PER_SEGMENT, 40);
   bytes.writeUInt32LE(BLOCK_SIZE, 44);
-  writeU64(bytes, goneOffset, 48);
+  writeU64(bytes, namesOffset, 48);
   writeU64(bytes, statesOffset, 56);
   bytes.write(readBootId(), 64, 'hex');
   bytes.write(options.timelineId, 80, 'hex');
+  bytes.writeUInt32LE(options.filesOnFirstUse ? FLAG_FILES_ON_FIRST_USE : 0, FLAGS_OFFSET);
   bytes.writeUInt32LE(crc32(bytes), CRC_OFFSET); // over the field while it is zero
   return { bytes, length: nextStates };
 }
@@ -324,16 +355,16 @@ function readOpenPageMap(file: number): PageMap {
   if (length !== size) throw new Error(`it is ${size} bytes, its header says ${length}`);
   const entryCount = header.readUInt32LE(32);
   const slotCount = header.readUInt32LE(36);
-  const goneOffset = readLsn(header, 48);
+  const namesOffset = readLsn(header, 48);
   const tableEnd = HEADER_BYTES + entryCount * ENTRY_BYTES + slotCount * 4;
-  if (tableEnd > goneOffset || goneOffset + entryCount * 4 > length) throw new Error('its parts overlap');
+  if (tableEnd > namesOffset || namesOffset + entryCount * 4 > length) throw new Error('its parts overlap');
   const table = readAt(file, 0, tableEnd);
   const stored = table.readUInt32LE(CRC_OFFSET);
   table.writeUInt32LE(0, CRC_OFFSET);
   const computed = crc32(table);
   if (stored !== computed) throw new Error(`its checksum is ${stored}, its content's is ${computed}`);
 
-  const goneWords = readAt(file, goneOffset, entryCount * 4);
+  const names = readAt(file, namesOffset, entryCount * 4);
   const entries: PageMapEntry[] = [];
   for (let number = 0; number < entryCount; number++) {
     const at = HEADER_BYTES + number * ENTRY_BYTES;
@@ -351,11 +382,29 @@ function readOpenPageMap(file: number): PageMap {
       sourceFork: field(6),
       blocks,
       statesOffset,
-      gone: goneWords.readUInt32LE(number * 4) !== 0,
+      gone: names.readUInt32LE(number * 4) === NAME_GONE,
     });
   }
   const timelineId = table.toString('hex', 80, 96);
-  return { startLsn: readLsn(table, 16), timelineId, bootId: table.toString('hex', 64, 80), entries };
+  return {
+    startLsn: readLsn(table, 16),
+    timelineId,
+    bootId: table.toString('hex', 64, 80),
+    filesOnFirstUse: (table.readUInt32LE(FLAGS_OFFSET) & FLAG_FILES_ON_FIRST_USE) !== 0,
+    namesOffset,
+    entries,
+  };
+}
+
+/** Whoever was making a file when all ended will make it again. */
+function resetNames(file: number, map: PageMap): void {
+  const names = readAt(file, map.namesOffset, map.entries.length * 4);
+  for (let offset = 0; offset < names.length; offset += 4) {
+    const name = names.readUInt32LE(offset);
+    if (name > NAME_BEING_MADE) throw new Error(`it has a name in state ${name}`);
+    if (name === NAME_BEING_MADE) names.writeUInt32LE(NAME_AT_START, offset);
+  }
+  writeSync(file, names, 0, names.length, map.namesOffset);
 }
 
 /** Throws when a state is none of the known ones. */

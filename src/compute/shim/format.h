@@ -15,20 +15,25 @@
  *       36     4  index slot count: a power of two, larger than the entry count
  *       40     4  blocks per segment of a relation fork (131072)
  *       44     4  block size in bytes (8192)
- *       48     8  offset of the gone words
+ *       48     8  offset of the name words
  *       56     8  offset of the page states
  *       64    16  boot id of the machine: after a reboot the local files cannot be trusted, nothing was synced
  *       80    16  timeline id
- *       96    32  zero
- *      128   48n  entries, one per segment file that had blocks at the start:
+ *       96     4  flags: 1 = the files are made on first use
+ *      100    28  zero
+ *      128   48n  entries, one per segment file that had blocks at the start (with flag 1 also one per file without):
  *                   0 spc, 4 db, 8 rel, 12 fork, 16 segment: the key, u32 each
  *                  20 rel, 24 fork: from where its pages are fetched (another fork for unlogged tables, else the same), u32 each
  *                  28 blocks of this segment at the start, u32
  *                  32 offset in this file of its page states, u64
  *                  40 zero, 8 bytes
  *        ·    4m  index: open addressing with linear probing; entry number + 1, or 0 for an empty slot; begins at hash(key) & (m - 1)
- *                 table end; zeroes up to the gone words, which begin at a multiple of 64
- *        ·    4n  gone words, one per entry: 1 when the file was dropped, or made anew by this compute: the name is wholly local from then on
+ *                 table end; zeroes up to the name words, which begin at a multiple of 64
+ *        ·    4n  name words, one per entry: what is under the name of its file
+ *                   0 the file of the start; with flag 1 it is not made yet, and whoever uses the name first makes it
+ *                   1 nothing, or a file that this compute made after dropping the other: wholly local from then on
+ *                   2 the file of the start, made on first use (with flag 1 only)
+ *                   3 somebody is making it (with flag 1 only; waited for by a futex)
  *        ·     ·  page states, one byte per block, each entry's at a multiple of 64 (so that a state's aligned 4 bytes can be waited on):
  *                   0 absent    the local file does not have the page, the pageserver does; nobody here has ever changed it
  *                   1 claimed   one process is fetching or writing it; it, and only it, moves the state on
@@ -46,6 +51,8 @@
 #define MAP_MAGIC "STRPGMAP"
 #define MAP_VERSION 1u
 
+enum { MAP_FILES_ON_FIRST_USE = 1 };
+enum { NAME_AT_START = 0, NAME_GONE = 1, NAME_MADE = 2, NAME_BEING_MADE = 3 };
 enum { PAGE_ABSENT = 0, PAGE_CLAIMED = 1, PAGE_PRESENT = 2, PAGE_CLAIMED_AWAITED = 3 };
 
 struct map_header {
@@ -58,11 +65,12 @@ struct map_header {
 	uint32_t slot_count;
 	uint32_t blocks_per_segment;
 	uint32_t block_size;
-	uint64_t gone_offset;
+	uint64_t names_offset;
 	uint64_t states_offset;
 	uint8_t boot_id[16];
 	uint8_t timeline[16];
-	uint8_t zero[32];
+	uint32_t flags;
+	uint8_t zero[28];
 };
 
 struct map_entry {

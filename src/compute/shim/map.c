@@ -63,9 +63,9 @@ _Atomic uint8_t *map_states(const struct map_entry *entry)
 	return (_Atomic uint8_t *)(map_bytes + entry->states_offset);
 }
 
-_Atomic uint32_t *map_gone(const struct map_entry *entry)
+_Atomic uint32_t *map_name(const struct map_entry *entry)
 {
-	return (_Atomic uint32_t *)(map_bytes + map->gone_offset) + (entry - map_entries);
+	return (_Atomic uint32_t *)(map_bytes + map->names_offset) + (entry - map_entries);
 }
 
 /* --- finding --- */
@@ -145,13 +145,45 @@ static bool tidy(const char *path, char *to)
 	return true;
 }
 
-static bool cut_directory(const char **path, const char *directory)
+static bool cut_data_dir(const char **path, const char *directory)
 {
 	size_t length = strlen(directory);
 	if (length == 0 || strncmp(*path, directory, length) != 0 || (*path)[length] != '/')
 		return false;
 	*path += length + 1;
 	return true;
+}
+
+/* The folder of a database that the path begins with: what follows it in the buffer, or NULL. */
+static const char *take_folder(const char *path, char *buffer, bool *relative, uint32_t *spc, uint32_t *db)
+{
+	const char *at = buffer;
+	if (!tidy(path, buffer) && realpath(path, buffer) == NULL)
+		return NULL;
+	*relative = buffer[0] != '/';
+	if (!*relative && !cut_data_dir(&at, config.data_dir) && !cut_data_dir(&at, config.data_dir_real))
+		return NULL;
+	*spc = 1663;
+	*db = 0;
+	if (take(&at, "global")) {
+		*spc = 1664;
+		return at;
+	}
+	if (take(&at, "base/"))
+		return take_number(&at, db) ? at : NULL;
+	if (!take(&at, "pg_tblspc/") || !take_number(&at, spc) || !take(&at, "/PG_"))
+		return NULL;
+	at = strchr(at, '/');
+	if (at == NULL)
+		return NULL;
+	at++;
+	return take_number(&at, db) ? at : NULL;
+}
+
+static bool is_in_data_dir(void)
+{
+	struct stat here;
+	return stat(".", &here) == 0 && here.st_ino == config.data_dir_ino && here.st_dev == config.data_dir_dev;
 }
 
 const struct map_entry *map_find_path(const char *path)
@@ -166,31 +198,11 @@ const struct map_entry *map_find_path(const char *path)
 		return NULL;
 
 	char buffer[PATH_MAX];
-	const char *at = buffer;
-	if (!tidy(path, buffer) && realpath(path, buffer) == NULL)
+	bool relative;
+	uint32_t spc, db, rel, fork = 0, segment = 0;
+	const char *at = take_folder(path, buffer, &relative, &spc, &db);
+	if (at == NULL || *at++ != '/')
 		return NULL;
-	bool relative = buffer[0] != '/';
-	if (!relative && !cut_directory(&at, config.data_dir) && !cut_directory(&at, config.data_dir_real))
-		return NULL;
-
-	uint32_t spc = 1663, db = 0, rel, fork = 0, segment = 0;
-	if (take(&at, "global/")) {
-		spc = 1664;
-	} else if (take(&at, "base/")) {
-		if (!take_number(&at, &db) || *at++ != '/')
-			return NULL;
-	} else if (take(&at, "pg_tblspc/")) {
-		if (!take_number(&at, &spc) || !take(&at, "/PG_"))
-			return NULL;
-		at = strchr(at, '/');
-		if (at == NULL)
-			return NULL;
-		at++;
-		if (!take_number(&at, &db) || *at++ != '/')
-			return NULL;
-	} else {
-		return NULL;
-	}
 	if (!take_number(&at, &rel))
 		return NULL;
 	if (take(&at, "_fsm"))
@@ -207,13 +219,22 @@ const struct map_entry *map_find_path(const char *path)
 	if (*at != '\0')
 		return NULL;
 	const struct map_entry *entry = find(spc, db, rel, fork, segment);
-	if (entry == NULL || !relative)
-		return entry;
-	struct stat here;
-	if (stat(".", &here) != 0 || here.st_ino != config.data_dir_ino || here.st_dev != config.data_dir_dev)
-		return NULL;
-	return entry;
+	return entry != NULL && relative && !is_in_data_dir() ? NULL : entry;
 }
+
+bool map_find_folder(const char *path, uint32_t *spc, uint32_t *db)
+{
+	char buffer[PATH_MAX];
+	bool relative;
+	if (path == NULL || strnlen(path, PATH_MAX) >= PATH_MAX)
+		return false;
+	const char *end = take_folder(path, buffer, &relative, spc, db);
+	if (end == NULL || (end[0] != '\0' && (end[0] != '/' || end[1] != '\0')))
+		return false;
+	return !relative || is_in_data_dir();
+}
+
+const struct map_entry *map_entry_at(uint32_t number) { return number < map->entry_count ? &map_entries[number] : NULL; }
 
 /* --- loading --- */
 
@@ -239,7 +260,7 @@ static const char *check_map(uint64_t length)
 	const struct map_header *header = (const struct map_header *)map_bytes;
 	if (length < sizeof *header || memcmp(header->magic, MAP_MAGIC, 8) != 0)
 		return "it is not a page map";
-	if (header->version != MAP_VERSION)
+	if (header->version != MAP_VERSION || (header->flags & ~(uint32_t)MAP_FILES_ON_FIRST_USE) != 0)
 		return "it is of an unknown version";
 	if (header->length != length)
 		return "its length is not what its header says";
@@ -250,9 +271,9 @@ static const char *check_map(uint64_t length)
 	uint64_t table_end = index_offset + slots * 4;
 	if (slots == 0 || (slots & (slots - 1)) != 0 || slots <= header->entry_count)
 		return "its index has an impossible size";
-	if (table_end > header->gone_offset || header->gone_offset % 64 != 0 || header->states_offset % 64 != 0 ||
-	    header->gone_offset > length || header->states_offset > length ||
-	    header->gone_offset + (uint64_t)header->entry_count * 4 > header->states_offset)
+	if (table_end > header->names_offset || header->names_offset % 64 != 0 || header->states_offset % 64 != 0 ||
+	    header->names_offset > length || header->states_offset > length ||
+	    header->names_offset + (uint64_t)header->entry_count * 4 > header->states_offset)
 		return "its parts overlap";
 	static const uint8_t no_crc[4];
 	uint32_t crc = crc32_of(0, map_bytes, offsetof(struct map_header, crc));
@@ -435,6 +456,7 @@ __attribute__((constructor)) static void load(void)
 	config.active = true;
 	if (!server)
 		return;
+	config.postmaster = getpid();
 	die_with_parent();
 	leave_preload();
 	static const char *const names[] = {"STRATA_PAGE_MAP", "STRATA_DATA_DIR", "STRATA_PAGESERVER", "STRATA_TOKEN_FILE",

@@ -52,7 +52,7 @@ static uint8_t buffer[MAX_RUN * PAGE_SIZE_BYTES] __attribute__((aligned(4096)));
 
 /* --- signals --- */
 
-static void block_signals(sigset_t *before)
+void block_signals(sigset_t *before)
 {
 	static const int deadly[] = {SIGQUIT, SIGABRT, SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS};
 	sigset_t all;
@@ -62,7 +62,7 @@ static void block_signals(sigset_t *before)
 	sigprocmask(SIG_BLOCK, &all, before);
 }
 
-static void restore_signals(const sigset_t *before) { sigprocmask(SIG_SETMASK, before, NULL); }
+void restore_signals(const sigset_t *before) { sigprocmask(SIG_SETMASK, before, NULL); }
 
 /* --- states --- */
 

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { execFileSync, spawn } from 'node:child_process';
-import { chmodSync, existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { after, before, test } from 'node:test';
@@ -91,8 +91,8 @@ interface Running {
 }
 
 /** A compute with no page of its own, running. */
-async function startCold(extra: Record<string, string> = {}): Promise<Running> {
-  const cluster = makeColdCluster(full, join(root, `cold-${coldCount++}`));
+async function startCold(extra: Record<string, string> = {}, filesOnFirstUse = true): Promise<Running> {
+  const cluster = makeColdCluster(full, join(root, `cold-${coldCount++}`), filesOnFirstUse);
   const postgres = await startCluster(cluster, environmentOf(cluster, extra));
   return { cluster, postgres, client: await connectTo(cluster) };
 }
@@ -121,17 +121,27 @@ async function one(client: Client, sql: string): Promise<string> {
   return String((rows[0] as unknown[])[0]);
 }
 
-test('every table of a cold compute reads as in the cluster that it was made from', async () => {
-  const running = await startCold();
-  assert.deepEqual(await digestTables(running.client), digests);
-  assert.equal(await one(running.client, 'select count(*) from passing'), '0', 'an unlogged table comes back empty');
-  await running.client.query('insert into passing select generate_series(1, 10)');
-  assert.equal(await one(running.client, `select nextval('numbers')`), '2');
-  await running.client.query('vacuum (freeze, analyze)');
-  const byIndex = await one(running.client, 'select count(*) from accounts where array[aid % 10, bid] @> array[3, 12]');
-  assert.equal(byIndex, await one(running.client, 'select count(*) from accounts where aid % 10 = 3 and bid = 12'));
-  await stop(running);
-});
+const MODES = [
+  { mode: 'files made on first use', filesOnFirstUse: true },
+  { mode: 'sparse files made before', filesOnFirstUse: false },
+];
+
+for (const { mode, filesOnFirstUse } of MODES) {
+  test(`every table of a cold compute reads as in the cluster that it was made from (${mode})`, async () => {
+    const running = await startCold({}, filesOnFirstUse);
+    assert.deepEqual(await digestTables(running.client), digests);
+    assert.equal(await one(running.client, 'select count(*) from passing'), '0', 'an unlogged table comes back empty');
+    await running.client.query('insert into passing select generate_series(1, 10)');
+    assert.equal(await one(running.client, `select nextval('numbers')`), '2');
+    await running.client.query('vacuum (freeze, analyze)');
+    const byIndex = await one(
+      running.client,
+      'select count(*) from accounts where array[aid % 10, bid] @> array[3, 12]',
+    );
+    assert.equal(byIndex, await one(running.client, 'select count(*) from accounts where aid % 10 = 3 and bid = 12'));
+    await stop(running);
+  });
+}
 
 test('pages arrive once: a second read asks for nothing, nor does a start on the kept files', async () => {
   const running = await startCold();
@@ -150,43 +160,68 @@ test('pages arrive once: a second read asks for nothing, nor does a start on the
   await stop({ ...running, postgres, client });
 });
 
-test('tables that are cut, rewritten, dropped and made anew hold what was written, whatever arrives meanwhile', async () => {
+for (const { mode, filesOnFirstUse } of MODES) {
+  test(`tables that are cut, rewritten, dropped and made anew hold what was written, whatever arrives meanwhile (${mode})`, async () => {
+    const running = await startCold({}, filesOnFirstUse);
+    const { client, cluster } = running;
+    const readers = Array.from({ length: 3 }, async () => {
+      const reader = await connectTo(cluster);
+      for (let i = 0; i < 8; i++) {
+        await reader.query('select count(*), sum(abalance) from accounts');
+        await reader.query('select sum(length(text)) from wide');
+      }
+      await reader.end();
+    });
+    await client.query('delete from shrinking where id > 1000');
+    await client.query('vacuum shrinking');
+    assert.equal(await one(client, 'select count(*) from shrinking'), '1000');
+    await client.query(`insert into shrinking select g, 'again' from generate_series(1001, 30000) g`);
+    assert.equal(
+      await one(client, `select count(*) filter (where text = 'again') || '/' || count(*) from shrinking`),
+      '29000/30000',
+    );
+    await client.query('drop table doomed');
+    await client.query('create table doomed (id int, text text)');
+    await client.query('checkpoint');
+    await client.query(`insert into doomed select g, 'new' from generate_series(1, 5000) g`);
+    assert.equal(
+      await one(client, `select count(*) filter (where text = 'new') || '/' || count(*) from doomed`),
+      '5000/5000',
+    );
+    const before = await one(client, 'select sum(hashtextextended(t::text, 0)) from wide t');
+    await client.query('vacuum full wide');
+    await client.query('cluster shrinking using shrinking_id_idx');
+    await client.query('reindex table accounts');
+    await client.query('vacuum full pg_class');
+    assert.equal(await one(client, 'select sum(hashtextextended(t::text, 0)) from wide t'), before);
+    await client.query('begin; truncate history; insert into history values (1); rollback');
+    assert.equal(await one(client, 'select count(*) from history'), '0');
+    await Promise.all(readers);
+    await stop(running);
+  });
+}
+
+test('files that nobody used yet are there for whoever looks, lists and removes', async () => {
   const running = await startCold();
   const { client, cluster } = running;
-  const readers = Array.from({ length: 3 }, async () => {
-    const reader = await connectTo(cluster);
-    for (let i = 0; i < 8; i++) {
-      await reader.query('select count(*), sum(abalance) from accounts');
-      await reader.query('select sum(length(text)) from wide');
-    }
-    await reader.end();
-  });
-  await client.query('delete from shrinking where id > 1000');
-  await client.query('vacuum shrinking');
-  assert.equal(await one(client, 'select count(*) from shrinking'), '1000');
-  await client.query(`insert into shrinking select g, 'again' from generate_series(1001, 30000) g`);
-  assert.equal(
-    await one(client, `select count(*) filter (where text = 'again') || '/' || count(*) from shrinking`),
-    '29000/30000',
+  const template = join(
+    cluster.dataDir,
+    'base',
+    await one(client, `select oid from pg_database where datname = 'template1'`),
   );
-  await client.query('drop table doomed');
-  await client.query('create table doomed (id int, text text)');
-  await client.query('checkpoint');
-  await client.query(`insert into doomed select g, 'new' from generate_series(1, 5000) g`);
-  assert.equal(
-    await one(client, `select count(*) filter (where text = 'new') || '/' || count(*) from doomed`),
-    '5000/5000',
+  const used = readdirSync(template).length;
+  assert.ok(used < 20, `${used} files of a database that nobody was in`);
+  const size = readdirSync(template.replace(cluster.dataDir, full.dataDir)).reduce(
+    (sum, name) => sum + statSync(join(template.replace(cluster.dataDir, full.dataDir), name)).size,
+    0,
   );
-  const before = await one(client, 'select sum(hashtextextended(t::text, 0)) from wide t');
-  await client.query('vacuum full wide');
-  await client.query('cluster shrinking using shrinking_id_idx');
-  await client.query('reindex table accounts');
-  await client.query('vacuum full pg_class');
-  assert.equal(await one(client, 'select sum(hashtextextended(t::text, 0)) from wide t'), before);
-  await client.query('begin; truncate history; insert into history values (1); rollback');
-  assert.equal(await one(client, 'select count(*) from history'), '0');
-  await Promise.all(readers);
-  await client.query('create extension if not exists amcheck').catch(() => {});
+  assert.equal(await one(client, `select pg_database_size('template1')`), String(size));
+  const path = await one(client, `select pg_relation_filepath('doomed')`);
+  assert.ok(!existsSync(join(cluster.dataDir, path)));
+  assert.equal(await one(client, `select pg_relation_size('doomed')`), String(statSync(join(full.dataDir, path)).size));
+  await client.query(`update pg_database set datistemplate = false where datname = 'template1'`);
+  await client.query('drop database template1');
+  assert.ok(!existsSync(template));
   await stop(running);
 });
 

@@ -4,6 +4,7 @@
  *   wrap.c     the libc calls that Postgres makes, each deciding whether it is about a mapped relation file
  *   pages.c    the states of pages: claims, waiting, making pages present, keeping writers and fetches apart
  *   wire.c     the connection to the pageserver, one per process
+ *   files.c    files that are made on first use
  *   map.c      the configuration and the page map: load, check, find
  *
  * Rules that all keep:
@@ -18,6 +19,7 @@
 #ifndef STRATA_SHIM_H
 #define STRATA_SHIM_H
 
+#include <dirent.h>
 #include <limits.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -44,6 +46,7 @@ struct shim_config {
 	char data_dir_real[PATH_MAX];
 	dev_t data_dir_dev;
 	ino_t data_dir_ino;
+	pid_t postmaster; /* the server's first process, or 0 */
 };
 
 extern struct shim_config config;
@@ -76,6 +79,12 @@ struct real_calls {
 	int (*unlinkat)(int, const char *, int);
 	int (*rename)(const char *, const char *);
 	FILE *(*fopen)(const char *, const char *);
+	DIR *(*opendir)(const char *);
+	int (*access)(const char *, int);
+	int (*stat)(const char *, struct stat *);
+	int (*lstat)(const char *, struct stat *);
+	int (*xstat)(int, const char *, struct stat *);
+	int (*lxstat)(int, const char *, struct stat *);
 };
 
 extern struct real_calls real;
@@ -88,8 +97,13 @@ extern const struct map_header *map;
 /* The entry that a path names, or NULL. Paths that are not the data directory's are NULL. */
 const struct map_entry *map_find_path(const char *path);
 _Atomic uint8_t *map_states(const struct map_entry *entry);
-_Atomic uint32_t *map_gone(const struct map_entry *entry);
-static inline bool map_is_gone(const struct map_entry *entry) { return atomic_load(map_gone(entry)) != 0; }
+_Atomic uint32_t *map_name(const struct map_entry *entry);
+static inline bool map_is_gone(const struct map_entry *entry) { return atomic_load(map_name(entry)) == NAME_GONE; }
+
+/* True when the path is the folder of a database, and which. */
+bool map_find_folder(const char *path, uint32_t *spc, uint32_t *db);
+/* NULL past the last. */
+const struct map_entry *map_entry_at(uint32_t number);
 
 /* What may happen again and again is logged by a process at most this often. */
 #define LOG_INTERVAL_MS 10000
@@ -97,7 +111,20 @@ static inline bool map_is_gone(const struct map_entry *entry) { return atomic_lo
 /* One line to standard error, which is the server's log. */
 void shim_log(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* --- files.c --- */
+
+/* The entry's file is about to be used under `path`: makes it when it is one that is made on first use. -1 and errno when that fails. */
+int files_make(const struct map_entry *entry, const char *path);
+/* The folder is about to be listed: makes all of its files. */
+int files_make_all(const char *folder);
+/* The name is to go: true when its file was never made, and now never will be. */
+bool files_forgo(const struct map_entry *entry);
+
 /* --- pages.c --- */
+
+/* All but those of a crash or an immediate shutdown. */
+void block_signals(sigset_t *before);
+void restore_signals(const sigset_t *before);
 
 /* What is remembered of a descriptor of a mapped file. */
 struct open_file {

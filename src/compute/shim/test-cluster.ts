@@ -34,7 +34,7 @@ import {
   type UnixUser,
   unprivilegedUser,
 } from '../installation.ts';
-import { createPageMap, createSparseRelationFiles, type RelationFork } from '../page-map.ts';
+import { createPageMap, createRelationFolders, createSparseRelationFiles, type RelationFork } from '../page-map.ts';
 import { PostgresProcess } from '../postgres-process.ts';
 
 export const TEST_TIMELINE = '0123456789abcdef0123456789abcdef';
@@ -112,8 +112,8 @@ export interface ColdCluster extends Cluster {
   readonly makeFilesMs: number;
 }
 
-/** A data directory made from a cleanly stopped one: the same but for the relations, whose files are sparse. */
-export function makeColdCluster(full: Cluster, dataDir: string): ColdCluster {
+/** A data directory made from a cleanly stopped one: the same but for the relations, whose files are sparse, or made on first use. */
+export function makeColdCluster(full: Cluster, dataDir: string, filesOnFirstUse = true): ColdCluster {
   makeFolder(dataDir, full.user);
   const forks = new Map<string, { -readonly [K in keyof RelationFork]: RelationFork[K] }>();
   for (const entry of readdirSync(full.dataDir, { recursive: true, withFileTypes: true })) {
@@ -148,8 +148,9 @@ export function makeColdCluster(full: Cluster, dataDir: string): ColdCluster {
   const startLsn = readLsn(readFileSync(join(full.dataDir, 'global/pg_control')), CHECKPOINT_OFFSET);
   const pageMap = `${dataDir}.map`;
   const before = performance.now();
-  createPageMap(pageMap, { startLsn, timelineId: TEST_TIMELINE, relations, owner: full.user });
-  createSparseRelationFiles(dataDir, full.installation.pgVersion, relations, full.user);
+  createPageMap(pageMap, { startLsn, timelineId: TEST_TIMELINE, relations, filesOnFirstUse, owner: full.user });
+  const createFiles = filesOnFirstUse ? createRelationFolders : createSparseRelationFiles;
+  createFiles(dataDir, full.installation.pgVersion, relations, full.user);
   return { ...full, dataDir, pageMap, startLsn, relations, makeFilesMs: performance.now() - before };
 }
 

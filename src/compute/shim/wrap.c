@@ -55,6 +55,12 @@ void resolve_real_calls(void)
 	RESOLVE(unlinkat);
 	RESOLVE(rename);
 	RESOLVE(fopen);
+	RESOLVE(opendir);
+	RESOLVE(access);
+	RESOLVE(stat);
+	RESOLVE(lstat);
+	*(void **)&real.xstat = dlsym(RTLD_NEXT, "__xstat");
+	*(void **)&real.lxstat = dlsym(RTLD_NEXT, "__lxstat");
 	RESOLVE(close);
 #undef RESOLVE
 }
@@ -112,7 +118,7 @@ static void leave_to_local(const struct map_entry *entry)
 	struct claim claim;
 	if (pages_claim(&claim, entry, 0, entry->blocks) == 0)
 		pages_release(&claim, entry->blocks);
-	atomic_store(map_gone(entry), 1);
+	atomic_store(map_name(entry), NAME_GONE);
 }
 
 static bool has_mode(int flags) { return (flags & O_CREAT) != 0 || (flags & O_TMPFILE) == O_TMPFILE; }
@@ -137,6 +143,8 @@ static int open_at(int directory, const char *path, int flags, mode_t mode)
 			}
 		}
 		entry = map_find_path(named);
+		if (entry != NULL && files_make(entry, named) != 0)
+			return -1;
 		if (entry != NULL && (flags & O_TRUNC) != 0 && !map_is_gone(entry) && truncate(named, 0) != 0 && errno != ENOENT)
 			return -1;
 	}
@@ -459,12 +467,14 @@ int truncate64(const char *path, off_t length) EXPORT_ALIAS("truncate");
 static int replace_name(const struct map_entry *entry, const char *path, const char *renamed_from)
 {
 	struct claim claim;
+	if (files_forgo(entry))
+		return renamed_from == NULL ? 0 : real.rename(renamed_from, path);
 	if (pages_claim(&claim, entry, 0, entry->blocks) != 0)
 		return -1;
 	int result = renamed_from == NULL ? real.unlink(path) : real.rename(renamed_from, path);
 	bool replaced = result == 0 || (renamed_from == NULL && errno == ENOENT);
 	if (replaced)
-		atomic_store(map_gone(entry), 1);
+		atomic_store(map_name(entry), NAME_GONE);
 	pages_release(&claim, replaced ? entry->blocks : 0);
 	return result;
 }
@@ -507,7 +517,7 @@ EXPORT int rename(const char *from, const char *to)
 		return -1;
 	int result = target == NULL ? real.rename(from, to) : replace_name(target, to, from);
 	if (result == 0 && source != NULL)
-		atomic_store(map_gone(source), 1);
+		atomic_store(map_name(source), NAME_GONE);
 	return result;
 }
 
@@ -523,6 +533,49 @@ EXPORT FILE *fopen(const char *path, const char *mode)
 	return real.fopen(path, mode);
 }
 FILE *fopen64(const char *path, const char *mode) EXPORT_ALIAS("fopen");
+
+/* --- looking at files and folders --- */
+
+/* True when the file may be looked at: it is none of ours, or it is there now. */
+static bool may_look(const char *path)
+{
+	ready();
+	const struct map_entry *entry = live_entry(path);
+	return entry == NULL || files_make(entry, path) == 0;
+}
+
+EXPORT int access(const char *path, int mode) { return may_look(path) ? real.access(path, mode) : -1; }
+
+/* Older libc versions have __xstat and __lxstat in place of stat and lstat. */
+#define STAT_VERSION 1
+
+EXPORT int stat(const char *path, struct stat *status)
+{
+	if (!may_look(path))
+		return -1;
+	return real.stat != NULL ? real.stat(path, status) : real.xstat(STAT_VERSION, path, status);
+}
+EXPORT int stat64(const char *path, struct stat64 *status) { return stat(path, (struct stat *)status); }
+int __xstat(int version, const char *path, struct stat *status);
+EXPORT int __xstat(int version, const char *path, struct stat *status) { return (void)version, stat(path, status); }
+int __xstat64(int version, const char *path, struct stat *status) EXPORT_ALIAS("__xstat");
+
+EXPORT int lstat(const char *path, struct stat *status)
+{
+	if (!may_look(path))
+		return -1;
+	return real.lstat != NULL ? real.lstat(path, status) : real.lxstat(STAT_VERSION, path, status);
+}
+EXPORT int lstat64(const char *path, struct stat64 *status) { return lstat(path, (struct stat *)status); }
+int __lxstat(int version, const char *path, struct stat *status);
+EXPORT int __lxstat(int version, const char *path, struct stat *status) { return (void)version, lstat(path, status); }
+int __lxstat64(int version, const char *path, struct stat *status) EXPORT_ALIAS("__lxstat");
+
+EXPORT DIR *opendir(const char *path)
+{
+	ready();
+	return config.active && files_make_all(path) != 0 ? NULL : real.opendir(path);
+}
 
 /* --- space, advice and copies inside the kernel --- */
 

@@ -8,7 +8,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { promisify } from 'node:util';
 import type { PageRange } from '../../../api/pages.ts';
 import { BLOCK_SIZE } from '../../../postgres/page-size.ts';
-import { createPageMap, createSparseRelationFiles, type RelationFork } from '../../page-map.ts';
+import { createPageMap, createRelationFolders, createSparseRelationFiles, type RelationFork } from '../../page-map.ts';
 import { buildShim } from '../build.ts';
 import { shimEnvironment, TEST_TIMELINE, TEST_TOKEN } from '../test-cluster.ts';
 import { type Fault, TestPageServer } from '../test-page-server.ts';
@@ -90,8 +90,9 @@ async function stress(options: StressOptions): Promise<string> {
       mkdirSync(dataDir);
       const relations: RelationFork[] = [{ ...RELATION, blocks: options.blocks }];
       const pageMap = `${dataDir}.map`;
-      createPageMap(pageMap, { startLsn: 100, timelineId: TEST_TIMELINE, relations });
-      createSparseRelationFiles(dataDir, 17, relations);
+      const filesOnFirstUse = round % 2 === 1;
+      createPageMap(pageMap, { startLsn: 100, timelineId: TEST_TIMELINE, relations, filesOnFirstUse });
+      (filesOnFirstUse ? createRelationFolders : createSparseRelationFiles)(dataDir, 17, relations);
       const env = shimEnvironment({ shim, dataDir, pageMap, port: server.port });
       reports.push(
         await run([PATH, String(options.blocks), '6', String(ROUND_MS), String(seed + round)], dataDir, env),
