@@ -32,6 +32,8 @@ interface PageserverProcessConfig {
   readonly secret: string;
 }
 
+const PARENT_POLL_MS = 250;
+
 const [role] = process.argv.slice(2);
 if (role === 'safekeeper') {
   await runServiceProcess(async (config: SafekeeperProcessConfig) => {
@@ -54,6 +56,7 @@ async function start(options: StartOptions): Promise<void> {
   const stopping = new Promise<void>((resolve) => {
     process.once('SIGINT', resolve);
     process.once('SIGTERM', resolve);
+    if (process.env['npm_lifecycle_event'] === 'start') onceParentIsGone(resolve);
   });
   const platform = await startPlatform(options, packageVersion(), (text) => console.error(`${text} …`));
   console.log(platform.connectionString);
@@ -62,6 +65,16 @@ async function start(options: StartOptions): Promise<void> {
   await stopping;
   console.error('stopping …');
   await platform.stop();
+}
+
+/** npm does not pass a SIGTERM on to what it runs: it just ends. Whoever stops `npm start` means us. */
+function onceParentIsGone(callback: () => void): void {
+  const parent = process.ppid;
+  const timer = setInterval(() => {
+    if (process.ppid === parent) return;
+    clearInterval(timer);
+    callback();
+  }, PARENT_POLL_MS);
 }
 
 function packageVersion(): string {
