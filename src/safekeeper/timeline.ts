@@ -108,7 +108,8 @@ export class Timeline {
   detach(link: ProposerLink): void {
     if (!this.#links.delete(link)) return;
     this.#acceptor?.forget(link);
-    if (this.#links.size === 0 && this.#failure === undefined) this.#rest().catch((error: unknown) => this.#ioFailed(error));
+    if (this.#links.size === 0 && this.#failure === undefined)
+      this.#rest().catch((error: unknown) => this.#ioFailed(error));
   }
 
   /** From an attached link. False: `onWritable` tells when to go on. */
