@@ -1,7 +1,8 @@
 /*
  * What the parts of the shim know of each other.
  *
- *   wrap.c     the libc calls that Postgres makes, each deciding whether it is about a mapped relation file
+ *   wrap.c     the libc calls on descriptors that Postgres makes, each deciding whether it is about a mapped relation file
+ *   names.c    the libc calls on names, likewise
  *   pages.c    the states of pages: claims, waiting, making pages present, keeping writers and fetches apart
  *   wire.c     the connection to the pageserver, one per process
  *   files.c    files that are made on first use
@@ -89,6 +90,16 @@ struct real_calls {
 
 extern struct real_calls real;
 void resolve_real_calls(void);
+
+#define EXPORT __attribute__((visibility("default")))
+#define EXPORT_ALIAS(name) __attribute__((visibility("default"), alias(name)))
+
+/* Other libraries' constructors may call before ours ran. */
+static inline void ready(void)
+{
+	if (__builtin_expect(real.close == NULL, 0))
+		resolve_real_calls();
+}
 
 /* --- map.c --- */
 
