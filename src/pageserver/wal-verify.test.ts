@@ -11,7 +11,7 @@ import { RM_HEAP } from '../postgres/rmgr.ts';
 import { WalError } from '../postgres/wal/error.ts';
 import { WalReader, recordCrc } from '../postgres/wal/reader.ts';
 import type { WalRecord } from '../postgres/wal/record.ts';
-import { openWalDirectory } from './wal-directory.ts';
+import { openWalDirectory, openWalDirectoryAtCheckpoint } from './wal-directory.ts';
 import type { WalChunk, WalSource } from './wal-directory.ts';
 import { verifyWal } from './wal-verify.ts';
 
@@ -51,6 +51,72 @@ test('a directory is read from the first record of its first segment when no LSN
   assert(report.startLsn < wal.startLsn);
   assert.equal(report.mismatches, 0);
   assert.match(report.stoppedBy ?? '', /record length 0/);
+  assert.equal(report.resumesAtLsn, undefined);
+});
+
+test('a directory is verified from its first checkpoint on, or from the first record at or after an LSN', async () => {
+  const atCheckpoint = await openWalDirectoryAtCheckpoint(wal.directory);
+  const first = await openWalDirectory(wal.directory);
+  assert(atCheckpoint.startLsn >= first.startLsn && atCheckpoint.startLsn <= wal.startLsn);
+  const record = findRecord(await recordedSource(), (each) => each.rmid === RM_HEAP);
+  const inside = await openWalDirectory(wal.directory, record.startLsn + 1);
+  assert.equal(inside.startLsn, record.endLsn);
+  assert.equal((await openWalDirectory(wal.directory, record.startLsn)).startLsn, record.startLsn);
+  assert.equal((await verifyWal(inside)).mismatches, 0);
+});
+
+test('WAL whose last record is cut off ends there, whatever stale segments follow', async () => {
+  const { source, baseLsn, bytes } = await recordedSource();
+  const whole = await verifyWal(toSource({ source, baseLsn, bytes }));
+  const record = findRecord(
+    { source, baseLsn, bytes },
+    (each) => each.startLsn % WAL_PAGE_SIZE > 4000 && each.startLsn > wal.startLsn + 200_000,
+  );
+  bytes.fill(0, record.startLsn + 20 - baseLsn);
+  // A segment that was reused under a new name: its pages say older addresses.
+  bytes.copyWithin(bytes.length - 3 * WAL_PAGE_SIZE, 0, 3 * WAL_PAGE_SIZE);
+  const cut = await verifyWal(toSource({ source, baseLsn, bytes }));
+  assert.equal(cut.endLsn, record.startLsn);
+  assert(cut.stoppedBy !== undefined && cut.endLsn < whole.endLsn);
+  assert.equal(cut.resumesAtLsn, undefined);
+});
+
+test('a page of zeros in the middle, and a damaged length, are damage and no end', async () => {
+  const zeroed = await recordedSource();
+  const from = 20 * WAL_PAGE_SIZE + segmentStart(wal.startLsn) - zeroed.baseLsn;
+  const at = Math.ceil((wal.startLsn - zeroed.baseLsn + 1) / WAL_PAGE_SIZE) * WAL_PAGE_SIZE + from;
+  zeroed.bytes.fill(0, at, at + WAL_PAGE_SIZE);
+  const report = await verifyWal(toSource(zeroed));
+  assert.equal(report.resumesAtLsn, zeroed.baseLsn + at + WAL_PAGE_SIZE);
+
+  const damaged = await recordedSource();
+  const record = findRecord(damaged, (each) => each.rmid === RM_HEAP && each.startLsn % WAL_PAGE_SIZE < 4000);
+  damaged.bytes.writeUInt32LE(0x00ffffff, record.startLsn - damaged.baseLsn);
+  const second = await verifyWal(toSource(damaged));
+  assert.equal(second.endLsn, record.startLsn);
+  assert(second.resumesAtLsn !== undefined);
+});
+
+test('a missing segment is no end of WAL', async () => {
+  const { source, baseLsn, bytes } = await recordedSource();
+  const report = await verifyWal({ ...toSource({ source, baseLsn, bytes }), resumesAtLsn: baseLsn + 2 ** 30 });
+  assert.equal(report.resumesAtLsn, baseLsn + 2 ** 30);
+});
+
+test("records of an extension's resource manager are refused apart, and images of theirs are used", async () => {
+  const source = await recordedSource();
+  const record = findRecord(source, (each) => {
+    const inOnePage = (each.startLsn % WAL_PAGE_SIZE) + each.totalLength <= WAL_PAGE_SIZE;
+    return each.rmid === RM_HEAP && inOnePage && each.blocks[0]?.applyImage === false;
+  });
+  const bytes = source.bytes.subarray(record.startLsn - source.baseLsn).subarray(0, record.totalLength);
+  bytes[17] = 128;
+  bytes.writeUInt32LE(recordCrc(bytes), 20);
+  const report = await verifyWal(toSource(source));
+  assert.equal(report.mismatches, 0);
+  assert.equal(report.refused, 1);
+  const custom = report.types.find((type) => type.rmgr === 'custom128');
+  assert.deepEqual([custom?.records, custom?.refused], [1, 1]);
 });
 
 test('a byte of a record that redo gets wrong is one mismatch, with its place and both values', async () => {
@@ -89,6 +155,7 @@ test('damage that the CRC shows ends verification where it is', async () => {
   const report = await verifyWal(toSource(source));
   assert(report.endLsn <= record.startLsn);
   assert.match(report.stoppedBy ?? '', /CRC/);
+  assert(report.resumesAtLsn !== undefined && report.resumesAtLsn > record.startLsn, 'WAL goes on after the damage');
 });
 
 test('verification stops at the LSN asked for and when it is aborted', async () => {

@@ -18,6 +18,9 @@
  *   A bit that the image has and we have not is a fault at once.
  * - PD_ALL_VISIBLE of heap pages, which decides whether the map's bits are ever cleared again.
  *
+ * Records that redo refuses, because only the extension that wrote them knows what they mean or because Strata has no tablespaces, are
+ * counted apart. Images that are to be applied are restored all the same.
+ *
  * WAL is read in bounded memory; pages beyond `memoryPages` wait in a file.
  */
 
@@ -27,7 +30,7 @@ import { PD_ALL_VISIBLE, pageFlags, pageIsNew, setPageLsn } from '../postgres/pa
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import { FORK_MAIN, FORK_VM } from '../postgres/relation.ts';
 import type { RelationKey } from '../postgres/relation.ts';
-import { RM_HEAP, RM_HEAP2, rmgrName } from '../postgres/rmgr.ts';
+import { RM_HEAP, RM_HEAP2, RM_MIN_CUSTOM, RM_TBLSPC, rmgrName } from '../postgres/rmgr.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import type { PgVersion } from '../postgres/version.ts';
 import { WalError } from '../postgres/wal/error.ts';
@@ -49,7 +52,8 @@ import { MaskError } from './redo/masks.ts';
 import { recordTypeName } from './redo/record-type.ts';
 import { RedoError } from './redo/redo-error.ts';
 import { applyRecord, maskPage, needsPriorPage } from './redo/redo.ts';
-import type { WalSource } from './wal-directory.ts';
+import { findWalAfter } from './wal-after.ts';
+import type { WalChunk, WalSource } from './wal-directory.ts';
 import { VerifyPages } from './wal-verify-pages.ts';
 
 const DEFAULT_MEMORY_PAGES = 32_768;
@@ -102,6 +106,8 @@ export interface TypeReport {
   trusted: number;
   /** Pages for which the record has no image: replayed where the page was known, else still unknown. */
   unchecked: number;
+  /** Records that are refused on principle: of extensions that are not known, of tablespaces. */
+  refused: number;
   /** Pages that differ from their image, or that redo could not make. */
   mismatches: number;
   firstMismatch: Mismatch | undefined;
@@ -112,13 +118,16 @@ export interface VerifyReport {
   readonly startLsn: Lsn;
   /** End of the last record replayed. */
   readonly endLsn: Lsn;
-  /** Why the bytes after endLsn are no record: the usual end of WAL, or damage. Undefined when the bytes just end there. */
+  /** Why the bytes after endLsn are no record. Undefined when the bytes just end there, or at the LSN that was asked for. */
   readonly stoppedBy: string | undefined;
+  /** Where WAL goes on after endLsn: then what stopped verification is damage, or a missing segment, and not the end of WAL. */
+  readonly resumesAtLsn: Lsn | undefined;
   readonly records: number;
   readonly compared: number;
   readonly restored: number;
   readonly trusted: number;
   readonly unchecked: number;
+  readonly refused: number;
   readonly mismatches: number;
   /** By resource manager and record type, in order of first appearance. */
   readonly types: readonly TypeReport[];
@@ -166,34 +175,50 @@ class Verifier {
   }
 
   async run(): Promise<VerifyReport> {
-    const reader = new WalReader(this.#source.startLsn, this.#version);
+    const reader = new WalReader(this.#source.startLsn, this.#version, { anyTimeline: true });
     const limit = this.#options.endLsn ?? Infinity;
-    let stoppedBy: string | undefined;
-    let done = false;
+    let stoppedBy: WalError | undefined;
+    let isLimited = false;
+    let resumesAtLsn: Lsn | undefined;
     for await (const chunk of this.#source.chunks) {
       this.#options.signal?.throwIfAborted();
-      reader.push(chunk.lsn, chunk.bytes);
-      try {
-        for (let record = reader.next(); record !== undefined; record = reader.next()) {
-          if (record.endLsn > limit) {
-            done = true;
-            break;
-          }
-          this.#verifyRecord(record);
+      if (stoppedBy === undefined) {
+        try {
+          isLimited = !this.#verifyChunk(reader, chunk, limit);
+        } catch (error) {
+          if (!(error instanceof WalError)) throw error;
+          stoppedBy = error;
         }
-      } catch (error) {
-        if (!(error instanceof WalError)) throw error;
-        stoppedBy = error.message;
-        done = true;
+        this.#progress();
       }
-      this.#progress();
-      if (done) break;
+      if (isLimited) break;
+      if (stoppedBy !== undefined) {
+        resumesAtLsn = findWalAfter(
+          { goodUntil: reader.position, errorLsn: stoppedBy.lsn },
+          chunk.lsn,
+          chunk.bytes,
+          this.#version,
+        );
+        if (resumesAtLsn !== undefined) break;
+      }
       await setImmediate();
     }
+    // Without an error, nothing but a missing segment keeps the stream from going on.
+    if (!isLimited) resumesAtLsn ??= this.#source.resumesAtLsn;
     this.#settlePendingClears();
     this.#progress();
     this.#options.onPages?.(this.#pages);
-    return this.#report(stoppedBy);
+    return this.#report(stoppedBy?.message, resumesAtLsn);
+  }
+
+  /** False when the LSN is reached at which verification is to end. */
+  #verifyChunk(reader: WalReader, chunk: WalChunk, limit: Lsn): boolean {
+    reader.push(chunk.lsn, chunk.bytes);
+    for (let record = reader.next(); record !== undefined; record = reader.next()) {
+      if (record.endLsn > limit) return false;
+      this.#verifyRecord(record);
+    }
+    return true;
   }
 
   #verifyRecord(record: WalRecord): void {
@@ -227,7 +252,8 @@ class Verifier {
       applyRecord(page, record, block.id, this.#version);
     } catch (error) {
       if (!(error instanceof RedoError)) throw error;
-      this.#mismatch(type, { ...placeOf(record, block), reason: error.message });
+      // The record itself is counted as refused.
+      if (!isRefused(record)) this.#mismatch(type, { ...placeOf(record, block), reason: error.message });
       this.#takeExpected(record, block, fork, page);
       return;
     }
@@ -300,9 +326,9 @@ class Verifier {
     try {
       return impliedChanges(record, this.#version);
     } catch (error) {
-      // A record of an unknown extension with blocks is counted at its blocks.
       if (!(error instanceof IngestError)) throw error;
-      if (record.blocks.length === 0) this.#mismatch(type, { lsn: record.startLsn, reason: error.message });
+      if (isRefused(record)) type.refused++;
+      else this.#mismatch(type, { lsn: record.startLsn, reason: error.message });
       return NO_CHANGES;
     }
   }
@@ -387,7 +413,7 @@ class Verifier {
     });
   }
 
-  #report(stoppedBy: string | undefined): VerifyReport {
+  #report(stoppedBy: string | undefined, resumesAtLsn: Lsn | undefined): VerifyReport {
     const byName = new Map<string, TypeReport>();
     for (const type of this.#types.values()) {
       const name = `${type.rmgr}/${type.type}`;
@@ -403,11 +429,13 @@ class Verifier {
       startLsn: this.#source.startLsn,
       endLsn: this.#endLsn,
       stoppedBy,
+      resumesAtLsn,
       records: this.#records,
       compared: total.compared,
       restored: total.restored,
       trusted: total.trusted,
       unchecked: total.unchecked,
+      refused: total.refused,
       mismatches: total.mismatches,
       types,
       visibilityBitsLeft: this.#pendingClears.size,
@@ -416,7 +444,7 @@ class Verifier {
 }
 
 function newType(rmgr: string, type: string): TypeReport {
-  const counts = { records: 0, compared: 0, restored: 0, trusted: 0, unchecked: 0, mismatches: 0 };
+  const counts = { records: 0, compared: 0, restored: 0, trusted: 0, unchecked: 0, refused: 0, mismatches: 0 };
   return { rmgr, type, ...counts, firstMismatch: undefined };
 }
 
@@ -427,8 +455,14 @@ function addType(to: TypeReport, from: TypeReport): void {
   to.restored += from.restored;
   to.trusted += from.trusted;
   to.unchecked += from.unchecked;
+  to.refused += from.refused;
   to.mismatches += from.mismatches;
   to.firstMismatch ??= from.firstMismatch;
+}
+
+/** What no redo of ours can replay, and what is not a fault of it. */
+function isRefused(record: WalRecord): boolean {
+  return record.rmid >= RM_MIN_CUSTOM || record.rmid === RM_TBLSPC;
 }
 
 function relationName(relation: RelationKey): string {

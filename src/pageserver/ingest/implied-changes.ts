@@ -75,11 +75,15 @@ export function impliedChanges(record: WalRecord, version: PgVersion): readonly 
     case RM_SPGIST:
     case RM_BRIN:
     case RM_GENERIC:
-    // Logical messages are for subscribers; replication origins and tablespaces are not kept.
+    // Logical messages are for subscribers; replication origins are not kept.
     case RM_LOGICALMSG:
     case RM_REPLORIGIN:
-    case RM_TBLSPC:
       return NO_CHANGES;
+    case RM_TBLSPC:
+      throw new IngestError(
+        record,
+        'tablespaces are not supported: there is one store, and no folder of its own to give',
+      );
     default:
       if (record.blocks.length > 0 && record.blocks.every((block) => block.hasImage && block.applyImage)) {
         return NO_CHANGES;

@@ -3,7 +3,7 @@
  *
  *   0   u16  magic, by major version
  *   2   u16  info: XLP_* flags
- *   4   u32  timeline id: always 1 here
+ *   4   u32  timeline id: always 1 in WAL of ours
  *   8   u64  LSN of the page's first byte
  *   16  u32  bytes left of the record that goes on from the page before; 0 without XLP_FIRST_IS_CONTRECORD
  *   20  u32  zero
@@ -37,8 +37,19 @@ const XLP_ALL_FLAGS = 0x000f;
 /** The only timeline id: a new primary is a new start at an LSN, never a promotion. */
 export const WAL_TIMELINE_ID = 1;
 
+export interface PageHeaderRules {
+  /** The WAL is of some other cluster, which may have been promoted. */
+  readonly anyTimeline?: boolean;
+}
+
 /** Checks the header of the page at `pageLsn`, which lies whole at `bytes[at…]`; throws WalError naming what is wrong. */
-export function checkPageHeader(bytes: Buffer, at: number, pageLsn: Lsn, version: PgVersion): void {
+export function checkPageHeader(
+  bytes: Buffer,
+  at: number,
+  pageLsn: Lsn,
+  version: PgVersion,
+  rules: PageHeaderRules = {},
+): void {
   const magic = bytes.readUInt16LE(at);
   if (magic !== versionFacts(version).walPageMagic) {
     throw new WalError(
@@ -52,7 +63,8 @@ export function checkPageHeader(bytes: Buffer, at: number, pageLsn: Lsn, version
     throw new WalError(pageLsn, `page has info bits 0x${info.toString(16)}`);
   }
   const tli = bytes.readUInt32LE(at + 4);
-  if (tli !== WAL_TIMELINE_ID) throw new WalError(pageLsn, `page is of timeline ${tli}, not ${WAL_TIMELINE_ID}`);
+  if (tli !== WAL_TIMELINE_ID && rules.anyTimeline !== true)
+    throw new WalError(pageLsn, `page is of timeline ${tli}, not ${WAL_TIMELINE_ID}`);
   const address = readLsn(bytes, at + 8);
   if (address !== pageLsn) throw new WalError(pageLsn, `page says it is at byte ${address}, it is at ${pageLsn}`);
   if (isFirst) {

@@ -31,6 +31,7 @@ import {
   checkPageHeader,
   pageHeaderInfo,
   pageHeaderRemaining,
+  type PageHeaderRules,
   XLP_FIRST_IS_CONTRECORD,
   XLP_FIRST_IS_OVERWRITE_CONTRECORD,
 } from './page-header.ts';
@@ -42,13 +43,14 @@ const XLOG_OVERWRITE_CONTRECORD = 0xd0;
 /** Memory taken at once for a record whose length is not yet known to be true. */
 const FIRST_ASSEMBLY_BYTES = 1024 * 1024;
 
-export interface WalReaderOptions {
+export interface WalReaderOptions extends PageHeaderRules {
   /** Start of the record before startLsn. Without it the first record's link back is only checked to point back. */
   readonly prevLsn?: Lsn;
 }
 
 export class WalReader {
   readonly #version: PgVersion;
+  readonly #rules: PageHeaderRules;
   /** Bytes not consumed yet are #bytes[#at…]; #bytes[0] is at #base. */
   #bytes: Buffer = Buffer.alloc(0);
   #base: Lsn;
@@ -75,6 +77,7 @@ export class WalReader {
     this.#base = startLsn;
     this.#position = startLsn;
     this.#version = version;
+    this.#rules = options;
     this.#previousStart = options.prevLsn;
   }
 
@@ -158,7 +161,7 @@ export class WalReader {
   #readPageHeader(lsn: Lsn): boolean {
     const size = pageHeaderSize(lsn);
     if (this.#bytes.length - this.#at < size) return false;
-    checkPageHeader(this.#bytes, this.#at, lsn, this.#version);
+    checkPageHeader(this.#bytes, this.#at, lsn, this.#version, this.#rules);
     const info = pageHeaderInfo(this.#bytes, this.#at);
     const remaining = pageHeaderRemaining(this.#bytes, this.#at);
     const isContinuation = (info & XLP_FIRST_IS_CONTRECORD) !== 0;
