@@ -16,10 +16,19 @@ export interface RunningCompute {
   readonly socketPath: string;
 }
 
+/** A compute that a client is on its way into. */
+export interface Admission extends RunningCompute {
+  /**
+   * To be called when the client's session is ready, refused or gone; may be called again. Until then the compute is not suspended, but
+   * for a bounded time only.
+   */
+  settled(): void;
+}
+
 export interface WakeService {
   /**
    * Resolves when the endpoint's compute accepts connections, waking it if need be.
    * Throws `not-found` (unknown endpoint, or none named where several projects exist), `forbidden` (disabled), `unavailable`, `timeout`.
    */
-  wake(request: EndpointRequest, signal: AbortSignal): Promise<RunningCompute>;
+  wake(request: EndpointRequest, signal: AbortSignal): Promise<Admission>;
 }

@@ -5,7 +5,7 @@
  */
 import { join } from 'node:path';
 import { API_KEY_FILE_NAME, type Computes, type Storage } from '../api/control.ts';
-import type { EndpointRequest, RunningCompute, WakeService } from '../api/wake.ts';
+import type { Admission, EndpointRequest, WakeService } from '../api/wake.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { ApiKeys } from './api-keys.ts';
@@ -107,8 +107,8 @@ export class Control implements WakeService {
     this.context.state.close();
   }
 
-  async wake(request: EndpointRequest, signal: AbortSignal): Promise<RunningCompute> {
-    return this.endpoints.wake(this.endpoints.resolve(request).id, signal);
+  async wake(request: EndpointRequest, signal: AbortSignal): Promise<Admission> {
+    return this.endpoints.admit(this.endpoints.resolve(request).id, signal);
   }
 
   /** A new random password for the role, in force on a running compute when the operation has finished. */

@@ -3,9 +3,13 @@
  *
  * The row's `state` is what users see; whether a compute really runs only Computes knows. All work on one endpoint's compute goes through
  * that endpoint's lane, so a wake that meets a suspend waits for it and starts again. Many clients that wake one endpoint share one start.
+ *
+ * A client that was sent to a compute is *entering* until its session is ready. A suspend lets those in first, so that none of them finds
+ * its Postgres gone in the middle of the password exchange; those that come later wait for the suspend and for the next start.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { ComputeSpec } from '../api/control.ts';
-import type { EndpointRequest, RunningCompute } from '../api/wake.ts';
+import type { Admission, EndpointRequest, RunningCompute } from '../api/wake.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Catalog } from './catalog.ts';
 import type { ControlContext } from './context.ts';
@@ -15,6 +19,8 @@ import type { BranchRow, EndpointRow, ProjectRow } from './state.ts';
 
 const DEFAULT_COMPUTE_UNITS = 0.25;
 const POOLER_SUFFIX = '-pooler';
+/** How long a suspend waits for entering clients: one that never sends its password must not keep an endpoint awake. */
+const ENTERING_TIMEOUT_MS = 2_000;
 
 export interface EndpointOptions {
   readonly type?: 'read_write' | 'read_only';
@@ -26,6 +32,10 @@ export interface EndpointOptions {
   readonly pooler_enabled?: boolean;
   readonly disabled?: boolean;
   readonly passwordless_access?: boolean;
+}
+
+interface Entering {
+  readonly gone: Promise<void>;
 }
 
 /** The entity as it is now, and the operations that were begun for it. */
@@ -41,6 +51,10 @@ export class Endpoints {
   #isClosed = false;
   /** The start that the next wake may wait for: asked, and no suspend asked after it. */
   readonly #starting = new Map<string, Promise<RunningCompute>>();
+  /** By endpoint: clients sent to its compute whose sessions are not ready yet. */
+  readonly #entering = new Map<string, Set<Entering>>();
+  /** Endpoints that are being suspended: nobody may enter. */
+  readonly #leaving = new Set<string>();
 
   constructor(context: ControlContext, catalog: Catalog) {
     this.#context = context;
@@ -164,7 +178,9 @@ export class Endpoints {
       return this.#context.operations.begin('suspend_compute', refsOf(row));
     });
     this.#starting.delete(endpointId);
-    const done = this.#lanes.run(endpointId, () => this.#suspendNow(operationId, endpointId));
+    const done = this.#lanes.run(endpointId, () =>
+      this.#withDoorClosed(endpointId, () => this.#suspendNow(operationId, endpointId)),
+    );
     this.#context.operations.inBackground(`suspend of endpoint ${endpointId}`, done);
     return { endpoint: this.get(projectId, endpointId), operationIds: [operationId] };
   }
@@ -177,7 +193,7 @@ export class Endpoints {
 
   /** Suspends when `mayStill`, asked when nothing else is under way, still agrees. Resolves to whether it was suspended. */
   suspendIf(endpointId: string, mayStill: () => Promise<boolean>): Promise<boolean> {
-    return this.#lanes.run(endpointId, async () => {
+    const suspend = async (): Promise<boolean> => {
       if (!(await mayStill())) return false;
       const { state, operations, now } = this.#context;
       const operationId = state.transaction(() => {
@@ -189,7 +205,8 @@ export class Endpoints {
       if (operationId === undefined) return false;
       await this.#suspendNow(operationId, endpointId);
       return true;
-    });
+    };
+    return this.#lanes.run(endpointId, () => this.#withDoorClosed(endpointId, suspend));
   }
 
   /** The endpoint that a client means. Messages are for the client. */
@@ -232,6 +249,14 @@ export class Endpoints {
       this.#context.operations.inBackground(`wake of endpoint ${endpointId}`, starting);
     }
     return signal === undefined ? starting : abortable(starting, signal);
+  }
+
+  /** wake(), for a client that is going to connect. */
+  async admit(endpointId: string, signal: AbortSignal): Promise<Admission> {
+    for (;;) {
+      const compute = await this.wake(endpointId, signal);
+      if (!this.#leaving.has(endpointId)) return { ...compute, settled: this.#enter(endpointId) };
+    }
   }
 
   /** Takes the endpoint from users' sight and stops its compute; the row goes when that is done. */
@@ -296,6 +321,37 @@ export class Endpoints {
     const { state, computes, now } = this.#context;
     if (this.#lanes.isBusy(endpointId) || computes.running(endpointId) !== undefined) return;
     state.update('endpoints', endpointId, { state: 'idle', updated_at: now() });
+  }
+
+  #enter(endpointId: string): () => void {
+    let left: () => void = () => {};
+    const entering: Entering = { gone: new Promise((resolve) => (left = resolve)) };
+    const all = this.#entering.get(endpointId) ?? new Set<Entering>();
+    this.#entering.set(endpointId, all.add(entering));
+    return () => {
+      all.delete(entering);
+      if (all.size === 0 && this.#entering.get(endpointId) === all) this.#entering.delete(endpointId);
+      left();
+    };
+  }
+
+  /** Does `work` when the clients that were entering are in, and lets nobody enter until it is done. */
+  async #withDoorClosed<T>(endpointId: string, work: () => Promise<T>): Promise<T> {
+    this.#leaving.add(endpointId);
+    try {
+      const entering = [...(this.#entering.get(endpointId) ?? [])];
+      if (entering.length > 0) {
+        const timeout = new AbortController();
+        await Promise.race([
+          Promise.all(entering.map(({ gone }) => gone)),
+          sleep(ENTERING_TIMEOUT_MS, undefined, { signal: timeout.signal }).catch(() => {}),
+        ]);
+        timeout.abort();
+      }
+      return await work();
+    } finally {
+      this.#leaving.delete(endpointId);
+    }
   }
 
   #find(endpointId: string): EndpointRow | undefined {

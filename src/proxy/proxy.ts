@@ -3,19 +3,23 @@
  * client waits, connects to its Postgres over a Unix socket, and from then on only relays bytes. The password exchange (SCRAM) is relayed too, so it is
  * Postgres that knows the passwords and the proxy that never does.
  *
+ * A Postgres that is just going down or coming up says so (SQLSTATE 57P03), or nothing, before it asks for a password. The client does not get to see
+ * that: the endpoint is woken again, and the same startup message goes to the Postgres that is up then.
+ *
  * A cancel request comes on a connection of its own and carries only the key that the backend gave at its start: the proxy reads the keys that pass by
  * and remembers which compute each belongs to.
  *
  * Protocol: https://www.postgresql.org/docs/17/protocol-flow.html
  */
 import { connect, createServer, type Server, Socket } from 'node:net';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { createSecureContext, TLSSocket } from 'node:tls';
-import { type EndpointRequest, type WakeService } from '../api/wake.ts';
+import type { Admission, WakeService } from '../api/wake.ts';
 import { errorTable, StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { listen } from '../base/rpc.ts';
 import type { Certificate } from './certificate.ts';
-import { findTarget } from './startup.ts';
+import { findTarget, type Target } from './startup.ts';
 
 export interface ProxyOptions {
   readonly host: string;
@@ -40,7 +44,19 @@ const CANCEL_REQUEST = 80877102;
 const PROTOCOL_MAJOR = 3;
 const MAX_STARTUP_BYTES = 10_000; // MAX_STARTUP_PACKET_LENGTH in src/include/libpq/pqcomm.h
 const STARTUP_TIMEOUT_MS = 60_000; // authentication_timeout of Postgres
+/** How long a Postgres that refuses for now is asked again. */
+const REFUSED_FOR_MS = 30_000;
+const RETRY_DELAY_MAX_MS = 250;
+/** What a client may send before it was answered; no client sends anything, but some might on purpose. */
+const EARLY_BYTES_MAX = 16 * 1024;
+/** The other side of a connection that is silent for this long is asked by TCP whether it is still there. */
+const KEEP_ALIVE_MS = 60_000;
 const TLS_HANDSHAKE_BYTE = 0x16;
+const MESSAGE_HEADER_BYTES = 5;
+const BACKEND_KEY_DATA = 0x4b; // 'K'
+const READY_FOR_QUERY = 0x5a; // 'Z'
+const ERROR_RESPONSE = 0x45; // 'E'
+const CANNOT_CONNECT_NOW = '57P03';
 
 export async function startProxy(options: ProxyOptions): Promise<Proxy> {
   const proxy = new RunningProxy(options);
@@ -62,7 +78,8 @@ class RunningProxy implements Proxy {
     this.#options = options;
     this.#port = options.port;
     this.#secureContext = createSecureContext({ ...options.certificate, minVersion: 'TLSv1.2' });
-    this.#server = createServer({ noDelay: true, pauseOnConnect: false }, (socket) => {
+    const keepAlive = { keepAlive: true, keepAliveInitialDelay: KEEP_ALIVE_MS };
+    this.#server = createServer({ noDelay: true, pauseOnConnect: false, ...keepAlive }, (socket) => {
       this.#sockets.add(socket);
       socket.once('close', () => this.#sockets.delete(socket));
       socket.on('error', () => socket.destroy());
@@ -170,67 +187,81 @@ class RunningProxy implements Proxy {
     client.once('end', onGone);
     client.resume(); // without reading, a client that leaves while its endpoint wakes would not be noticed
     const early: Buffer[] = [];
-    const collect = (chunk: Buffer): void => void early.push(chunk);
+    let earlyBytes = 0;
+    const collect = (chunk: Buffer): void => {
+      early.push(chunk);
+      earlyBytes += chunk.length;
+      if (earlyBytes > EARLY_BYTES_MAX) client.pause();
+    };
     client.on('data', collect);
-    const upstream = await this.#connectUpstream(target, gone.signal);
+    const { socket, compute } = await this.#connectUpstream(target, startup.protocol, gone.signal);
     client.off('data', collect);
     client.off('end', onGone);
     client.off('close', onGone);
     client.pause();
     if (client.destroyed) {
-      upstream.socket.destroy();
+      socket.destroy();
+      compute.settled();
       return;
     }
-    upstream.socket.write(encodeStartup(startup.protocol, target.parameters));
-    for (const chunk of early) upstream.socket.write(chunk);
-    this.#relay(client, upstream.socket, upstream.endpointId, upstream.socketPath);
+    for (const chunk of early) socket.write(chunk);
+    this.#relay(client, socket, compute);
   }
 
-  /** A compute may die between wake and connect: wake it once more then. */
+  /** A connection to the endpoint's Postgres that has answered the startup message; the answer is still to be read from it. */
   async #connectUpstream(
-    request: EndpointRequest,
+    target: Target,
+    protocol: number,
     signal: AbortSignal,
-  ): Promise<{ socket: Socket; endpointId: string; socketPath: string }> {
+  ): Promise<{ socket: Socket; compute: Admission }> {
+    const startup = encodeStartup(protocol, target.parameters);
+    const deadline = Date.now() + REFUSED_FOR_MS;
     for (let attempt = 1; ; attempt++) {
-      const compute = await this.#options.wakeService.wake(request, signal);
+      const compute = await this.#options.wakeService.wake(target, signal);
+      let cause: unknown;
       try {
-        return { socket: await connectUnix(compute.socketPath), ...compute };
+        const socket = await connectUnix(compute.socketPath);
+        if (await isAnswered(socket, startup, signal)) return { socket, compute };
       } catch (error) {
-        if (attempt >= 3) {
-          throw new StrataError(
-            'unavailable',
-            `endpoint "${compute.endpointId}" is up but does not accept connections`,
-            {
-              cause: error,
-            },
-          );
-        }
-        await new Promise((resolve) => setTimeout(resolve, 100 * attempt));
+        cause = error;
       }
+      compute.settled();
+      signal.throwIfAborted();
+      if (Date.now() > deadline) {
+        throw new StrataError(
+          'unavailable',
+          `endpoint "${compute.endpointId}" is up but does not accept connections`,
+          cause === undefined ? {} : { cause },
+        );
+      }
+      await sleep(Math.min(20 * attempt, RETRY_DELAY_MAX_MS));
     }
   }
 
-  #relay(client: Socket, upstream: Socket, endpointId: string, socketPath: string): void {
+  #relay(client: Socket, upstream: Socket, compute: Admission): void {
+    const { endpointId, socketPath } = compute;
     this.#counts.set(endpointId, (this.#counts.get(endpointId) ?? 0) + 1);
     let cancelKey: string | undefined;
-    const sniffer = new CancelKeySniffer((key) => {
+    const watcher = new SessionStartWatcher((key) => {
       cancelKey = key;
       this.#cancelKeys.set(key, socketPath);
     });
-    const sniff = (chunk: Buffer): void => {
-      if (sniffer.push(chunk)) upstream.off('data', sniff);
+    const watch = (chunk: Buffer): void => {
+      if (!watcher.push(chunk)) return;
+      upstream.off('data', watch);
+      compute.settled();
     };
-    upstream.on('data', sniff);
+    upstream.on('data', watch);
     let ended = false;
     const end = (): void => {
       if (ended) return;
       ended = true;
+      compute.settled();
       if (cancelKey !== undefined) this.#cancelKeys.delete(cancelKey);
       const left = (this.#counts.get(endpointId) ?? 1) - 1;
       if (left === 0) this.#counts.delete(endpointId);
       else this.#counts.set(endpointId, left);
     };
-    upstream.on('error', () => upstream.destroy());
     upstream.once('close', () => {
       end();
       client.end();
@@ -264,9 +295,9 @@ interface Startup {
 
 /**
  * Watches what Postgres sends until the session is ready, for the BackendKeyData message ('K': process id, secret).
- * push() is true when there is nothing more to watch for.
+ * push() is true when the session is ready or refused.
  */
-class CancelKeySniffer {
+class SessionStartWatcher {
   readonly #found: (key: string) => void;
   #buffer: Buffer = Buffer.alloc(0);
 
@@ -277,33 +308,59 @@ class CancelKeySniffer {
   push(chunk: Buffer): boolean {
     this.#buffer = this.#buffer.length === 0 ? chunk : Buffer.concat([this.#buffer, chunk]);
     for (;;) {
-      if (this.#buffer.length < 5) return false;
+      if (this.#buffer.length < MESSAGE_HEADER_BYTES) return false;
       const type = this.#buffer[0];
       const end = 1 + this.#buffer.readUInt32BE(1);
-      if (type === 0x5a || type === 0x45) return true; // ReadyForQuery, ErrorResponse
+      if (type === READY_FOR_QUERY || type === ERROR_RESPONSE) return true;
       if (this.#buffer.length < end) return false;
-      if (type === 0x4b) {
-        this.#found(this.#buffer.toString('hex', 5, end));
-        return true;
-      }
+      if (type === BACKEND_KEY_DATA) this.#found(this.#buffer.toString('hex', MESSAGE_HEADER_BYTES, end));
       this.#buffer = this.#buffer.subarray(end);
     }
+  }
+}
+
+/**
+ * Sends the startup message and reads the first answer, which is put back. False, and the socket destroyed, when Postgres cannot take clients now.
+ */
+async function isAnswered(socket: Socket, startup: Buffer, signal: AbortSignal): Promise<boolean> {
+  const drop = (): void => void socket.destroy();
+  const timer = setTimeout(drop, STARTUP_TIMEOUT_MS);
+  signal.addEventListener('abort', drop, { once: true });
+  try {
+    socket.write(startup);
+    const header = await readBytes(socket, MESSAGE_HEADER_BYTES);
+    const body = header && (await readBytes(socket, Math.max(0, header.readUInt32BE(1) - 4)));
+    if (header === undefined || body === undefined || signal.aborted) {
+      socket.destroy();
+      return false;
+    }
+    // Fields of an error: a letter, then text that ends with a zero byte; C is the SQLSTATE.
+    if (header[0] === ERROR_RESPONSE && body.toString('latin1').split('\0').includes(`C${CANNOT_CONNECT_NOW}`)) {
+      socket.destroy();
+      return false;
+    }
+    socket.unshift(Buffer.concat([header, body]));
+    return true;
+  } finally {
+    clearTimeout(timer);
+    signal.removeEventListener('abort', drop);
   }
 }
 
 function connectUnix(path: string): Promise<Socket> {
   return new Promise((resolve, reject) => {
     const socket = connect(path);
-    socket.once('connect', () => {
-      socket.off('error', reject);
-      resolve(socket);
+    socket.once('connect', () => resolve(socket));
+    socket.on('error', (error) => {
+      socket.destroy();
+      reject(error);
     });
-    socket.once('error', reject);
   });
 }
 
 /** Exactly `count` bytes, or undefined when the client goes first. */
 async function readBytes(socket: Socket, count: number): Promise<Buffer | undefined> {
+  if (count === 0) return Buffer.alloc(0);
   for (;;) {
     const bytes = socket.read(count) as Buffer | null;
     if (bytes !== null) return bytes.length === count ? bytes : undefined;
