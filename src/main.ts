@@ -9,8 +9,14 @@ import { StrataError } from './base/errors.ts';
 import { runServiceProcess } from './base/service-process.ts';
 import { runCli } from './cli/program.ts';
 import type { StartOptions } from './cli/start.ts';
+import type { WalTools, WalVerification } from './cli/wal.ts';
 import { runPageserver } from './pageserver/main.ts';
+import { openWalDirectory, openWalDirectoryAtCheckpoint } from './pageserver/wal-directory.ts';
+import { dumpWal } from './pageserver/wal-dump.ts';
+import { verifyWal } from './pageserver/wal-verify.ts';
+import { openBranchWal } from './platform/branch-wal.ts';
 import { startPlatform } from './platform/platform.ts';
+import { WalError } from './postgres/wal/error.ts';
 import { runSafekeeper } from './safekeeper/main.ts';
 
 interface SafekeeperProcessConfig {
@@ -48,7 +54,45 @@ if (role === 'safekeeper') {
     return { service, ready: { rpcPort: service.rpcPort, pagePort: service.pagePort } };
   });
 } else {
-  process.exitCode = await runCli(process.argv.slice(2), { version: packageVersion(), start });
+  process.exitCode = await runCli(process.argv.slice(2), {
+    version: packageVersion(),
+    start,
+    wal: { verify: verifyDirectory, dump },
+  });
+}
+
+/** `strata wal verify`. */
+async function verifyDirectory(...[directory, options]: Parameters<WalTools['verify']>): Promise<WalVerification> {
+  return withCodedErrors(async () => {
+    const { startLsn, ...rest } = options;
+    const source =
+      startLsn === undefined
+        ? await openWalDirectoryAtCheckpoint(directory)
+        : await openWalDirectory(directory, startLsn);
+    return verifyWal(source, rest);
+  });
+}
+
+/** `strata wal dump`. */
+async function dump(...[place, filter, onRecords]: Parameters<WalTools['dump']>): Promise<string | undefined> {
+  return withCodedErrors(async () => {
+    const { startLsn } = filter;
+    const source =
+      place.kind === 'directory'
+        ? await openWalDirectory(place.path, startLsn)
+        : await openBranchWal({ ...place.platform, timelineId: place.timelineId, startLsn });
+    return dumpWal(source, filter, onRecords);
+  });
+}
+
+/** WAL that is not what it should be is the world's fault, to be told without a stack. */
+async function withCodedErrors<T>(work: () => Promise<T>): Promise<T> {
+  try {
+    return await work();
+  } catch (error) {
+    if (error instanceof WalError) throw new StrataError('bad-request', error.message, { cause: error });
+    throw error;
+  }
 }
 
 /** `strata start`: runs in the foreground until SIGINT or SIGTERM. */

@@ -119,6 +119,9 @@ export interface PlatformFile {
   readonly host: string;
   readonly httpPort: number;
   readonly pgPort: number;
+  /** Where the platform's services listen, for those who have its secret. */
+  readonly pageserver: { readonly host: string; readonly port: number };
+  readonly safekeepers: readonly { readonly host: string; readonly port: number }[];
   /** Milliseconds since 1970. */
   readonly startedAtMs: number;
   readonly version: string;

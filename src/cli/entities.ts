@@ -15,6 +15,8 @@ export interface Branch {
   readonly id: string;
   readonly name: string;
   readonly project_id: string;
+  /** The branch's id in the store: 32 hex digits. */
+  readonly timeline_id: string;
   readonly parent_id?: string;
   readonly parent_lsn?: string;
   readonly parent_timestamp?: string;

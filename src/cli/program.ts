@@ -13,11 +13,14 @@ import { CliError } from './errors.ts';
 import { projectsCommand } from './projects.ts';
 import { type StartOptions, startCommand } from './start.ts';
 import { statusCommand } from './status.ts';
+import { walCommand, type WalTools } from './wal.ts';
 
 export interface CliOptions {
   readonly version: string;
   /** Runs the platform until it is asked to stop. An error with a `code` of its own is shown by its message. */
   readonly start: (options: StartOptions) => Promise<void>;
+  /** Without them there is no command `wal`. */
+  readonly wal?: WalTools;
   /** The terminal by default. */
   readonly context?: CliContext;
 }
@@ -40,8 +43,9 @@ export async function runCli(commandLine: readonly string[], options: CliOptions
     .addCommand(branchesCommand(context))
     .addCommand(endpointsCommand(context))
     .addCommand(connectionStringCommand(context))
-    .addCommand(psql)
-    .addHelpText('after', '\nExample:\n  $ strata branches create --name dev\n  $ strata psql dev');
+    .addCommand(psql);
+  if (options.wal !== undefined) program.addCommand(walCommand(context, options.wal, (code) => (exitCode = code)));
+  program.addHelpText('after', '\nExample:\n  $ strata branches create --name dev\n  $ strata psql dev');
   prepare(program, context);
   try {
     if (passedOn.length > 0 && ours[0] !== 'psql') {
@@ -82,6 +86,11 @@ function report(error: unknown, context: CliContext): number {
 }
 
 function terminal(): CliContext {
+  // Whoever reads our output may stop reading, as head does.
+  process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+    if (error.code !== 'EPIPE') throw error;
+    process.exit(0);
+  });
   return {
     print: (text) => process.stdout.write(`${text}\n`),
     printError: (text) => process.stderr.write(`${text}\n`),

@@ -64,6 +64,7 @@ export function branch(row: BranchRow, logicalSizeBytes?: number) {
   return {
     id: row.id,
     project_id: row.project_id,
+    timeline_id: row.timeline_id,
     ...(row.parent_id === null ? {} : { parent_id: row.parent_id, parent_lsn: formatLsn(row.ancestor_lsn) }),
     ...(row.parent_timestamp_us === null ? {} : { parent_timestamp: formatTimestampUs(row.parent_timestamp_us) }),
     name: row.name,

@@ -39,6 +39,7 @@ export interface PlatformDirectory {
 }
 
 const SECRET_BYTES = 32;
+const SECRETS_FILE_NAME = 'secrets.json';
 
 /** Creates what is missing. Throws `bad-request` when the directory cannot be used. */
 export function openPlatformDirectory(dataDir: string, postgresUser: UnixUser | undefined): PlatformDirectory {
@@ -56,7 +57,7 @@ export function openPlatformDirectory(dataDir: string, postgresUser: UnixUser | 
 
 /** The secrets, made at first start. */
 export function loadOrMakeSecrets(directory: PlatformDirectory): Secrets {
-  const file = join(directory.path, 'secrets.json');
+  const file = join(directory.path, SECRETS_FILE_NAME);
   if (!existsSync(file)) {
     const made = {
       version: 1,
@@ -65,7 +66,15 @@ export function loadOrMakeSecrets(directory: PlatformDirectory): Secrets {
     };
     writeFileDurably(file, `${JSON.stringify(made, undefined, 2)}\n`, 0o600);
   }
-  const text = JSON.parse(readFileSync(file, 'utf8')) as { platformSecret: string; adminPassword: string };
+  return readSecrets(directory.path);
+}
+
+/** The secrets of a platform that has been started before. Only its own user can read them. */
+export function readSecrets(dataDirectory: string): Secrets {
+  const text = JSON.parse(readFileSync(join(dataDirectory, SECRETS_FILE_NAME), 'utf8')) as {
+    platformSecret: string;
+    adminPassword: string;
+  };
   return { platformSecret: Buffer.from(text.platformSecret, 'hex'), adminPassword: text.adminPassword };
 }
 

@@ -84,7 +84,7 @@ async function bringUp(
   log.info({ ...options, version, postgres: found.fullVersion }, 'starting');
 
   progress('starting storage');
-  const { safekeepers, pageserver, pageAddress, services } = await startServices(
+  const { safekeepers, pageserver, pageserverAddress, pageAddress, services } = await startServices(
     options,
     directory,
     secrets,
@@ -164,6 +164,8 @@ async function bringUp(
     host: LOOPBACK,
     httpPort: options.httpPort,
     pgPort: options.pgPort,
+    pageserver: pageserverAddress,
+    safekeepers,
     startedAtMs: Date.now(),
     version,
   };
@@ -180,6 +182,7 @@ async function bringUp(
 interface Services {
   readonly safekeepers: readonly SafekeeperAddress[];
   readonly pageserver: PageserverClient;
+  readonly pageserverAddress: SafekeeperAddress;
   readonly pageAddress: SafekeeperAddress;
   readonly services: readonly ChildService[];
 }
@@ -222,13 +225,19 @@ async function startServices(
       safekeepers,
     }),
   ]);
+  const pageserverAddress = { host: LOOPBACK, port: rpcPort ?? 0 };
   const pageserver = new PageserverClient({
-    host: LOOPBACK,
-    port: rpcPort ?? 0,
+    ...pageserverAddress,
     token: await signToken(secrets.platformSecret, { scope: 'platform' }),
   });
   cleanup.add(() => pageserver.close());
-  return { safekeepers, pageserver, pageAddress: { host: LOOPBACK, port: pagePort ?? 0 }, services };
+  return {
+    safekeepers,
+    pageserver,
+    pageserverAddress,
+    pageAddress: { host: LOOPBACK, port: pagePort ?? 0 },
+    services,
+  };
 }
 
 async function lockPlatform(directory: PlatformDirectory): Promise<DirectoryLock> {

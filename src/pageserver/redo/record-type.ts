@@ -3,6 +3,7 @@
  */
 
 import {
+  RM_BRIN,
   RM_CLOG,
   RM_COMMIT_TS,
   RM_DBASE,
@@ -26,6 +27,7 @@ import type { WalRecord } from '../../postgres/wal/record.ts';
 import { typeName } from './index-tuple.ts';
 
 const XACT_OPMASK = 0x70;
+const BRIN_INIT_PAGE = 0x80;
 
 type Names = Readonly<Record<number, string>>;
 
@@ -112,6 +114,7 @@ export function recordTypeName(record: WalRecord, version: PgVersion): string {
     const names = versionFacts(version).redo.pruneFreezeCombined ? HEAP2_COMBINED : HEAP2_SEPARATE;
     return names[info] ?? hex(info);
   }
+  if (record.rmid === RM_BRIN) return (info & BRIN_INIT_PAGE) === 0 ? typeName(record) : `${typeName(record)}+INIT`;
   const names = OTHER_NAMES[record.rmid];
   return names === undefined ? typeName(record) : (names[info] ?? hex(info));
 }
