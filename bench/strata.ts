@@ -1,7 +1,8 @@
 /**
  * A platform under measurement: the test suite's platform, with the ways in that a benchmark needs.
  */
-import { readdirSync, rmSync } from 'node:fs';
+import assert from 'node:assert/strict';
+import { existsSync, readdirSync, rmSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { Client } from 'pg';
 import { TestPlatform, withoutVerification } from '../test/end-to-end/platform.ts';
@@ -79,10 +80,16 @@ export class BenchedPlatform {
     await this.#platform.cli(['endpoints', 'suspend', this.#endpointId]);
   }
 
-  /** Removes what a suspended compute left on this machine. */
+  /** Removes what a suspended compute left on this machine, in the data directory or, where Postgres cannot reach that, beside the sockets. */
   forgetCache(): void {
-    const folder = join(this.#platform.dataDir, 'computes', this.#endpointId);
-    for (const name of readdirSync(folder)) rmSync(join(folder, name), { recursive: true, force: true });
+    const parents = [this.#platform.dataDir, dirname(this.#platform.socketDirOf(this.#endpointId))];
+    const folder = parents.map((parent) => join(parent, 'computes', this.#endpointId)).find((path) => existsSync(path));
+    const left = folder === undefined ? [] : readdirSync(folder);
+    assert(
+      folder !== undefined && left.length > 0,
+      'a suspended compute leaves a cache; without one "cold" is not measured',
+    );
+    for (const name of left) rmSync(join(folder, name), { recursive: true, force: true });
   }
 
   async createBranch(name: string): Promise<void> {
