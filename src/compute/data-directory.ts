@@ -1,6 +1,7 @@
 /**
- * A compute's data directory from a basebackup: everything that Postgres reads at its start, relation files as holes whose pages come on first
- * read, and a forged shutdown checkpoint (DESIGN 2.1), so that it starts without recovery.
+ * A compute's data directory from a basebackup: everything that Postgres reads at its start, and a forged shutdown checkpoint (DESIGN 2.1), so
+ * that it starts without recovery. The shim makes relation files when their names are first used, and their pages come on first read: to
+ * make all of them here would cost many times the start of Postgres.
  *
  *   <instance>/data/       the data directory
  *   <instance>/pages.map   which pages are here (page-map.ts)
@@ -15,7 +16,7 @@ import { WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
 import type { PgVersion } from '../postgres/version.ts';
 import type { SparseSegment } from '../postgres/wal/writer.ts';
 import type { UnixUser } from './installation.ts';
-import { createPageMap, createSparseRelationFiles, type RelationFork, reusePageMap } from './page-map.ts';
+import { createPageMap, createRelationFolders, type RelationFork, reusePageMap } from './page-map.ts';
 import { computeSettings, encodeSettings, hbaFile, type Settings } from './settings.ts';
 
 export interface InstanceTarget {
@@ -46,11 +47,12 @@ export function writeDataDirectory(target: InstanceTarget, basebackup: Basebacku
   for (const { path, bytes } of basebackup.files) owned.file(join(dataDir, path), bytes);
 
   const relations = basebackup.relations.map(toRelationFork);
-  createSparseRelationFiles(dataDir, settings.pgVersion, relations, user);
+  createRelationFolders(dataDir, settings.pgVersion, relations, user);
   createPageMap(join(instanceDir, 'pages.map'), {
     startLsn: basebackup.lsn,
     timelineId: target.timelineId,
     relations,
+    filesOnFirstUse: true,
     owner: user,
   });
 
