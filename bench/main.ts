@@ -9,7 +9,9 @@ import { parseArgs } from 'node:util';
 import { branchCreation } from './branch-creation.ts';
 import { coldScan } from './cold-scan.ts';
 import { durableCommits } from './durable-commits.ts';
+import { getPage } from './get-page.ts';
 import { idleMemory } from './idle-memory.ts';
+import { ingest } from './ingest.ts';
 import { formatTable, type Row } from './measure.ts';
 import { load } from './pgbench.ts';
 import { BenchedPlatform } from './strata.ts';
@@ -35,31 +37,46 @@ const QUESTIONS: Readonly<Record<string, (contenders: Contenders) => Promise<Row
   'branch-creation': branchCreation,
 };
 
+/** Questions to parts of Strata, for which no platform is started. */
+const PART_QUESTIONS: Readonly<Record<string, (options: { readonly quick: boolean }) => Promise<Row[]>>> = {
+  ingest,
+  'get-page': getPage,
+};
+
 const { values } = parseArgs({
   options: { quick: { type: 'boolean' }, only: { type: 'string' }, json: { type: 'boolean' } },
 });
-const names = values.only?.split(',') ?? Object.keys(QUESTIONS);
-const scale = values.quick ? 5 : 20;
+const known = [...Object.keys(PART_QUESTIONS), ...Object.keys(QUESTIONS)];
+const names = values.only?.split(',') ?? known;
+const unknown = names.find((name) => !known.includes(name));
+if (unknown !== undefined) throw new Error(`no question "${unknown}"; there are ${known.join(', ')}`);
+const quick = values.quick === true;
+const scale = quick ? 5 : 20;
+const rows: Row[] = [];
 
-await withVanilla(async (vanilla) => {
+for (const name of names) {
+  const question = PART_QUESTIONS[name];
+  if (question === undefined) continue;
+  console.error(`${name} …`);
+  rows.push(...(await question({ quick })));
+}
+
+const platformNames = names.filter((name) => name in QUESTIONS);
+if (platformNames.length > 0) await withVanilla(askPlatform);
+console.log(values.json ? JSON.stringify(rows, undefined, 2) : formatTable(rows));
+
+async function askPlatform(vanilla: Vanilla): Promise<void> {
   const strata = await BenchedPlatform.start();
   try {
-    const size = values.quick
-      ? { rounds: 1, seconds: 3, branchCount: 100 }
-      : { rounds: 3, seconds: 10, branchCount: 1000 };
+    const size = quick ? { rounds: 1, seconds: 3, branchCount: 100 } : { rounds: 3, seconds: 10, branchCount: 1000 };
     console.error('loading both …');
     await load(vanilla.connectionString, scale);
     await load(strata.connectionString, scale);
-    const rows: Row[] = [];
-    for (const name of names) {
-      const question = QUESTIONS[name];
-      if (question === undefined)
-        throw new Error(`no question "${name}"; there are ${Object.keys(QUESTIONS).join(', ')}`);
+    for (const name of platformNames) {
       console.error(`${name} …`);
-      rows.push(...(await question({ vanilla, strata, ...size })));
+      rows.push(...(await QUESTIONS[name]!({ vanilla, strata, ...size })));
     }
-    console.log(values.json ? JSON.stringify(rows, undefined, 2) : formatTable(rows));
   } finally {
     await strata.destroy();
   }
-});
+}

@@ -33,20 +33,24 @@ export async function flushMemoryLayer(layer: MemoryLayer, options: FlushOptions
   const writer = await LayerWriter.create(directory, { kind: 'delta', timelineId, lsnStart: layer.lsnStart, lsnEnd });
   try {
     let sliceStartMs = performance.now();
-    for (const { key, lsns, values } of layer.entries()) {
+    let valueCount = 0;
+    for (const { key, entries } of layer.keys()) {
       let recordCount = 0;
-      for (let i = 0; i < values.length; i++) {
-        const value = values[i]!;
-        writer.add(key, lsns[i]!, value);
-        recordCount = needsNoPrior(value[0]!) ? 0 : recordCount + 1;
-        const lsn = lsns[i]!;
-        if (recordCount >= CHAIN_RECORDS_MAX && lsn !== lsns[i + 1] && holdsPages(key)) {
-          const image = readOrSkip(read, key, lsn);
-          if (image !== undefined) writer.add(key, lsn, encodeImage(image));
-          recordCount = 0;
+      for (let i = 0; i < entries.length; i++) {
+        const entry = entries[i]!;
+        layer.writeTo(writer, key, entry);
+        recordCount = needsNoPrior(layer.kindOf(entry)) ? 0 : recordCount + 1;
+        if (recordCount >= CHAIN_RECORDS_MAX && holdsPages(key)) {
+          const lsn = layer.lsnOf(entry);
+          const next = entries[i + 1];
+          if (next === undefined || layer.lsnOf(next) !== lsn) {
+            const image = readOrSkip(read, key, lsn);
+            if (image !== undefined) writer.add(key, lsn, encodeImage(image));
+            recordCount = 0;
+          }
         }
         if (writer.isBusy) await writer.drain();
-        if (performance.now() - sliceStartMs > SLICE_MS) {
+        if ((++valueCount & 63) === 0 && performance.now() - sliceStartMs > SLICE_MS) {
           await yieldToOthers();
           sliceStartMs = performance.now();
         }

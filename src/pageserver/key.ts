@@ -142,12 +142,19 @@ export function encodeKey(key: Key): Buffer {
 
 /** Writes 18 bytes at `offset`. */
 export function writeKey(key: Key, bytes: Buffer, offset: number): void {
-  bytes.writeUInt8(key.kind, offset);
-  bytes.writeUInt32BE(key.spc, offset + 1);
-  bytes.writeUInt32BE(key.db, offset + 5);
-  bytes.writeUInt32BE(key.rel, offset + 9);
-  bytes.writeUInt8(key.fork, offset + 13);
-  bytes.writeUInt32BE(key.blk, offset + 14);
+  bytes[offset] = key.kind;
+  writeU32(bytes, offset + 1, key.spc);
+  writeU32(bytes, offset + 5, key.db);
+  writeU32(bytes, offset + 9, key.rel);
+  bytes[offset + 13] = key.fork;
+  writeU32(bytes, offset + 14, key.blk);
+}
+
+function writeU32(bytes: Buffer, offset: number, value: number): void {
+  bytes[offset] = value >>> 24;
+  bytes[offset + 1] = value >>> 16;
+  bytes[offset + 2] = value >>> 8;
+  bytes[offset + 3] = value;
 }
 
 export function decodeKey(bytes: Buffer, offset = 0): Key {

@@ -19,6 +19,7 @@ import { StrataError } from '../base/errors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import type { PgVersion } from '../postgres/version.ts';
+import type { WalRecord } from '../postgres/wal/record.ts';
 import { flushMemoryLayer } from './flush.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
 import { replaceFile, syncDirectory } from './layers/durable.ts';
@@ -43,6 +44,8 @@ export interface TimelineWriter {
   readonly lastRecordLsn: Lsn;
   /** Stores an encoded value (value.ts; copied) of `key` under `lsn`, the end of the record it comes from. Not visible before `advance`. */
   put(key: Key, lsn: Lsn, value: Buffer): void;
+  /** Stores a record as a change of `key`, as if it were encoded (value.ts) and put under its end. */
+  putRecord(key: Key, record: WalRecord, blockId: number, needsNoPrior: boolean): void;
   /** The newest image of `key`, puts that are not yet visible included; undefined when the key does not exist. Not to be changed by the caller. */
   get(key: Key): Buffer | undefined;
   /** The keys that exist, sorted, puts that are not yet visible included. */
@@ -225,7 +228,16 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   put(key: Key, lsn: Lsn, value: Buffer): void {
     assert(lsn >= this.#lastRecordLsn, 'a put is above what is visible');
-    this.#put(key, lsn, value);
+    const before = this.#open.sizeBytes;
+    this.#open.put(key, lsn, value);
+    this.#options.memory.bytes += this.#open.sizeBytes - before;
+  }
+
+  putRecord(key: Key, record: WalRecord, blockId: number, needsNoPrior: boolean): void {
+    assert(record.endLsn >= this.#lastRecordLsn, 'a put is above what is visible');
+    const before = this.#open.sizeBytes;
+    this.#open.putRecord(key, record, blockId, needsNoPrior);
+    this.#options.memory.bytes += this.#open.sizeBytes - before;
   }
 
   get(key: Key): Buffer | undefined {
@@ -360,12 +372,6 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   }
 
   // ---- inside
-
-  #put(key: Key, lsn: Lsn, value: Buffer): void {
-    const before = this.#open.sizeBytes;
-    this.#open.put(key, lsn, value);
-    this.#options.memory.bytes += this.#open.sizeBytes - before;
-  }
 
   #lastFrozenLsn(): Lsn {
     return this.#frozen.at(-1)?.lastRecordLsn ?? this.diskConsistentLsn;

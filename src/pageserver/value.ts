@@ -34,6 +34,7 @@ export type Value =
 /** Bytes before the payload of an image, and before the bytes of a WAL record. */
 export const IMAGE_HEADER_BYTES = 1;
 export const RECORD_HEADER_BYTES = 8;
+const TWO_32 = 2 ** 32;
 
 export class ValueError extends Error {
   override name = 'ValueError';
@@ -66,11 +67,28 @@ export function encodeCountImage(count: number): Buffer {
 /** `record` is the whole WAL record; `needsNoPriorValue` is true when it initialises the block or restores it from an image. */
 export function encodeRecord(record: Uint8Array, startLsn: Lsn, blockId: number, needsNoPriorValue: boolean): Buffer {
   const bytes = Buffer.allocUnsafe(RECORD_HEADER_BYTES + record.length);
-  bytes[0] = needsNoPriorValue ? VALUE_KIND.initRecord : VALUE_KIND.record;
-  bytes[1] = blockId;
-  bytes.writeUIntLE(startLsn, 2, 6);
+  writeRecordHeader(bytes, 0, startLsn, blockId, needsNoPriorValue);
   bytes.set(record, RECORD_HEADER_BYTES);
   return bytes;
+}
+
+/** What goes before the bytes of a WAL record. */
+export function writeRecordHeader(
+  bytes: Buffer,
+  offset: number,
+  startLsn: Lsn,
+  blockId: number,
+  needsNoPriorValue: boolean,
+): void {
+  bytes[offset] = needsNoPriorValue ? VALUE_KIND.initRecord : VALUE_KIND.record;
+  bytes[offset + 1] = blockId;
+  const high = Math.floor(startLsn / TWO_32);
+  bytes[offset + 2] = startLsn;
+  bytes[offset + 3] = startLsn >>> 8;
+  bytes[offset + 4] = startLsn >>> 16;
+  bytes[offset + 5] = startLsn >>> 24;
+  bytes[offset + 6] = high;
+  bytes[offset + 7] = high >>> 8;
 }
 
 export function encodeDerived(subtype: number, payload: Uint8Array): Buffer {

@@ -7,12 +7,13 @@ import assert from 'node:assert/strict';
 import type { Lsn } from '../../src/postgres/lsn.ts';
 import { BLOCK_SIZE } from '../../src/postgres/page-size.ts';
 import type { PgVersion } from '../../src/postgres/version.ts';
+import type { WalRecord } from '../../src/postgres/wal/record.ts';
 import type { ImportSink } from '../../src/pageserver/import.ts';
 import { compareKeys, formatKey, relationBlockKey, relationSizeKey } from '../../src/pageserver/key.ts';
 import type { Key, KeyRange, RelationFork } from '../../src/pageserver/key.ts';
 import { replayValue } from '../../src/pageserver/replay.ts';
 import type { KeyImage, TimelineReader, TimelineWriter } from '../../src/pageserver/timeline.ts';
-import { VALUE_KIND, encodeImage, needsNoPrior } from '../../src/pageserver/value.ts';
+import { VALUE_KIND, encodeImage, encodeRecord, needsNoPrior } from '../../src/pageserver/value.ts';
 
 interface Version {
   readonly lsn: Lsn;
@@ -58,6 +59,10 @@ export class MemoryTimeline implements TimelineWriter, TimelineReader, ImportSin
     entry.versions.push({ lsn, value: bytes });
     this.#putBytes += bytes.length;
     if (lsn > this.lastRecordLsn) this.#pending.push(id);
+  }
+
+  putRecord(key: Key, record: WalRecord, blockId: number, needsNoPrior: boolean): void {
+    this.put(key, record.endLsn, encodeRecord(record.bytes, record.startLsn, blockId, needsNoPrior));
   }
 
   drain(): Promise<void> {

@@ -31,7 +31,7 @@ import { clearVisibilityChanges, truncateFreeSpace, truncateVisibility } from '.
 import type { DerivedChange } from '../redo/derived.ts';
 import { applyRecord } from '../redo/redo.ts';
 import type { TimelineWriter } from '../timeline.ts';
-import { RECORD_HEADER_BYTES, encodeDerived, encodeImage, encodeRecord, encodeTombstone } from '../value.ts';
+import { RECORD_HEADER_BYTES, encodeDerived, encodeImage, encodeTombstone } from '../value.ts';
 import type { Change } from './change.ts';
 import { CheckpointTracker, decodeCheckpointState, encodeCheckpointState } from './checkpoint-state.ts';
 import { copyDatabase, createDatabase, dropDatabase, putRelationMap } from './databases.ts';
@@ -129,7 +129,7 @@ export class Ingest {
     if (restores && record.totalLength + RECORD_HEADER_BYTES > BLOCK_SIZE) {
       this.#writer.put(key, endLsn, encodeImage(this.#restore(record, block)));
     } else {
-      this.#writer.put(key, endLsn, encodeRecord(record.bytes, record.startLsn, block.id, initialises));
+      this.#writer.putRecord(key, record, block.id, initialises);
     }
   }
 

@@ -165,6 +165,7 @@ export class KeyBlockBuilder {
   #count = 0;
   #firstLsn: Lsn = 0;
   #firstKey: Key | undefined;
+  #lastKey: Key | undefined;
   #previousLsn: Lsn = 0;
   #previousValueBlock = 0;
   readonly #previousKey = Buffer.alloc(KEY_SIZE_BYTES);
@@ -186,8 +187,13 @@ export class KeyBlockBuilder {
 
   add(key: Key, lsn: Lsn, kind: number, valueBlock: number, valueOffset: number, valueLength: number): void {
     const bytes = this.#bytes;
-    writeKey(key, this.#key, 0);
     let shared = 0;
+    if (this.#count > 0 && key === this.#lastKey) {
+      shared = KEY_SIZE_BYTES;
+    } else {
+      this.#lastKey = key;
+      writeKey(key, this.#key, 0);
+    }
     if (this.#count === 0) {
       this.#firstKey = key;
       this.#firstLsn = lsn;
@@ -198,13 +204,11 @@ export class KeyBlockBuilder {
       while (shared < KEY_SIZE_BYTES && this.#key[shared] === this.#previousKey[shared]) shared++;
     }
     bytes[this.#length++] = shared;
-    this.#key.copy(bytes, this.#length, shared);
-    this.#length += KEY_SIZE_BYTES - shared;
+    for (let i = shared; i < KEY_SIZE_BYTES; i++) bytes[this.#length++] = this.#previousKey[i] = this.#key[i]!;
     this.#varint(lsn - (shared === KEY_SIZE_BYTES ? this.#previousLsn : this.#layerLsnStart));
     this.#varint(valueBlock - this.#previousValueBlock);
     this.#varint(valueLength);
     bytes[this.#length++] = kind;
-    this.#key.copy(this.#previousKey);
     this.#previousLsn = lsn;
     this.#previousValueBlock = valueBlock;
     this.#count++;

@@ -1,5 +1,5 @@
 /**
- * Writes one layer file (layer-format.ts): entries come sorted, blocks are compressed on the thread pool, and the file appears
+ * Writes one layer file (layer-format.ts): entries come sorted, and the file appears
  * under its name only when it is whole and durable.
  */
 
@@ -11,6 +11,7 @@ import type { Lsn } from '../../postgres/lsn.ts';
 import { compareKeys, nextKey } from '../key.ts';
 import type { Key } from '../key.ts';
 import { BLOCK_TYPE, encodeBlock } from './block.ts';
+import { copyBytes } from './copy-bytes.ts';
 import { encodeFooter, encodeHeader, encodeIndex, layerFileName } from './layer-format.ts';
 import type { BlockLocation, KeyBlockLocation, LayerDescription, LayerKind } from './layer-format.ts';
 import { KeyBlockBuilder } from './key-block.ts';
@@ -18,7 +19,6 @@ import { syncDirectory } from './durable.ts';
 
 const VALUE_BLOCK_TARGET_BYTES = { delta: 32 * 1024, image: 16 * 1024 } as const;
 const KEY_BLOCK_TARGET_BYTES = 16 * 1024;
-const BLOCKS_IN_FLIGHT_MAX = 8;
 const WRITE_BYTES = 256 * 1024;
 
 export interface LayerWriterOptions {
@@ -30,11 +30,6 @@ export interface LayerWriterOptions {
   readonly keyStart?: Key;
 }
 
-interface BlockInFlight {
-  readonly encoded: Promise<Buffer>;
-  readonly keyBlock?: { readonly firstKey: Key; readonly firstLsn: Lsn };
-}
-
 let partialCount = 0;
 
 export class LayerWriter {
@@ -44,7 +39,6 @@ export class LayerWriter {
   readonly #partialPath: string;
   readonly #keys: KeyBlockBuilder;
   readonly #targetBytes: number;
-  readonly #inFlight: BlockInFlight[] = [];
   readonly #keyBlocks: KeyBlockLocation[] = [];
   readonly #valueBlocks: BlockLocation[] = [];
   #toWrite: Buffer[] = [];
@@ -77,26 +71,27 @@ export class LayerWriter {
 
   /** True when `drain` should be awaited before more is added. */
   get isBusy(): boolean {
-    return this.#inFlight.length >= BLOCKS_IN_FLIGHT_MAX;
+    return this.#toWriteBytes >= WRITE_BYTES;
   }
 
   get valueBytes(): number {
     return this.#valueBytes;
   }
 
-  /** Adds a value (copied). Keys rise; LSNs of one key do not fall. */
-  add(key: Key, lsn: Lsn, value: Buffer): void {
-    const order = this.#lastKey === undefined ? -1 : compareKeys(this.#lastKey, key);
+  /** Adds a value, which is `bytes[start, end)` (copied). Keys rise; LSNs of one key do not fall. */
+  add(key: Key, lsn: Lsn, bytes: Buffer, start = 0, end: number = bytes.length): void {
+    const length = end - start;
+    const order = this.#lastKey === key ? 0 : this.#lastKey === undefined ? -1 : compareKeys(this.#lastKey, key);
     assert(order < 0 || (order === 0 && this.#lastLsn <= lsn), 'entries of a layer are sorted by key, then LSN');
     assert(lsn >= this.#options.lsnStart && lsn < this.#options.lsnEnd, 'an entry lies in the LSN range of its layer');
-    if (this.#valuesLength + value.length > this.#values.length) {
+    if (this.#valuesLength + length > this.#values.length) {
       if (this.#valuesLength > 0) this.#closeValueBlock();
-      if (value.length > this.#values.length) this.#values = Buffer.allocUnsafe(value.length);
+      if (length > this.#values.length) this.#values = Buffer.allocUnsafe(length);
     }
-    this.#keys.add(key, lsn, value[0]!, this.#valueBlockNumber, this.#valuesLength, value.length);
-    value.copy(this.#values, this.#valuesLength);
-    this.#valuesLength += value.length;
-    this.#valueBytes += value.length;
+    this.#keys.add(key, lsn, bytes[start]!, this.#valueBlockNumber, this.#valuesLength, length);
+    copyBytes(bytes, start, this.#values, this.#valuesLength, length);
+    this.#valuesLength += length;
+    this.#valueBytes += length;
     this.#entryCount++;
     this.#firstKey ??= key;
     this.#lastKey = key;
@@ -105,9 +100,9 @@ export class LayerWriter {
     if (this.#keys.isFull) this.#closeKeyBlock();
   }
 
-  /** Waits until few blocks are in flight. */
+  /** Writes what has gathered. */
   async drain(): Promise<void> {
-    await this.#settle(BLOCKS_IN_FLIGHT_MAX / 2);
+    await this.#write();
   }
 
   /** Makes the layer durable under its name. `keyEnd` is where its key range ends; just past the last key when absent. */
@@ -115,8 +110,7 @@ export class LayerWriter {
     assert(this.#firstKey !== undefined && this.#lastKey !== undefined, 'a layer has entries');
     if (this.#valuesLength > 0) this.#closeValueBlock();
     if (this.#keys.count > 0) this.#closeKeyBlock();
-    await this.#settle(0);
-    const index = await encodeBlock(BLOCK_TYPE.index, encodeIndex(this.#keyBlocks, this.#valueBlocks));
+    const index = encodeBlock(BLOCK_TYPE.index, encodeIndex(this.#keyBlocks, this.#valueBlocks));
     const { kind, timelineId, lsnStart, lsnEnd } = this.#options;
     const keyStart = this.#options.keyStart ?? this.#firstKey;
     const range = { kind, keyStart, keyEnd: keyEnd ?? nextKey(this.#lastKey), lsnStart, lsnEnd };
@@ -140,40 +134,27 @@ export class LayerWriter {
 
   /** Gives the file up. */
   async abort(): Promise<void> {
-    await Promise.allSettled(this.#inFlight.map((block) => block.encoded));
     await this.#file.close().catch(() => {});
     await rm(this.#partialPath, { force: true });
   }
 
   #closeValueBlock(): void {
-    const raw = this.#values.subarray(0, this.#valuesLength);
-    this.#push({ encoded: encodeBlock(BLOCK_TYPE.values, raw) });
-    this.#values = Buffer.allocUnsafe(this.#targetBytes * 2);
+    this.#valueBlocks.push(this.#appendBlock(BLOCK_TYPE.values, this.#values.subarray(0, this.#valuesLength)));
+    if (this.#values.length > this.#targetBytes * 2) this.#values = Buffer.allocUnsafe(this.#targetBytes * 2);
     this.#valuesLength = 0;
     this.#valueBlockNumber++;
   }
 
   #closeKeyBlock(): void {
     const { content, firstKey, firstLsn } = this.#keys.finish();
-    this.#push({ encoded: encodeBlock(BLOCK_TYPE.keys, content), keyBlock: { firstKey, firstLsn } });
+    this.#keyBlocks.push({ firstKey, firstLsn, ...this.#appendBlock(BLOCK_TYPE.keys, content) });
   }
 
-  #push(block: BlockInFlight): void {
-    block.encoded.catch(() => {}); // Reported where it is awaited.
-    this.#inFlight.push(block);
-  }
-
-  async #settle(leave: number): Promise<void> {
-    while (this.#inFlight.length > leave) {
-      const { encoded, keyBlock } = this.#inFlight[0]!;
-      const bytes = await encoded;
-      this.#inFlight.shift();
-      const location = { offset: this.#fileLength, length: bytes.length };
-      if (keyBlock === undefined) this.#valueBlocks.push(location);
-      else this.#keyBlocks.push({ ...keyBlock, ...location });
-      this.#append(bytes);
-      if (this.#toWriteBytes >= WRITE_BYTES) await this.#write();
-    }
+  #appendBlock(type: number, content: Buffer): BlockLocation {
+    const block = encodeBlock(type, content);
+    const location = { offset: this.#fileLength, length: block.length };
+    this.#append(block);
+    return location;
   }
 
   #append(bytes: Buffer): void {

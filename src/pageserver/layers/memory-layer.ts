@@ -7,9 +7,13 @@
 
 import assert from 'node:assert/strict';
 import type { Lsn } from '../../postgres/lsn.ts';
+import type { WalRecord } from '../../postgres/wal/record.ts';
 import { compareKeys, makeKey } from '../key.ts';
 import type { Key, KeyRange } from '../key.ts';
+import { RECORD_HEADER_BYTES, writeRecordHeader } from '../value.ts';
 import type { Chain, ValueSource } from './chain.ts';
+import { copyBytes } from './copy-bytes.ts';
+import type { LayerWriter } from './layer-writer.ts';
 
 const ARENA_BYTES_MIN = 16 * 1024;
 const ARENA_BYTES_MAX = 4 * 1024 * 1024;
@@ -67,13 +71,28 @@ export class MemoryLayer implements ValueSource {
   }
 
   put(key: Key, lsn: Lsn, value: Buffer): void {
+    const entry = this.#addEntry(key, lsn);
+    const arena = this.#reserve(entry, value.length);
+    copyBytes(value, 0, arena, this.#offsets[entry]!, value.length);
+  }
+
+  /** Puts a WAL record as a value of `key`, as encodeRecord (value.ts) would make it, without making it first. */
+  putRecord(key: Key, record: WalRecord, blockId: number, needsNoPrior: boolean): void {
+    const { bytes } = record;
+    const entry = this.#addEntry(key, record.endLsn);
+    const arena = this.#reserve(entry, RECORD_HEADER_BYTES + bytes.length);
+    const offset = this.#offsets[entry]!;
+    writeRecordHeader(arena, offset, record.startLsn, blockId, needsNoPrior);
+    copyBytes(bytes, 0, arena, offset + RECORD_HEADER_BYTES, bytes.length);
+  }
+
+  #addEntry(key: Key, lsn: Lsn): number {
     assert(lsn >= this.#newestLsn && lsn >= this.lsnStart, 'puts come in the order of the log');
     this.#newestLsn = lsn;
     const fork = this.#forkOf(key);
     const entry = this.#entryCount;
     if (entry === this.#lsns.length) this.#growEntries();
     this.#lsns[entry] = lsn;
-    this.#store(entry, value);
     if (key.blk === 0) {
       this.#older[entry] = fork.newestOfBlock0;
       fork.newestOfBlock0 = entry;
@@ -82,6 +101,7 @@ export class MemoryLayer implements ValueSource {
       fork.newest.set(key.blk, entry);
     }
     this.#entryCount++;
+    return entry;
   }
 
   /** Forgets the entries above `lsn`. */
@@ -122,24 +142,34 @@ export class MemoryLayer implements ValueSource {
     for (const key of keys) visit(key);
   }
 
-  /** All entries in the order of a layer file: by key, then LSN, then as they were put. */
-  *entries(): Generator<{ key: Key; lsns: Lsn[]; values: Buffer[] }> {
+  /** All keys in order, each with its entries, oldest first. The array is used again for the next key. */
+  *keys(): Generator<{ readonly key: Key; readonly entries: readonly number[] }> {
+    const entries: number[] = [];
     for (const fork of this.#sortedForks()) {
       for (const blk of blocksOf(fork)) {
-        const lsns: Lsn[] = [];
-        const values: Buffer[] = [];
+        entries.length = 0;
         let entry = blk === 0 ? fork.newestOfBlock0 : fork.newest.get(blk)!;
-        for (; entry !== NONE; entry = this.#older[entry]!) {
-          lsns.push(this.#lsns[entry]!);
-          values.push(this.#value(entry));
-        }
-        yield {
-          key: makeKey(fork.kind, fork.spc, fork.db, fork.rel, fork.fork, blk),
-          lsns: lsns.reverse(),
-          values: values.reverse(),
-        };
+        for (; entry !== NONE; entry = this.#older[entry]!) entries.push(entry);
+        entries.reverse();
+        yield { key: makeKey(fork.kind, fork.spc, fork.db, fork.rel, fork.fork, blk), entries };
       }
     }
+  }
+
+  lsnOf(entry: number): Lsn {
+    return this.#lsns[entry]!;
+  }
+
+  /** The kind of an entry's value (VALUE_KIND). */
+  kindOf(entry: number): number {
+    return this.#arenaBytes[this.#arenas[entry]!]![this.#offsets[entry]!]!;
+  }
+
+  /** Adds an entry, which is one of `key`, to a layer file. */
+  writeTo(writer: LayerWriter, key: Key, entry: number): void {
+    const offset = this.#offsets[entry]!;
+    const end = offset + this.#lengths[entry]!;
+    writer.add(key, this.#lsns[entry]!, this.#arenaBytes[this.#arenas[entry]!]!, offset, end);
   }
 
   #newestEntry(key: Key): number {
@@ -192,20 +222,21 @@ export class MemoryLayer implements ValueSource {
     return this.#arenaBytes[this.#arenas[entry]!]!.subarray(offset, offset + this.#lengths[entry]!);
   }
 
-  #store(entry: number, value: Buffer): void {
+  /** Room for an entry's value, at its offset in the arena that is returned. */
+  #reserve(entry: number, length: number): Buffer {
     let arena = this.#arenaBytes.at(-1);
-    if (arena === undefined || arena.length - this.#arenaFree < value.length) {
+    if (arena === undefined || arena.length - this.#arenaFree < length) {
       const size = Math.min(ARENA_BYTES_MAX, Math.max(ARENA_BYTES_MIN, (arena?.length ?? 0) * 2));
-      arena = Buffer.allocUnsafeSlow(Math.max(size, value.length));
+      arena = Buffer.allocUnsafeSlow(Math.max(size, length));
       this.#arenaBytes.push(arena);
       this.#arenaFree = 0;
     }
-    value.copy(arena, this.#arenaFree);
     this.#arenas[entry] = this.#arenaBytes.length - 1;
     this.#offsets[entry] = this.#arenaFree;
-    this.#lengths[entry] = value.length;
-    this.#arenaFree += value.length;
-    this.#valueBytes += value.length;
+    this.#lengths[entry] = length;
+    this.#arenaFree += length;
+    this.#valueBytes += length;
+    return arena;
   }
 
   #growEntries(): void {

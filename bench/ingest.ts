@@ -1,0 +1,56 @@
+/**
+ * How fast does WAL of small records become durable layers? Processor time of all threads counts, compression's too: megabytes for each
+ * second of one core. The floor is cutting and checking the same records, and nothing else.
+ */
+import { WalReader } from '../src/postgres/wal/reader.ts';
+import { median, type Row } from './measure.ts';
+import { ingestAll, withRecordedCluster } from './page-store.ts';
+import type { RecordedCluster } from './page-store.ts';
+
+export async function ingest({ quick }: { readonly quick: boolean }): Promise<Row[]> {
+  const rounds = quick ? 1 : 3;
+  const ours: number[] = [];
+  const floor: number[] = [];
+  const wall: number[] = [];
+  let note = '';
+  for (let round = 0; round < rounds; round++) {
+    await withRecordedCluster(quick ? 150_000 : 500_000, async (recorded) => {
+      const megabytes = recorded.wal.length / 1e6;
+      floor.push(megabytes / cpuSeconds(() => cutRecords(recorded)));
+      const before = process.cpuUsage();
+      const startMs = performance.now();
+      await ingestAll(recorded);
+      await recorded.timeline.flush();
+      wall.push((megabytes / (performance.now() - startMs)) * 1000);
+      const { user, system } = process.cpuUsage(before);
+      ours.push((megabytes * 1e6) / (user + system));
+      const stored = recorded.timeline.index.layers.reduce((sum, layer) => sum + layer.sizeBytes, 0) / 1e6;
+      const averageBytes = Math.round(recorded.wal.length / recorded.recordCount);
+      note = `${megabytes.toFixed(0)} MB in records of ${averageBytes} bytes; layers ${stored.toFixed(0)} MB`;
+    });
+  }
+  const common = { unit: 'MB/s', isRate: true };
+  return [
+    {
+      ...common,
+      question: 'ingest to durable layers, for each core used',
+      vanilla: undefined,
+      strata: median(ours),
+      note: `${note}; cutting records alone ${median(floor).toFixed(0)} MB/s`,
+    },
+    { ...common, question: 'ingest to durable layers, by the clock', vanilla: undefined, strata: median(wall) },
+  ];
+}
+
+function cutRecords({ startLsn, wal, timeline }: RecordedCluster): void {
+  const reader = new WalReader(startLsn, timeline.pgVersion);
+  reader.push(startLsn, wal);
+  while (reader.next() !== undefined);
+}
+
+function cpuSeconds(work: () => void): number {
+  const before = process.cpuUsage();
+  work();
+  const { user, system } = process.cpuUsage(before);
+  return (user + system) / 1e6;
+}
