@@ -25,6 +25,12 @@ import type { ProposerAction, ProposerState } from '../consensus/proposer.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import type { WalBuffer } from './wal-buffer.ts';
 
+/**
+ * Small appends that are not acknowledged yet: one that the safekeeper's disk works on, one that is there when it is done. More of them would only be
+ * more messages; what comes meanwhile makes up a larger one.
+ */
+const MAX_SMALL_APPENDS = 2;
+const SMALL_APPEND_BYTES = 64 * 1024;
 /** Bytes that wait in this process for the socket. */
 const MAX_QUEUED_BYTES = 1024 * 1024;
 const RECONNECT_MIN_MS = 20;
@@ -58,6 +64,8 @@ export class ProposerPeer {
   #reconnectDelayMs = RECONNECT_MIN_MS;
   #recovery: AbortController | undefined;
   #waitingForDrain = false;
+  /** Ends of the appends that are not acknowledged. */
+  #unacknowledged: Lsn[] = [];
   #roomWaiter: (() => void) | undefined;
   #heardAtMs = 0;
   #lastError: StrataError | undefined;
@@ -102,6 +110,8 @@ export class ProposerPeer {
         if (state.recoverySource(index) !== undefined) this.#startRecovery();
         return;
       }
+      const isSmall = buffer.endLsn - peer.sendLsn < SMALL_APPEND_BYTES;
+      if (isSmall && this.#unacknowledged.length >= MAX_SMALL_APPENDS) return;
       this.#append(peer.sendLsn, buffer.view(peer.sendLsn));
     }
   }
@@ -154,6 +164,7 @@ export class ProposerPeer {
       },
     );
     this.#connection = connection;
+    this.#unacknowledged = [];
     connection.write(encodeJson(FRAME.greeting, greetingOf(timeline, mayCreate)));
   }
 
@@ -178,8 +189,10 @@ export class ProposerPeer {
     perform(state.receive(index, message));
     if (message.kind !== 'append-reply') return;
     this.#reconnectDelayMs = RECONNECT_MIN_MS;
+    this.#unacknowledged = this.#unacknowledged.filter((endLsn) => endLsn > message.writeLsn);
     this.#roomWaiter?.();
     this.#options.onAcknowledged();
+    this.pump();
   }
 
   #append(beginLsn: Lsn, bytes: Buffer): void {
@@ -188,6 +201,7 @@ export class ProposerPeer {
     const head = encodeAppendHead({ kind: 'append', term, beginLsn, commitLsn, bytes });
     if (bytes.length === 0) this.#connection?.write(head);
     else this.#connection?.write(head, bytes);
+    if (bytes.length > 0) this.#unacknowledged.push(beginLsn + bytes.length);
     state.sent(index, beginLsn + bytes.length);
   }
 

@@ -44,7 +44,7 @@ export interface ProposerEvents {
 const MAX_PENDING_BYTES = 32 * 1024 * 1024;
 const RETAINED_BYTES = 8 * 1024 * 1024;
 /** How long the safekeepers may wait for a new commit LSN when no WAL follows that would carry it. */
-const COMMIT_NOTICE_MS = 1;
+const COMMIT_NOTICE_MS = 5;
 const RETRY_MIN_MS = 20;
 const RETRY_SPREAD_MS = 180;
 const STALL_CHECK_MS = 5_000;

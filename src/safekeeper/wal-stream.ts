@@ -6,11 +6,15 @@
  */
 import { once } from 'node:events';
 import type { Socket } from 'node:net';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError } from '../base/errors.ts';
 import { encodeWalHead, MAX_WAL_BYTES, type ReadRequest } from '../api/safekeeper-protocol.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import type { Timeline } from './timeline.ts';
 import { WalFileReader } from './wal-store.ts';
+
+/** How long new WAL is gathered for a reader that has caught up: a message for each commit would cost more than the commit. */
+const GATHER_MS = 2;
 
 /** Streams until the signal aborts; throws when there is nothing to stream. */
 export async function streamWal(
@@ -50,6 +54,8 @@ export async function streamWal(
           wake = resolve;
         });
         wake = undefined;
+        if (request.term === undefined && !signal.aborted)
+          await sleep(GATHER_MS, undefined, { signal }).catch(() => {});
       }
     }
   } finally {
