@@ -164,6 +164,46 @@ export class TestPlatform {
     return found;
   }
 
+  /** A session of the platform's own superuser, over the compute's Unix socket. */
+  async connectAdmin(endpointId: string, database = 'stratadb'): Promise<Client> {
+    const { adminPassword } = JSON.parse(readFileSync(join(this.dataDir, 'secrets.json'), 'utf8')) as {
+      adminPassword: string;
+    };
+    const host = this.socketDirOf(endpointId);
+    const client = new Client({ host, user: 'strata_admin', password: adminPassword, database });
+    client.on('error', () => {});
+    await client.connect();
+    return client;
+  }
+
+  /** Signs the tokens of the platform's parts. */
+  get platformSecret(): Buffer {
+    const text = readFileSync(join(this.dataDir, 'secrets.json'), 'utf8');
+    return Buffer.from((JSON.parse(text) as { platformSecret: string }).platformSecret, 'hex');
+  }
+
+  /** The TCP ports that a service process listens on, its name as in killService(). */
+  listeningPorts(name: string): number[] {
+    const found = this.descendants().find((process) => process.command.endsWith(name));
+    assert(found !== undefined, `no process "${name}" among ${JSON.stringify(this.descendants())}`);
+    const folder = `/proc/${found.pid}/fd`;
+    const links = readdirSync(folder).map((fd) => {
+      try {
+        return readlinkSync(join(folder, fd));
+      } catch {
+        return ''; // closed meanwhile
+      }
+    });
+    const LISTEN = '0A';
+    // Columns of /proc/net/tcp: slot, local address:port in hex, remote, state, …, inode.
+    const lines = readFileSync('/proc/net/tcp', 'utf8').trim().split('\n').slice(1);
+    return lines.flatMap((line) => {
+      const columns = line.trim().split(/\s+/);
+      const isOurs = columns[3] === LISTEN && links.includes(`socket:[${columns[9]}]`);
+      return isOurs ? [Number.parseInt(columns[1]?.split(':')[1] ?? '', 16)] : [];
+    });
+  }
+
   /** Rows as psql prints them unaligned, tuples only. */
   async psql(sql: string, connectionString = this.connectionString): Promise<string> {
     const { stdout } = await run(
