@@ -8,12 +8,14 @@
 import { parseArgs } from 'node:util';
 import { branchCreation } from './branch-creation.ts';
 import { coldScan } from './cold-scan.ts';
+import { decode } from './decode.ts';
 import { durableCommits } from './durable-commits.ts';
 import { getPage } from './get-page.ts';
 import { idleMemory } from './idle-memory.ts';
 import { ingest } from './ingest.ts';
 import { formatTable, type Row } from './measure.ts';
 import { load } from './pgbench.ts';
+import { redo } from './redo.ts';
 import { BenchedPlatform } from './strata.ts';
 import { type Vanilla, withVanilla } from './vanilla.ts';
 import { wake } from './wake.ts';
@@ -39,6 +41,8 @@ const QUESTIONS: Readonly<Record<string, (contenders: Contenders) => Promise<Row
 
 /** Questions to parts of Strata, for which no platform is started. */
 const PART_QUESTIONS: Readonly<Record<string, (options: { readonly quick: boolean }) => Promise<Row[]>>> = {
+  decode,
+  redo,
   ingest,
   'get-page': getPage,
 };
