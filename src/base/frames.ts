@@ -33,12 +33,13 @@ export function encodeFrame(type: number, ...parts: readonly Uint8Array[]): Buff
 
 /** Cuts frames out of chunks as they arrive. Payloads may share memory with a pushed chunk. */
 export class FrameReader {
-  readonly #maxPayloadBytes: number;
+  /** A longer frame is refused as soon as its header is there. May be raised when the sender is known. */
+  maxPayloadBytes: number;
   #chunks: Buffer[] = [];
   #bufferedBytes = 0;
 
   constructor(maxPayloadBytes = DEFAULT_MAX_PAYLOAD_BYTES) {
-    this.#maxPayloadBytes = maxPayloadBytes;
+    this.maxPayloadBytes = maxPayloadBytes;
   }
 
   push(chunk: Buffer): void {
@@ -53,10 +54,10 @@ export class FrameReader {
     const header = this.#first(FRAME_HEADER_BYTES);
     const length = header.readUInt32LE(0);
     const type = header[4] ?? 0;
-    if (length > this.#maxPayloadBytes) {
+    if (length > this.maxPayloadBytes) {
       throw new StrataError(
         'bad-request',
-        `a frame of type ${type} claims ${length} bytes, the limit is ${this.#maxPayloadBytes}`,
+        `a frame of type ${type} claims ${length} bytes, the limit is ${this.maxPayloadBytes}`,
       );
     }
     const whole = FRAME_HEADER_BYTES + length;

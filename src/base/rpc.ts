@@ -20,6 +20,9 @@ const FRAME_RESPONSE = 3;
 const DEFAULT_TIMEOUT_MS = 60_000;
 const HELLO_TIMEOUT_MS = 10_000;
 const RECONNECT_DELAY_MS = 50;
+/** Of who has not shown a token yet. */
+const HELLO_BYTES_MAX = 8 * 1024;
+const REQUEST_BYTES_MAX = 1 << 30;
 
 export interface RpcReply {
   readonly result: unknown;
@@ -79,42 +82,52 @@ export async function listen(server: Server, host: string, port: number): Promis
 }
 
 function serveConnection(socket: Socket, options: RpcServerOptions): void {
-  const reader = new FrameReader();
+  const reader = new FrameReader(HELLO_BYTES_MAX);
   const gone = new AbortController();
   let claims: TokenClaims | undefined;
+  let isChecking = false;
   socket.setNoDelay(true);
-  socket.setTimeout(HELLO_TIMEOUT_MS, () => {
+  const timer = setTimeout(() => {
     if (claims === undefined) socket.destroy();
-  });
+  }, HELLO_TIMEOUT_MS);
   socket.on('error', () => socket.destroy());
-  socket.on('close', () => gone.abort());
+  socket.on('close', () => {
+    clearTimeout(timer);
+    gone.abort();
+  });
 
-  let queue = Promise.resolve();
-  socket.on('data', (chunk) => {
+  const check = async (hello: Buffer): Promise<void> => {
+    const found = await verifyToken(options.secret, hello.toString('utf8'));
+    if (found.scope !== 'platform') throw new StrataError('forbidden', 'this token may not call this service');
+    claims = found;
+    reader.maxPayloadBytes = REQUEST_BYTES_MAX;
+    isChecking = false;
+    socket.resume();
+    proceed();
+  };
+  const proceed = (): void => {
     try {
-      reader.push(chunk);
-      for (let frame = reader.next(); frame !== undefined; frame = reader.next()) {
+      while (!isChecking) {
+        const frame = reader.next();
+        if (frame === undefined) return;
         const { type, payload } = frame;
-        if (type === FRAME_HELLO) {
-          queue = queue.then(async () => {
-            claims = await verifyToken(options.secret, payload.toString('utf8'));
-            if (claims.scope !== 'platform') throw new StrataError('forbidden', 'this token may not call this service');
-          });
-          queue.catch(() => socket.destroy());
-        } else if (type === FRAME_REQUEST) {
-          // The request's bytes may lie in a chunk that is reused by the reader: keep a copy of small parts only.
-          queue = queue.then(() => {
-            if (claims === undefined) throw new StrataError('unauthorized', 'the first frame must be a hello');
-            void answer(socket, payload, claims, gone.signal, options);
-          });
-          queue.catch(() => socket.destroy());
+        if (type === FRAME_HELLO && claims === undefined) {
+          isChecking = true;
+          socket.pause();
+          check(payload).catch(() => socket.destroy());
+        } else if (type === FRAME_REQUEST && claims !== undefined) {
+          answer(socket, payload, claims, gone.signal, options).catch(() => socket.destroy());
         } else {
-          throw new StrataError('bad-request', `unknown frame type ${type}`);
+          throw new StrataError('bad-request', `frame type ${type} is not expected here`);
         }
       }
     } catch {
       socket.destroy();
     }
+  };
+  socket.on('data', (chunk) => {
+    reader.push(chunk);
+    proceed();
   });
 }
 

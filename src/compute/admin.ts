@@ -17,6 +17,12 @@ export const ADMIN_DATABASE = 'postgres';
 /** application_name of the platform's own sessions; they do not keep a compute awake. */
 const ADMIN_APPLICATION = 'strata_admin';
 const CONNECT_TIMEOUT_MS = 10_000;
+/**
+ * A user may hold a lock on a catalog that our queries need (LOCK TABLE pg_authid is an owner's right by pg_maintain): Postgres gives up first, and
+ * when it does not answer at all, we do.
+ */
+const STATEMENT_TIMEOUT_MS = 20_000;
+const ANSWER_TIMEOUT_MS = 30_000;
 
 export async function connectAdmin(address: AdminAddress, database = ADMIN_DATABASE): Promise<Client> {
   const client = new Client({
@@ -26,6 +32,8 @@ export async function connectAdmin(address: AdminAddress, database = ADMIN_DATAB
     database,
     application_name: ADMIN_APPLICATION,
     connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
+    statement_timeout: STATEMENT_TIMEOUT_MS,
+    query_timeout: ANSWER_TIMEOUT_MS,
   });
   client.on('error', () => {}); // the next query on it reports the loss
   await client.connect();

@@ -50,7 +50,7 @@ test('commits go on with one safekeeper of three killed, wait with two, and none
   context.after(() => safekeepers.forEach((safekeeper) => safekeeper.kill()));
   const [cluster] = await Promise.all([startPostgres(root, context), ...safekeepers.map((each) => each.start())]);
   const { socketDir, timeline, postgres } = cluster;
-  const token = await signToken(SECRET, { scope: 'timeline', timelineId: timeline.timelineId });
+  const token = await signToken(SECRET, { scope: 'platform' });
   const addresses = safekeepers.map(({ address }) => address);
   const signal = AbortSignal.timeout(10_000);
 

@@ -306,6 +306,14 @@ test('a token opens what it is for', async (context) => {
   await assert.rejects(client.list(), { code: 'forbidden' });
   await assert.rejects(client.deleteTimeline(tenantId, timelineId), { code: 'forbidden' });
   client.close();
+  const proposer = new SafekeeperConnection(
+    { ...served.endpoint, token: await signToken(SECRET, { scope: 'timeline', timelineId }) },
+    { onFrame: () => {}, onClose: (error) => refused(error) },
+  );
+  let refused: (error: StrataError) => void = () => {};
+  const closed = new Promise<StrataError>((resolve) => (refused = resolve));
+  proposer.write(encodeJson(FRAME.greeting, greetingOf(timeline, true)));
+  assert.equal((await closed).code, 'forbidden', 'a token to read proposes nothing');
   const forged = new SafekeeperClient({
     ...served.endpoint,
     token: await signToken(randomBytes(32), { scope: 'platform' }),

@@ -159,7 +159,7 @@ class Connection implements ProposerLink {
 
   async #greeting(greeting: Greeting): Promise<void> {
     const { tenantId, timelineId, startLsn, pgVersion, systemId, mayCreate } = greeting;
-    this.#authorize(timelineId);
+    this.#requirePlatform(); // a compute's token lets it read; who may propose may also take the lead and write
     const identity: TimelineIdentity = { tenantId, timelineId, startLsn, pgVersion, systemId };
     const timeline = await this.#context.timelines.getOrCreate(identity, mayCreate);
     await timeline.open();
