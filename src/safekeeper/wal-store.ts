@@ -48,10 +48,10 @@ const FIRST_SCAN_BYTES = 64 * 1024;
 const SCAN_BYTES = 1024 * 1024;
 
 /**
- * The store that wrote last in this process. As long as it is the only one that writes, it does so in the main thread: handing a write to another
+ * The folder of the store that wrote last in this process. As long as it is the only one that writes, it does so in the main thread: handing a write to another
  * thread and being woken by it costs about as much as half a flush of a fast disk, and nobody else is kept waiting.
  */
-let lastWriter: WalStore | undefined;
+let lastWriter: string | undefined;
 /** After a write that took so long the next one is handed over, so that a disk that is stuck holds up nothing else. */
 const SLOW_WRITE_MS = 20;
 
@@ -177,8 +177,8 @@ export class WalStore {
       if (zeroes.length > 0) buffers.push(zeroes);
       this.#zeroedLsn = endLsn + zeroes.length;
     }
-    const isAlone = lastWriter === this;
-    lastWriter = this;
+    const isAlone = lastWriter === this.#directory;
+    lastWriter = this.#directory;
     const startedAtMs = performance.now();
     if (isAlone && !this.#isDiskSlow && bytes < LARGE_WRITE_BYTES && buffers.length <= MAX_BUFFERS) {
       const written = writevSync(file, buffers, segmentOffset(lsn));
