@@ -53,6 +53,14 @@ export function crc32cExtend(state: number, bytes: Uint8Array, start: number, en
       T[bytes[at + 7]!]!;
     at += 8;
   }
+  if (at <= end - 4) {
+    crc =
+      T[768 + ((crc ^ bytes[at]!) & 255)]! ^
+      T[512 + (((crc >>> 8) ^ bytes[at + 1]!) & 255)]! ^
+      T[256 + (((crc >>> 16) ^ bytes[at + 2]!) & 255)]! ^
+      T[(crc >>> 24) ^ bytes[at + 3]!]!;
+    at += 4;
+  }
   for (; at < end; at++) crc = (crc >>> 8) ^ T[(crc ^ bytes[at]!) & 255]!;
   return crc;
 }

@@ -35,7 +35,7 @@ import {
   XLP_FIRST_IS_CONTRECORD,
   XLP_FIRST_IS_OVERWRITE_CONTRECORD,
 } from './page-header.ts';
-import { decodeWalRecord, MAX_RECORD_SIZE, RECORD_HEADER_SIZE, XLR_RMGR_INFO_MASK } from './record.ts';
+import { decodeWalRecordAt, MAX_RECORD_SIZE, RECORD_HEADER_SIZE, XLR_RMGR_INFO_MASK } from './record.ts';
 import type { WalRecord } from './record.ts';
 
 const XLOG_SWITCH = 0x40;
@@ -143,9 +143,8 @@ export class WalReader {
       const total = (bytes[at]! | (bytes[at + 1]! << 8) | (bytes[at + 2]! << 16) | (bytes[at + 3]! << 24)) >>> 0;
       if (total < RECORD_HEADER_SIZE || total > MAX_RECORD_SIZE) throw new WalError(lsn, `record length ${total}`);
       if (total <= WAL_PAGE_SIZE - inPage && maxAlign(total) <= bytes.length - at) {
-        const whole = bytes.subarray(at, at + total);
-        this.#checkHeader(whole, lsn);
-        const record = this.#finish(whole, lsn, maxAlign(lsn + total));
+        this.#checkHeader(bytes, at, lsn);
+        const record = this.#finish(bytes, at, total, lsn, maxAlign(lsn + total));
         if (record !== undefined) return record;
       } else {
         this.#partial = Buffer.allocUnsafe(Math.min(total, FIRST_ASSEMBLY_BYTES));
@@ -202,19 +201,19 @@ export class WalReader {
     this.#partialLength += take;
     this.#at += take;
     if (!this.#partialHeaderChecked && this.#partialLength >= RECORD_HEADER_SIZE) {
-      this.#checkHeader(partial, this.#partialStart);
+      this.#checkHeader(partial, 0, this.#partialStart);
       this.#partialHeaderChecked = true;
     }
     if (this.#partialLength < this.#partialTotal) return undefined;
     this.#partial = undefined;
-    return this.#finish(partial, this.#partialStart, maxAlign(lsn + take));
+    return this.#finish(partial, 0, this.#partialTotal, this.#partialStart, maxAlign(lsn + take));
   }
 
   /** Checks of a record header that need no more than the header. */
-  #checkHeader(header: Buffer, startLsn: Lsn): void {
-    const rmid = header[17]!;
+  #checkHeader(bytes: Buffer, at: number, startLsn: Lsn): void {
+    const rmid = bytes[at + 17]!;
     if (!isValidRmgr(rmid)) throw new WalError(startLsn, `record of resource manager ${rmid}, which does not exist`);
-    const prev = readLsn(header, 8);
+    const prev = readLsn(bytes, at + 8);
     const expected = this.#previousStart;
     if (expected === undefined ? prev >= startLsn : prev !== expected) {
       throw new WalError(
@@ -225,11 +224,11 @@ export class WalReader {
   }
 
   /** Checks and decodes a whole record. Undefined when bytes before its end LSN are still to come. */
-  #finish(whole: Buffer, startLsn: Lsn, endLsn: Lsn): WalRecord | undefined {
-    checkCrc(whole, startLsn);
-    const isSwitch = whole[17] === RM_XLOG && (whole[16]! & XLR_RMGR_INFO_MASK) === XLOG_SWITCH;
+  #finish(bytes: Buffer, at: number, length: number, startLsn: Lsn, endLsn: Lsn): WalRecord | undefined {
+    checkCrc(bytes, at, length, startLsn);
+    const isSwitch = bytes[at + 17] === RM_XLOG && (bytes[at + 16]! & XLR_RMGR_INFO_MASK) === XLOG_SWITCH;
     const end = isSwitch ? segmentStart(endLsn - 1) + WAL_SEGMENT_SIZE : endLsn;
-    const record = decodeWalRecord(whole, startLsn, end);
+    const record = decodeWalRecordAt(bytes, at, length, startLsn, end);
     if (this.#overwritten !== undefined) {
       checkOverwrite(record, this.#overwritten);
       this.#overwritten = undefined;
@@ -291,19 +290,19 @@ export async function findEndOfWal(
   return { endLsn: reader.position, lastRecordStart: reader.lastRecordStart, stoppedBy };
 }
 
-/** CRC32C of a whole record: of what follows the header, then of the header up to the CRC itself. */
-export function recordCrc(record: Uint8Array): number {
-  const state = crc32cExtend(CRC32C_INIT, record, RECORD_HEADER_SIZE, record.length);
-  return crc32cFinish(crc32cExtend(state, record, 0, 20));
+/** CRC32C of the whole record that is `record[at, at + length)`: of what follows the header, then of the header up to the CRC itself. */
+export function recordCrc(record: Uint8Array, at = 0, length: number = record.length - at): number {
+  const state = crc32cExtend(CRC32C_INIT, record, at + RECORD_HEADER_SIZE, at + length);
+  return crc32cFinish(crc32cExtend(state, record, at, at + 20));
 }
 
-function checkCrc(record: Buffer, startLsn: Lsn): void {
-  const stored = (record[20]! | (record[21]! << 8) | (record[22]! << 16) | (record[23]! << 24)) >>> 0;
-  const computed = recordCrc(record);
+function checkCrc(bytes: Buffer, at: number, length: number, startLsn: Lsn): void {
+  const stored = (bytes[at + 20]! | (bytes[at + 21]! << 8) | (bytes[at + 22]! << 16) | (bytes[at + 23]! << 24)) >>> 0;
+  const computed = recordCrc(bytes, at, length);
   if (stored !== computed) {
     throw new WalError(
       startLsn,
-      `record of ${record.length} bytes has CRC 0x${stored.toString(16)}, its bytes give 0x${computed.toString(16)}`,
+      `record of ${length} bytes has CRC 0x${stored.toString(16)}, its bytes give 0x${computed.toString(16)}`,
     );
   }
 }

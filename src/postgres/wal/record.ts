@@ -103,13 +103,18 @@ const NO_BLOCKS: readonly WalBlock[] = [];
 
 /** Decodes one whole record. `bytes` is exactly the record, without WAL page headers; throws WalError when it does not add up. */
 export function decodeWalRecord(bytes: Buffer, startLsn: Lsn, endLsn: Lsn): WalRecord {
-  const length = bytes.length;
+  return decodeWalRecordAt(bytes, 0, bytes.length, startLsn, endLsn);
+}
+
+/** Decodes the record of `length` bytes at `base` of `bytes`. Its `bytes` are made a view of their own when somebody first asks for them. */
+export function decodeWalRecordAt(bytes: Buffer, base: number, length: number, startLsn: Lsn, endLsn: Lsn): WalRecord {
   if (length < RECORD_HEADER_SIZE) throw new WalError(startLsn, `record of ${length} bytes is shorter than its header`);
-  const totalLength = u32(bytes, 0);
+  const totalLength = u32(bytes, base);
   if (totalLength !== length)
     throw new WalError(startLsn, `record says it has ${totalLength} bytes, ${length} are here`);
 
-  let at = RECORD_HEADER_SIZE;
+  const end = base + length;
+  let at = base + RECORD_HEADER_SIZE;
   let dataTotal = 0;
   let mainLength = 0;
   let originId = 0;
@@ -117,43 +122,44 @@ export function decodeWalRecord(bytes: Buffer, startLsn: Lsn, endLsn: Lsn): WalR
   let blocks: MutableBlock[] | undefined;
   let previous: MutableBlock | undefined;
 
-  while (length - at > dataTotal) {
+  while (end - at > dataTotal) {
     const id = bytes[at]!;
     if (id <= MAX_BLOCK_ID) {
-      const block = decodeBlockHeader(bytes, at, previous, startLsn);
+      const block = decodeBlockHeader(bytes, at, end, previous, startLsn);
       at = block.imageOffset;
       dataTotal += block.imageLength + block.dataLength;
       if (blocks === undefined) blocks = [block];
       else blocks.push(block);
       previous = block;
     } else if (id === ID_DATA_SHORT) {
-      need(bytes, at, 2, startLsn);
+      need(at, 2, end, startLsn);
       mainLength = bytes[at + 1]!;
       at += 2;
       dataTotal += mainLength;
       break;
     } else if (id === ID_DATA_LONG) {
-      need(bytes, at, 5, startLsn);
+      need(at, 5, end, startLsn);
       mainLength = u32(bytes, at + 1);
       at += 5;
       dataTotal += mainLength;
       break;
     } else if (id === ID_ORIGIN) {
-      need(bytes, at, 3, startLsn);
+      need(at, 3, end, startLsn);
       originId = u16(bytes, at + 1);
       at += 3;
     } else if (id === ID_TOP_LEVEL_XID) {
-      need(bytes, at, 5, startLsn);
+      need(at, 5, end, startLsn);
       topLevelXid = u32(bytes, at + 1);
       at += 5;
     } else {
-      throw new WalError(startLsn, `unknown fragment ${id} at byte ${at} of the record`);
+      throw new WalError(startLsn, `unknown fragment ${id} at byte ${at - base} of the record`);
     }
   }
-  if (length - at !== dataTotal) {
-    throw new WalError(startLsn, `record has ${length - at} bytes of data, its headers say ${dataTotal}`);
+  if (end - at !== dataTotal) {
+    throw new WalError(startLsn, `record has ${end - at} bytes of data, its headers say ${dataTotal}`);
   }
 
+  at -= base;
   if (blocks !== undefined) {
     for (let i = 0; i < blocks.length; i++) {
       const block = blocks[i]!;
@@ -163,21 +169,70 @@ export function decodeWalRecord(bytes: Buffer, startLsn: Lsn, endLsn: Lsn): WalR
       at += block.dataLength;
     }
   }
-  return {
+  return new DecodedRecord(
+    bytes,
+    base,
+    totalLength,
     startLsn,
     endLsn,
-    prevLsn: readLsn(bytes, 8),
-    totalLength,
-    xid: u32(bytes, 4),
-    info: bytes[16]!,
-    rmid: bytes[17]!,
-    blocks: blocks ?? NO_BLOCKS,
-    mainOffset: at,
+    blocks ?? NO_BLOCKS,
+    at,
     mainLength,
     originId,
     topLevelXid,
-    bytes,
-  };
+  );
+}
+
+/** A record as a place in the bytes that it came in: most of those who look at records need no view of them. */
+class DecodedRecord implements WalRecord {
+  readonly #source: Buffer;
+  readonly #base: number;
+  #view: Buffer | undefined;
+  readonly totalLength: number;
+  readonly startLsn: Lsn;
+  readonly endLsn: Lsn;
+  readonly prevLsn: Lsn;
+  readonly xid: number;
+  readonly info: number;
+  readonly rmid: number;
+  readonly blocks: readonly WalBlock[];
+  readonly mainOffset: number;
+  readonly mainLength: number;
+  readonly originId: number;
+  readonly topLevelXid: number;
+
+  constructor(
+    source: Buffer,
+    base: number,
+    totalLength: number,
+    startLsn: Lsn,
+    endLsn: Lsn,
+    blocks: readonly WalBlock[],
+    mainOffset: number,
+    mainLength: number,
+    originId: number,
+    topLevelXid: number,
+  ) {
+    this.#source = source;
+    this.#base = base;
+    this.#view = undefined;
+    this.totalLength = totalLength;
+    this.startLsn = startLsn;
+    this.endLsn = endLsn;
+    this.prevLsn = readLsn(source, base + 8);
+    this.xid = u32(source, base + 4);
+    this.info = source[base + 16]!;
+    this.rmid = source[base + 17]!;
+    this.blocks = blocks;
+    this.mainOffset = mainOffset;
+    this.mainLength = mainLength;
+    this.originId = originId;
+    this.topLevelXid = topLevelXid;
+  }
+
+  get bytes(): Buffer {
+    return (this.#view ??= this.#source.subarray(this.#base, this.#base + this.totalLength));
+  }
 }
 
 /** The main data of a record: a view of its bytes. */
@@ -203,8 +258,14 @@ interface MutableBlock extends WalBlock {
 }
 
 /** Decodes the block reference at `start`; for the time being its imageOffset holds where the header ends. */
-function decodeBlockHeader(bytes: Buffer, start: number, previous: MutableBlock | undefined, lsn: Lsn): MutableBlock {
-  need(bytes, start, 4, lsn);
+function decodeBlockHeader(
+  bytes: Buffer,
+  start: number,
+  end: number,
+  previous: MutableBlock | undefined,
+  lsn: Lsn,
+): MutableBlock {
+  need(start, 4, end, lsn);
   const id = bytes[start]!;
   const flags = bytes[start + 1]!;
   const dataLength = u16(bytes, start + 2);
@@ -223,7 +284,7 @@ function decodeBlockHeader(bytes: Buffer, start: number, previous: MutableBlock 
   let imageInfo = 0;
   const hasImage = (flags & BKPBLOCK_HAS_IMAGE) !== 0;
   if (hasImage) {
-    need(bytes, at, 5, lsn);
+    need(at, 5, end, lsn);
     imageLength = u16(bytes, at);
     holeOffset = u16(bytes, at + 2);
     imageInfo = bytes[at + 4]!;
@@ -231,7 +292,7 @@ function decodeBlockHeader(bytes: Buffer, start: number, previous: MutableBlock 
     if ((imageInfo & BKPIMAGE_COMPRESSED) === 0) {
       holeLength = BLOCK_SIZE - imageLength;
     } else if ((imageInfo & BKPIMAGE_HAS_HOLE) !== 0) {
-      need(bytes, at, 2, lsn);
+      need(at, 2, end, lsn);
       holeLength = u16(bytes, at);
       at += 2;
     }
@@ -242,7 +303,7 @@ function decodeBlockHeader(bytes: Buffer, start: number, previous: MutableBlock 
   let db: number;
   let rel: number;
   if ((flags & BKPBLOCK_SAME_REL) === 0) {
-    need(bytes, at, 12, lsn);
+    need(at, 12, end, lsn);
     spc = u32(bytes, at);
     db = u32(bytes, at + 4);
     rel = u32(bytes, at + 8);
@@ -254,7 +315,7 @@ function decodeBlockHeader(bytes: Buffer, start: number, previous: MutableBlock 
     db = previous.db;
     rel = previous.rel;
   }
-  need(bytes, at, 4, lsn);
+  need(at, 4, end, lsn);
   const blk = u32(bytes, at);
   return {
     id,
@@ -292,9 +353,8 @@ function checkImage(id: number, length: number, holeOffset: number, holeLength: 
   }
 }
 
-function need(bytes: Buffer, at: number, count: number, lsn: Lsn): void {
-  if (at + count > bytes.length)
-    throw new WalError(lsn, `record ends inside a header at byte ${at} of ${bytes.length}`);
+function need(at: number, count: number, end: number, lsn: Lsn): void {
+  if (at + count > end) throw new WalError(lsn, `record ends inside a header, ${end - at} bytes before its end`);
 }
 
 function u16(bytes: Buffer, at: number): number {
