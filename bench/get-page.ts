@@ -1,12 +1,14 @@
 /**
- * How long does one page take from the page store, and how fast do many come? Over a socket, from a store whose caches are too small for
- * the table, so that pages come from layers. The floor is a server that answers the same requests with the same bytes from memory.
+ * How long does one page take from the page store, and how fast do many come? Over a socket: with what ingest has flushed (records to be
+ * replayed), then after compaction (images). And how long is the main thread held up while another compacts? The floor is a server that answers the same requests with the same bytes from memory.
  */
 import { createServer } from 'node:net';
+import { monitorEventLoopDelay } from 'node:perf_hooks';
 import { Worker } from 'node:worker_threads';
 import { createLog } from '../src/base/log.ts';
 import { listen } from '../src/base/rpc.ts';
 import { signToken } from '../src/base/token.ts';
+import { deltaRuns } from '../src/pageserver/compaction-plan.ts';
 import { PageService } from '../src/pageserver/page-service.ts';
 import { decodePageHello, encodeHelloReply, encodePagesHeader, PAGE_REQUEST_BYTES } from '../src/api/pages.ts';
 import { BLOCK_SIZE } from '../src/postgres/page-size.ts';
@@ -39,16 +41,34 @@ export async function getPage({ quick }: { readonly quick: boolean }): Promise<R
         timelineId: TIMELINE_ID,
         table,
         lsn: timeline.lastRecordLsn,
-        singles: quick ? 2000 : 10_000,
+        singles: quick ? 500 : 2000,
+        from: 0,
+        to: 0.5,
       };
-      const first = await inWorker(work);
-      const again = await inWorker(work);
       const least = await inWorker({ ...work, port: floor.port });
+      const flushed = await inWorker(work);
+      const delays = monitorEventLoopDelay({ resolution: 1 });
+      delays.enable();
+      await store.compaction.merge(timeline, deltaRuns(timeline.index.layers));
+      delays.disable();
+      const other = { ...work, from: 0.5, to: 1 };
+      const compacted = await inWorker(other);
+      const again = await inWorker(other);
       return [
-        latency('one page, first read', first, least),
+        latency('one page of many records', flushed, least),
+        latency('one page after compaction', compacted, least),
         latency('one page, read before', again, least),
-        rate('batches of 64 pages, first read', first, least),
+        rate('batches of 64 pages of many records', flushed, least),
+        rate('batches of 64 pages after compaction', compacted, least),
         rate('batches of 64 pages, read before', again, least),
+        {
+          question: 'longest stall of the main thread while a layer is compacted',
+          unit: 'ms',
+          vanilla: undefined,
+          strata: delays.max / 1e6,
+          isRate: false,
+          note: `p99 ${(delays.percentile(99) / 1e6).toFixed(1)} ms`,
+        },
       ];
     } finally {
       await service.close();

@@ -6,6 +6,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createLog } from '../src/base/log.ts';
+import { ThreadCompactor } from '../src/pageserver/compactor.ts';
 import { importDataDirectory, inspectDataDirectory } from '../src/pageserver/import.ts';
 import { Ingest } from '../src/pageserver/ingest/ingest.ts';
 import { replayValue } from '../src/pageserver/replay.ts';
@@ -38,7 +39,11 @@ export async function withRecordedCluster<T>(rows: number, use: (recorded: Recor
   try {
     cluster.initdb();
     const { lsn: startLsn, recordStartLsn, pgVersion } = inspectDataDirectory(cluster.dataDir);
-    store = await Timelines.open(directory, { replay: replayValue, log: createLog({ name: 'bench', level: 'error' }) });
+    store = await Timelines.open(directory, {
+      replay: replayValue,
+      log: createLog({ name: 'bench', level: 'error' }),
+      compactor: new ThreadCompactor(),
+    });
     const ids = { tenantId: TIMELINE_ID, timelineId: TIMELINE_ID };
     const timeline = await store.import({ ...ids, pgVersion, lsn: startLsn, recordLsn: recordStartLsn }, (target) =>
       importDataDirectory(cluster.dataDir, target).then(() => {}),

@@ -5,6 +5,7 @@ import type { Logger } from '../base/log.ts';
 import { serveRpc } from '../base/rpc.ts';
 import { signToken } from '../base/token.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
+import { ThreadCompactor } from './compactor.ts';
 import { pageserverMethods } from './methods.ts';
 import { PageService } from './page-service.ts';
 import { replayValue } from './replay.ts';
@@ -44,7 +45,8 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
   const lock = await lockDirectory(dataDir, LOCK_WAIT_MS);
   try {
     const limits = config.limits ?? {};
-    const timelines = await Timelines.open(dataDir, { replay: replayValue, log, limits });
+    const compactor = new ThreadCompactor();
+    const timelines = await Timelines.open(dataDir, { replay: replayValue, log, limits, compactor });
     const token = await signToken(secret, { scope: 'platform' });
     const receiver = new WalReceiver({ safekeepers, token, timelines, log });
     const rpc = await serveRpc({

@@ -102,7 +102,7 @@ export function decodeTimelineIndex(bytes: Buffer, file: string): TimelineIndex 
   };
 }
 
-const LAYER_NAME = /^([0-9a-f]{36})-([0-9a-f]{36})__([0-9A-F]{16})(?:-([0-9A-F]{16}))?$/;
+const LAYER_NAME = /^([0-9a-f]{36})-([0-9a-f]{36})__([0-9A-F]{16})(?:-([0-9A-F]{16}))?(?:\.(\d+))?$/;
 
 function parseLayer(name: string, sizeBytes: number, damaged: (reason: string) => StrataError): LayerDescription {
   const match = LAYER_NAME.exec(name);
@@ -115,5 +115,6 @@ function parseLayer(name: string, sizeBytes: number, damaged: (reason: string) =
     lsnStart,
     lsnEnd: match[4] === undefined ? lsnStart + 1 : lsnFromHex(match[4]),
     sizeBytes,
+    ...(match[5] === undefined ? {} : { revision: Number(match[5]) }),
   };
 }

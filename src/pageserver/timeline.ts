@@ -25,7 +25,7 @@ import type { Key, KeyRange, RelationFork } from './key.ts';
 import { replaceFile, syncDirectory } from './layers/durable.ts';
 import { LayerFile } from './layers/layer-file.ts';
 import type { LayerCache } from './layers/layer-file.ts';
-import { layerFileName } from './layers/layer-format.ts';
+import { layerPath } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerMap } from './layers/layer-map.ts';
 import { MemoryLayer } from './layers/memory-layer.ts';
@@ -134,6 +134,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   #indexWritten: Promise<void> = Promise.resolve();
   #ingestError: Error | undefined;
   #flushError: Error | undefined;
+  #background: { readonly done: Promise<void>; readonly cancel: () => void } | undefined;
   #stopped: 'closed' | 'deleted' | undefined;
 
   constructor(directory: string, index: TimelineIndex, ancestor: Timeline | undefined, options: TimelineOptions) {
@@ -202,6 +203,16 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     const found: Timeline[] = [];
     for (let { ancestor } = this; ancestor !== undefined; { ancestor } = ancestor) found.push(ancestor);
     return found;
+  }
+
+  /** The ancestors, nearest first, and up to where this timeline inherits from each. */
+  ancestry(): { timeline: Timeline; endLsn: Lsn }[] {
+    let endLsn = this.index.startLsn;
+    return this.ancestors().map((timeline) => {
+      const step = { timeline, endLsn };
+      endLsn = Math.min(endLsn, timeline.index.startLsn);
+      return step;
+    });
   }
 
   /** The oldest LSN that can be read, here or in an ancestor. */
@@ -344,6 +355,36 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     }
   }
 
+  /**
+   * Has the index name `added`, which are durable, in the place of `removed`, and then removes the files of those. Reads see the old
+   * layers or the new ones, which must have the same to tell of every LSN that may be read.
+   */
+  async replaceLayers(removed: readonly LayerDescription[], added: readonly LayerDescription[]): Promise<void> {
+    const names = new Set(removed.map((layer) => layerPath(this.directory, layer)));
+    const isRemoved = (layer: LayerDescription): boolean => names.has(layerPath(this.directory, layer));
+    await this.#writeIndex((index) => {
+      if (this.#stopped !== undefined) throw this.#stoppedError();
+      return { ...index, layers: [...index.layers.filter((layer) => !isRemoved(layer)), ...added] };
+    });
+    this.#options.onStep?.('compacted index written');
+    const old = [...this.layerMap.all()].filter((file) => isRemoved(file.description));
+    for (const file of old) this.layerMap.remove(file);
+    for (const layer of added) this.layerMap.insert(this.#layerFile(layer));
+    for (const file of old) {
+      file.close();
+      await rm(file.path, { force: true });
+      this.#options.onStep?.('compacted layer removed');
+    }
+  }
+
+  /** Runs work of this timeline in the background, after which `close` and `delete` wait; `cancel` is called when they do. */
+  inBackground(work: () => Promise<void>, cancel: () => void): Promise<void> {
+    if (this.#stopped !== undefined) return Promise.resolve();
+    const done = work().finally(() => (this.#background = undefined));
+    this.#background = { done: done.catch(() => {}), cancel };
+    return done;
+  }
+
   /** Flushes and closes. What cannot be written comes again from the safekeepers. */
   async close(): Promise<void> {
     if (this.#stopped !== undefined) return;
@@ -365,6 +406,8 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   async #stop(how: 'closed' | 'deleted'): Promise<void> {
     this.#stopped = how;
     this.#waiters.fail(this.#stoppedError());
+    this.#background?.cancel();
+    await this.#background?.done;
     await this.#flushing;
     for (const layer of this.layerMap.all()) layer.close();
     for (const layer of this.#memoryLayers) this.#options.memory.bytes -= layer.sizeBytes;
@@ -437,18 +480,16 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   }
 
   #layerFile(description: LayerDescription): LayerFile {
-    return new LayerFile(join(this.directory, layerFileName(description)), description, this.#options.layerCache);
+    return new LayerFile(layerPath(this.directory, description), description, this.#options.layerCache);
   }
 
   #makeLineage(): Lineage {
     const steps: LineageStep[] = [{ history: this, endLsn: Infinity }];
-    let endLsn = this.index.startLsn;
-    for (const ancestor of this.ancestors()) {
+    for (const { timeline, endLsn } of this.ancestry()) {
       // A timeline that has nothing up to the branch point, and never will, need not be visited.
-      if (ancestor.lastRecordLsn < endLsn || ancestor.#oldestValueLsn() <= endLsn) {
-        steps.push({ history: ancestor, endLsn });
+      if (timeline.lastRecordLsn < endLsn || timeline.#oldestValueLsn() <= endLsn) {
+        steps.push({ history: timeline, endLsn });
       }
-      endLsn = Math.min(endLsn, ancestor.index.startLsn);
     }
     return steps;
   }

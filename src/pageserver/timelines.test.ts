@@ -6,6 +6,7 @@ import { afterEach, beforeEach, describe, test } from 'node:test';
 import fc from 'fast-check';
 import { createLog } from '../base/log.ts';
 import { encodePoke, ModelTimeline, replayPoke } from '../../test/pageserver/history-model.ts';
+import { deltaRuns, RUNS_TO_MERGE } from './compaction-plan.ts';
 import { ALL_KEYS, databaseKey, KEY_KIND, prefixRange, relationBlockKey, relationSizeKey, slruPageKey } from './key.ts';
 import type { Key } from './key.ts';
 import type { Timeline } from './timeline.ts';
@@ -208,6 +209,7 @@ describe('timelines', () => {
       { weight: 2, arbitrary: fc.record({ do: fc.constant('scan' as const), t: fc.nat(), lsn: fc.nat() }) },
       { weight: 3, arbitrary: fc.record({ do: fc.constant('freeze' as const), t: fc.nat() }) },
       { weight: 2, arbitrary: fc.record({ do: fc.constant('flush' as const), t: fc.nat() }) },
+      { weight: 2, arbitrary: fc.record({ do: fc.constant('compact' as const), t: fc.nat() }) },
       { weight: 2, arbitrary: fc.record({ do: fc.constant('branch' as const), t: fc.nat(), lsn: fc.nat() }) },
       { weight: 1, arbitrary: fc.record({ do: fc.constant('delete' as const), t: fc.nat() }) },
       { weight: 1, arbitrary: fc.record({ do: fc.constant('reopen' as const) }) },
@@ -264,6 +266,15 @@ describe('timelines', () => {
               timeline.advance(lsn, lsn - 8);
               model.lastRecordLsn = lsn;
               timeline.freezeIfFull();
+              break;
+            }
+            case 'compact': {
+              await timeline.flush();
+              await timelines.compaction.settled();
+              const runs = deltaRuns(timeline.index.layers);
+              assert(runs.length < RUNS_TO_MERGE, `${runs.length} runs are left`);
+              const first = runs[0];
+              if (first !== undefined) await timelines.compaction.merge(timeline, [first]);
               break;
             }
             case 'discard': {

@@ -18,6 +18,9 @@ import type { Logger } from '../base/log.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import type { PgVersion } from '../postgres/version.ts';
+import { Compaction } from './compaction.ts';
+import { inlineCompactor } from './compactor.ts';
+import type { Compactor } from './compactor.ts';
 import { ImportTarget } from './import-target.ts';
 import { replaceFile, syncDirectory } from './layers/durable.ts';
 import { LayerCache } from './layers/layer-file.ts';
@@ -58,6 +61,8 @@ export interface TimelinesOptions {
   readonly replay: Replay;
   readonly log: Logger;
   readonly limits?: Partial<StoreLimits>;
+  /** Where merges run; in this thread when absent. It is closed with the store. */
+  readonly compactor?: Compactor;
   readonly now?: () => number;
   /** For tests: called before and after steps of changes on disk, by name. */
   readonly onStep?: (step: string) => void;
@@ -98,6 +103,8 @@ export class Timelines {
   readonly #busy = new Set<string>();
   readonly #childCounts = new Map<string, number>();
   readonly #flushFailing = new Set<Timeline>();
+  readonly #compactor: Compactor;
+  readonly compaction: Compaction;
 
   private constructor(directory: string, options: TimelinesOptions) {
     const limits = { ...DEFAULT_LIMITS, ...options.limits };
@@ -113,6 +120,13 @@ export class Timelines {
       onFlush: (timeline, error) => this.#flushed(timeline, error),
       ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
     };
+    this.#compactor = options.compactor ?? inlineCompactor(options.replay);
+    this.compaction = new Compaction({
+      compactor: this.#compactor,
+      log: options.log,
+      retentionOf: () => undefined,
+      ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
+    });
   }
 
   /** Loads what is there; removes what creations, flushes and deletions have left behind. Layers are opened when they are first read. */
@@ -267,6 +281,7 @@ export class Timelines {
 
   /** Flushes and closes all. What cannot be written is logged; it comes again from the safekeepers. */
   async close(): Promise<void> {
+    this.compaction.close();
     const left = [...this.#timelines.values()];
     const closeOneAfterTheOther = async (): Promise<void> => {
       for (let timeline = left.pop(); timeline !== undefined; timeline = left.pop()) {
@@ -277,6 +292,8 @@ export class Timelines {
       }
     };
     await Promise.all(Array.from({ length: CLOSE_CONCURRENCY }, closeOneAfterTheOther));
+    await this.compaction.settled();
+    await this.#compactor.close();
   }
 
   #existing(timelineId: string): Timeline | undefined {
@@ -316,6 +333,7 @@ export class Timelines {
   #flushed(timeline: Timeline, error: unknown): void {
     const { timelineId } = timeline;
     if (error === undefined) {
+      this.compaction.request(timeline);
       if (this.#flushFailing.delete(timeline)) this.#log.info({ timelineId }, 'flush works again');
     } else if (!this.#flushFailing.has(timeline)) {
       this.#flushFailing.add(timeline);

@@ -2,7 +2,7 @@
  * A process that writes history until it is killed: an endless log of records on one timeline, the same for the same seed, frozen and
  * flushed often, with branches made and deleted on the way. Run as a child of the crash test:
  *
- *   crash-writer.ts <directory> <seed> <die at step>     the step is counted over all changes on disk; 0: never by itself
+ *   crash-writer.ts <directory> <seed> <step> <count>     it dies when it comes to the named step for the count-th time; '': never by itself
  *
  * It begins where the store says that it is, as a pageserver does that pulls WAL again. Each line of its output is an LSN up to which a
  * flush was confirmed.
@@ -18,6 +18,20 @@ import { encodePoke, replayPoke } from './history-model.ts';
 export const ROOT = '1'.padStart(32, '0');
 export const START_LSN = 0x100000;
 export const RECORD_BYTES = 8;
+
+/** Every step of a change on disk: between any two of them a process may die. */
+export const STEPS = [
+  'timeline folder made',
+  'timeline created',
+  'flush begins',
+  'layer written',
+  'index written',
+  'compaction begins',
+  'compacted layers written',
+  'compacted index written',
+  'compacted layer removed',
+  'timeline deleted',
+];
 
 /** The puts of the record that ends at `lsn`. */
 export function putsOf(seed: number, lsn: number): [Key, Buffer][] {
@@ -45,14 +59,14 @@ function generator(seed: number): () => number {
   };
 }
 
-async function write(directory: string, seed: number, dieAtStep: number): Promise<never> {
+async function write(directory: string, seed: number, dieAtStep: string, dieAtCount: number): Promise<never> {
   let stepCount = 0;
   const timelines = await Timelines.open(directory, {
     replay: replayPoke,
     log: createLog({ name: 'crash-writer', level: 'error' }),
     limits: { flushBytes: 30_000, frozenLayersMax: 2 },
-    onStep: () => {
-      if (++stepCount === dieAtStep) process.kill(process.pid, 'SIGKILL');
+    onStep: (step) => {
+      if (step === dieAtStep && ++stepCount === dieAtCount) process.kill(process.pid, 'SIGKILL');
     },
   });
   let root = timelines.find(ROOT);
@@ -90,6 +104,6 @@ async function write(directory: string, seed: number, dieAtStep: number): Promis
 }
 
 if (process.argv[1] === import.meta.filename) {
-  const [directory, seed, dieAtStep] = process.argv.slice(2);
-  await write(directory!, Number(seed), Number(dieAtStep));
+  const [directory, seed, dieAtStep, dieAtCount] = process.argv.slice(2);
+  await write(directory!, Number(seed), dieAtStep!, Number(dieAtCount));
 }

@@ -64,6 +64,13 @@ interface OpenLayer {
   readonly footer: LayerFooter;
 }
 
+export interface LayerEntry {
+  readonly key: Key;
+  readonly lsn: Lsn;
+  /** Shares memory with a cached block. */
+  readonly value: Buffer;
+}
+
 export class LayerFile implements ValueSource {
   readonly description: LayerDescription;
   readonly path: string;
@@ -114,7 +121,23 @@ export class LayerFile implements ValueSource {
     }
   }
 
-  /** Every value in the layer's order, for compaction, verification and tests. */
+  /** Every value in the layer's order, for merges. */
+  *entries(): Generator<LayerEntry> {
+    const { firstKeys } = this.#opened().index;
+    let key: Key | undefined;
+    for (let number = 0; number < firstKeys.count; number++) {
+      const block = this.#keyBlock(number);
+      for (let i = 0; i < block.keys.count; i++) {
+        // One object for all entries of a key, though they may lie in two blocks.
+        if (key === undefined || block.keys.compare(i, key) !== 0) key = block.keys.get(i);
+        for (let entry = block.entryStart[i]!; entry < block.entryStart[i + 1]!; entry++) {
+          yield { key, lsn: block.lsns[entry]!, value: this.#value(block, entry) };
+        }
+      }
+    }
+  }
+
+  /** Every value in the layer's order, for verification and tests. */
   forEachValue(visit: (key: Key, lsn: Lsn, value: Buffer) => void): void {
     const { firstKeys } = this.#opened().index;
     for (let number = 0; number < firstKeys.count; number++) {

@@ -54,12 +54,14 @@
  *      120     8  "STRATALY"
  *
  * Name: `<first key>-<end key>__<first LSN>-<end LSN>` for delta layers, `<first key>-<end key>__<LSN>` for image layers; keys in 36
- * hex digits, LSNs in 16. The footer decides; the name is for people and for listings.
+ * hex digits, LSNs in 16. A layer that was made from others has `.<revision>` after that, which is above theirs: it may span the same keys
+ * and LSNs as one of them. The footer decides; the name is for people and for listings.
  *
  * A file is written under a name that ends in `.partial`, fsynced, renamed, and then counts only once the timeline's index
  * (timeline-index.ts) names it.
  */
 
+import { join } from 'node:path';
 import { crc32c } from '../../base/crc32c.ts';
 import { lsnToHex, readLsn, writeLsn } from '../../postgres/lsn.ts';
 import type { Lsn } from '../../postgres/lsn.ts';
@@ -84,6 +86,8 @@ export interface LayerDescription {
   readonly lsnStart: Lsn;
   readonly lsnEnd: Lsn;
   readonly sizeBytes: number;
+  /** Tells layers of one range apart; 0 when absent. */
+  readonly revision?: number;
 }
 
 export interface LayerFooter {
@@ -120,11 +124,16 @@ export interface LayerIndex {
 }
 
 export function layerFileName(
-  layer: Pick<LayerDescription, 'kind' | 'keyStart' | 'keyEnd' | 'lsnStart' | 'lsnEnd'>,
+  layer: Pick<LayerDescription, 'kind' | 'keyStart' | 'keyEnd' | 'lsnStart' | 'lsnEnd' | 'revision'>,
 ): string {
   const lsns =
     layer.kind === 'image' ? lsnToHex(layer.lsnStart) : `${lsnToHex(layer.lsnStart)}-${lsnToHex(layer.lsnEnd)}`;
-  return `${formatKey(layer.keyStart)}-${formatKey(layer.keyEnd)}__${lsns}`;
+  const revision = layer.revision === undefined || layer.revision === 0 ? '' : `.${layer.revision}`;
+  return `${formatKey(layer.keyStart)}-${formatKey(layer.keyEnd)}__${lsns}${revision}`;
+}
+
+export function layerPath(directory: string, layer: LayerDescription): string {
+  return join(directory, layerFileName(layer));
 }
 
 export function encodeHeader(kind: LayerKind): Buffer {

@@ -28,6 +28,8 @@ export interface LayerWriterOptions {
   readonly lsnEnd: Lsn;
   /** Where the key range starts; the first entry's key when absent. */
   readonly keyStart?: Key;
+  /** See LayerDescription. */
+  readonly revision?: number;
 }
 
 let partialCount = 0;
@@ -113,7 +115,15 @@ export class LayerWriter {
     const index = encodeBlock(BLOCK_TYPE.index, encodeIndex(this.#keyBlocks, this.#valueBlocks));
     const { kind, timelineId, lsnStart, lsnEnd } = this.#options;
     const keyStart = this.#options.keyStart ?? this.#firstKey;
-    const range = { kind, keyStart, keyEnd: keyEnd ?? nextKey(this.#lastKey), lsnStart, lsnEnd };
+    const { revision } = this.#options;
+    const range = {
+      kind,
+      keyStart,
+      keyEnd: keyEnd ?? nextKey(this.#lastKey),
+      lsnStart,
+      lsnEnd,
+      ...(revision === undefined ? {} : { revision }),
+    };
     const footer = encodeFooter({
       ...range,
       timelineId,

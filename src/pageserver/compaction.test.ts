@@ -1,0 +1,161 @@
+import assert from 'node:assert/strict';
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, test } from 'node:test';
+import fc from 'fast-check';
+import { encodePoke, replayPoke } from '../../test/pageserver/history-model.ts';
+import { createLog } from '../base/log.ts';
+import { deltaRuns, planMerge, RUN_BYTES_MIN, runCountMax, RUNS_TO_MERGE } from './compaction-plan.ts';
+import type { LayerRun } from './compaction-plan.ts';
+import { ThreadCompactor } from './compactor.ts';
+import type { Compactor } from './compactor.ts';
+import { CHAIN_RECORDS_MAX as FLUSH_RECORDS_MAX } from './flush.ts';
+import { ALL_KEYS, databaseKey, relationBlockKey } from './key.ts';
+import { CHAIN_RECORDS_MAX, TAIL_RECORDS_MAX } from './merge.ts';
+import type { Timeline } from './timeline.ts';
+import { Timelines } from './timelines.ts';
+import { encodeImage } from './value.ts';
+
+const ID = 'c'.repeat(32);
+const LSN = 0x1000000;
+const log = createLog({ name: 'test', level: 'silent' });
+
+test('sizes at least double from run to run when nothing is left to merge, whatever the flushes were', () => {
+  fc.assert(
+    fc.property(fc.array(fc.integer({ min: 1, max: 64 * RUN_BYTES_MIN }), { maxLength: 300 }), (sizes) => {
+      let runs: LayerRun[] = [];
+      for (const [i, sizeBytes] of sizes.entries()) {
+        runs.push({ lsnStart: i, lsnEnd: i + 1, sizeBytes, layers: [] });
+        for (let merged = planMerge(runs); merged !== undefined; merged = planMerge(runs)) {
+          assert(merged.length >= RUNS_TO_MERGE);
+          const sum = merged.reduce((total, run) => total + run.sizeBytes, 0);
+          const kept = runs.slice(0, runs.length - merged.length);
+          runs = [...kept, { lsnStart: merged[0]!.lsnStart, lsnEnd: i + 1, sizeBytes: sum, layers: [] }];
+        }
+        const bytes = runs.reduce((total, run) => total + Math.max(run.sizeBytes, RUN_BYTES_MIN), 0);
+        assert(runs.length <= runCountMax(bytes), `${runs.length} runs of ${bytes} bytes`);
+      }
+    }),
+  );
+});
+
+describe('compaction', () => {
+  let directory: string;
+  let timelines: Timelines;
+  let replayCount = 0;
+
+  async function open(compactor?: Compactor): Promise<void> {
+    timelines = await Timelines.open(directory, {
+      replay: (page, value) => {
+        replayCount++;
+        replayPoke(page, value);
+      },
+      log,
+      limits: { pageCacheBytes: 0 },
+      ...(compactor === undefined ? {} : { compactor }),
+    });
+  }
+
+  async function importRoot(): Promise<Timeline> {
+    const ids = { tenantId: ID, timelineId: ID };
+    return timelines.import({ ...ids, pgVersion: 17, lsn: LSN, recordLsn: LSN - 8 }, async (target) => {
+      target.put(relationBlockKey(1663, 5, 100, 0, 0), Buffer.alloc(8192, 1));
+      await target.drain();
+    });
+  }
+
+  beforeEach(() => {
+    directory = mkdtempSync(join(tmpdir(), 'strata-compaction-'));
+  });
+  afterEach(async () => {
+    await timelines.close();
+    rmSync(directory, { recursive: true });
+  });
+
+  test(
+    'after compaction no read visits many layers or replays many records, at any LSN',
+    { timeout: 120_000 },
+    async () => {
+      await open();
+      await fc.assert(
+        fc.asyncProperty(
+          fc.array(fc.array(fc.tuple(fc.nat(3), fc.nat(90)), { maxLength: 60 }), { minLength: 5, maxLength: 60 }),
+          async (flushes) => {
+            await timelines.close();
+            rmSync(directory, { recursive: true });
+            await open();
+            const root = await importRoot();
+            const blocks = [0, 1, 5, 1000].map((blk) => relationBlockKey(1663, 5, 100, 0, blk));
+            for (const puts of flushes) {
+              for (const [block, byte] of puts) {
+                const lsn = root.lastRecordLsn + 8;
+                root.put(blocks[block]!, lsn, encodePoke('record', byte, byte));
+                root.advance(lsn, lsn - 8);
+              }
+              await root.flush();
+            }
+            await timelines.compaction.settled();
+            const runCount = deltaRuns(root.index.layers).length;
+            assert(runCount < RUNS_TO_MERGE);
+            let visits = 0;
+            for (const layer of root.layerMap.all()) {
+              const collect = layer.collect.bind(layer);
+              layer.collect = (...args) => {
+                visits++;
+                return collect(...args);
+              };
+            }
+            const recordsMax = CHAIN_RECORDS_MAX + runCount * Math.max(TAIL_RECORDS_MAX, FLUSH_RECORDS_MAX);
+            for (let lsn = LSN; lsn <= root.lastRecordLsn; lsn += 8 * 7) {
+              for (const key of blocks) {
+                visits = 0;
+                replayCount = 0;
+                root.getImage(key, lsn);
+                assert(visits <= runCount + 1, `${visits} layers for a read`);
+                assert(replayCount <= recordsMax, `${replayCount} records for a read`);
+              }
+            }
+          },
+        ),
+        { numRuns: 25 },
+      );
+    },
+  );
+
+  test('a page that changes in every layer gets an image, so that its chain does not grow with the history', async () => {
+    await open();
+    const root = await importRoot();
+    const key = relationBlockKey(1663, 5, 100, 0, 0);
+    for (let i = 0; i < 600; i++) {
+      const lsn = root.lastRecordLsn + 8;
+      root.put(key, lsn, encodePoke('record', i % 100, i % 200));
+      root.advance(lsn, lsn - 8);
+      if (i % 5 === 0) await root.flush();
+    }
+    await root.flush();
+    await timelines.compaction.settled();
+    replayCount = 0;
+    root.getImage(key, root.lastRecordLsn);
+    assert(replayCount <= CHAIN_RECORDS_MAX, `${replayCount} records`);
+  });
+
+  test('merges run in a thread, a closed store gives them up, and the folder holds what the index names', async () => {
+    await open(new ThreadCompactor());
+    const root = await importRoot();
+    for (let i = 0; i < 9; i++) {
+      for (let blk = 0; blk < 50; blk++) {
+        const lsn = root.lastRecordLsn + 8;
+        root.put(relationBlockKey(1663, 5, 100, 0, blk), lsn, encodeImage(Buffer.alloc(8192, i)));
+        root.put(databaseKey(1663, i), lsn, encodeImage(Buffer.from(`${i} ${blk}`)));
+        root.advance(lsn, lsn - 8);
+      }
+      await root.flush();
+    }
+    const before = root.scan(ALL_KEYS, root.lastRecordLsn - 80);
+    await timelines.compaction.settled();
+    assert(deltaRuns(root.index.layers).length < RUNS_TO_MERGE);
+    assert.deepEqual(root.scan(ALL_KEYS, root.lastRecordLsn - 80), before);
+    assert.equal(readdirSync(root.directory).length, root.index.layers.length + 1);
+  });
+});

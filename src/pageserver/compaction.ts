@@ -1,0 +1,127 @@
+/**
+ * Compaction of all timelines of a pageserver: which one is next, its merge, and the switch to the merged layers.
+ *
+ * A timeline is looked at after each of its flushes. One merge at a time; a merge that fails is tried again after the timeline's next flush, and
+ * harms nothing, as its layers count only once the timeline's index names them.
+ *
+ * Steps, between any two of which a crash may fall: 'compaction begins', new layers durable ('compacted layers written'), the index names them
+ * instead of the old ones ('compacted index written'), each old file is removed ('compacted layer removed'). What a crash leaves without
+ * a name in the index is removed at start.
+ */
+
+import type { Logger } from '../base/log.ts';
+import { formatLsn } from '../postgres/lsn.ts';
+import { deltaRuns, planMerge } from './compaction-plan.ts';
+import type { LayerRun } from './compaction-plan.ts';
+import type { Compactor } from './compactor.ts';
+import { compareKeys } from './key.ts';
+import { MergeCancelled } from './merge.ts';
+import type { MergeJob, Retention } from './merge.ts';
+import type { Timeline } from './timeline.ts';
+
+export interface CompactionOptions {
+  readonly compactor: Compactor;
+  readonly log: Logger;
+  /** What of a timeline's history must stay readable; undefined: all of it. */
+  readonly retentionOf: (timeline: Timeline) => Retention | undefined;
+  /** For tests: called at each step, by name. */
+  readonly onStep?: (step: string) => void;
+}
+
+export class Compaction {
+  readonly #options: CompactionOptions;
+  readonly #waiting = new Set<Timeline>();
+  #running: Promise<void> | undefined;
+  #isClosed = false;
+
+  constructor(options: CompactionOptions) {
+    this.#options = options;
+  }
+
+  /** Has the timeline looked at, soon. */
+  request(timeline: Timeline): void {
+    if (this.#isClosed || planMerge(deltaRuns(timeline.index.layers)) === undefined) return;
+    this.#waiting.add(timeline);
+    this.#running ??= this.#run().finally(() => (this.#running = undefined));
+  }
+
+  /** Resolves when no merge is under way or wanted. */
+  async settled(): Promise<void> {
+    while (this.#running !== undefined) await this.#running;
+  }
+
+  /** No merge begins any more; the one under way ends with its timeline. */
+  close(): void {
+    this.#isClosed = true;
+    this.#waiting.clear();
+  }
+
+  /** Merges these runs of the timeline into one. */
+  async merge(timeline: Timeline, runs: readonly LayerRun[]): Promise<void> {
+    const cancel = new Int32Array(new SharedArrayBuffer(4));
+    const work = (): Promise<void> => this.#merge(timeline, runs, cancel);
+    await timeline.inBackground(work, () => Atomics.store(cancel, 0, 1));
+  }
+
+  async #run(): Promise<void> {
+    for (const timeline of this.#waiting) {
+      this.#waiting.delete(timeline);
+      try {
+        for (;;) {
+          const runs = timeline.isStopped ? undefined : planMerge(deltaRuns(timeline.index.layers));
+          if (runs === undefined || this.#isClosed) break;
+          await this.merge(timeline, runs);
+        }
+      } catch (error) {
+        if (error instanceof MergeCancelled || timeline.isStopped) continue;
+        this.#options.log.error({ timelineId: timeline.timelineId, err: error }, 'compaction failed');
+      }
+    }
+  }
+
+  async #merge(timeline: Timeline, runs: readonly LayerRun[], cancel: Int32Array): Promise<void> {
+    const { compactor, log, retentionOf, onStep } = this.#options;
+    const startMs = performance.now();
+    // The merge reads files only: what is inherited must be in files.
+    for (const { timeline: ancestor, endLsn } of timeline.ancestry()) {
+      if (ancestor.diskConsistentLsn < endLsn) await ancestor.flush();
+    }
+    onStep?.('compaction begins');
+    const job: MergeJob = {
+      directory: timeline.directory,
+      timelineId: timeline.timelineId,
+      pgVersion: timeline.pgVersion,
+      runs: runs.map((run) => [...run.layers].sort(byKey)),
+      lineage: [
+        { directory: timeline.directory, layers: timeline.index.layers, endLsn: Infinity },
+        ...timeline.ancestry().map(({ timeline: { directory, index }, endLsn }) => {
+          return { directory, layers: index.layers, endLsn };
+        }),
+      ],
+      retention: retentionOf(timeline),
+      cancel,
+    };
+    const merged = await compactor.merge(job);
+    onStep?.('compacted layers written');
+    const old = runs.flatMap((run) => run.layers);
+    await timeline.replaceLayers(old, merged);
+    const bytes = (layers: readonly { sizeBytes: number }[]): number => layers.reduce((sum, l) => sum + l.sizeBytes, 0);
+    log.debug(
+      {
+        timelineId: timeline.timelineId,
+        lsnStart: formatLsn(runs[0]!.lsnStart),
+        lsnEnd: formatLsn(runs.at(-1)!.lsnEnd),
+        layersBefore: old.length,
+        layersAfter: merged.length,
+        bytesBefore: bytes(old),
+        bytesAfter: bytes(merged),
+        tookMs: Math.round(performance.now() - startMs),
+      },
+      'compacted',
+    );
+  }
+}
+
+function byKey(a: LayerRun['layers'][number], b: LayerRun['layers'][number]): number {
+  return compareKeys(a.keyStart, b.keyStart);
+}
