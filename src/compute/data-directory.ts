@@ -7,7 +7,16 @@
  *   <instance>/pages.map   which pages are here (page-map.ts)
  *   <instance>/token       the compute's token for the pageserver, 0600
  */
-import { chownSync, closeSync, ftruncateSync, mkdirSync, openSync, writeFileSync, writeSync } from 'node:fs';
+import {
+  chownSync,
+  closeSync,
+  ftruncateSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  writeFileSync,
+  writeSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import type { Basebackup } from '../api/basebackup.ts';
 import { decodeControlFile, CONTROL_FILE_PATH } from '../postgres/control-file.ts';
@@ -82,10 +91,16 @@ export function refreshDataDirectory(target: InstanceTarget): boolean {
 
 function writeConfiguration(target: InstanceTarget, owned: OwnedFiles): void {
   const dataDir = join(target.instanceDir, 'data');
-  owned.file(join(dataDir, 'postgresql.conf'), encodeSettings(computeSettings(target.settings)));
-  owned.file(join(dataDir, 'postgresql.auto.conf'), '');
-  owned.file(join(dataDir, 'pg_hba.conf'), hbaFile);
-  owned.file(join(dataDir, 'pg_ident.conf'), '');
+  const files = {
+    'postgresql.conf': encodeSettings(computeSettings(target.settings)),
+    'postgresql.auto.conf': '',
+    'pg_hba.conf': hbaFile,
+    'pg_ident.conf': '',
+  };
+  for (const [name, content] of Object.entries(files)) {
+    const path = join(dataDir, name);
+    if (!holds(path, content)) owned.file(path, content);
+  }
   owned.file(join(target.instanceDir, 'token'), target.token);
 }
 
@@ -94,6 +109,15 @@ function toRelationFork(relation: Basebackup['relations'][number]): RelationFork
   return fork === sourceFork
     ? { spc, db, rel, fork, blocks }
     : { spc, db, rel, fork, blocks, source: { rel, fork: sourceFork } };
+}
+
+/** True when the file is there with these bytes: a kept cache's configuration is nearly always as it has to be, and reading is cheaper. */
+function holds(path: string, content: string): boolean {
+  try {
+    return readFileSync(path, 'utf8') === content;
+  } catch {
+    return false;
+  }
 }
 
 /** Files and folders of the user that runs Postgres, 0600 and 0700. Nothing is synced: a compute's disk is a cache. */

@@ -399,30 +399,34 @@ function readOpenPageMap(file: number): PageMap {
 /** Whoever was making a file when all ended will make it again. */
 function resetNames(file: number, map: PageMap): void {
   const names = readAt(file, map.namesOffset, map.entries.length * 4);
+  let changed = false;
   for (let offset = 0; offset < names.length; offset += 4) {
     const name = names.readUInt32LE(offset);
     if (name > NAME_BEING_MADE) throw new Error(`it has a name in state ${name}`);
-    if (name === NAME_BEING_MADE) names.writeUInt32LE(NAME_AT_START, offset);
+    if (name !== NAME_BEING_MADE) continue;
+    names.writeUInt32LE(NAME_AT_START, offset);
+    changed = true;
   }
-  writeSync(file, names, 0, names.length, map.namesOffset);
+  if (changed) writeSync(file, names, 0, names.length, map.namesOffset);
 }
 
-/** Throws when a state is none of the known ones. */
+/** Throws when a state is none of the known ones. All entries' states at once: they fill the rest of the file, with zeroes between them. */
 function resetClaims(file: number, map: PageMap): void {
-  for (const entry of map.entries) {
-    scanStates(file, entry, (states, offset) => {
-      let changed = false;
-      for (const claimed of CLAIMED_STATES) {
-        for (let at = states.indexOf(claimed); at >= 0; at = states.indexOf(claimed, at)) {
-          states[at] = 0;
-          changed = true;
-        }
+  const end = fstatSync(file).size;
+  let offset = map.entries.reduce((lowest, entry) => Math.min(lowest, entry.statesOffset), end);
+  for (; offset < end; offset += SCAN_CHUNK_BYTES) {
+    const states = readAt(file, offset, Math.min(SCAN_CHUNK_BYTES, end - offset));
+    let changed = false;
+    for (const claimed of CLAIMED_STATES) {
+      for (let at = states.indexOf(claimed); at >= 0; at = states.indexOf(claimed, at)) {
+        states[at] = 0;
+        changed = true;
       }
-      for (const state of states) {
-        if (state !== 0 && state !== STATE_PRESENT) throw new Error(`it has a page in state ${state}`);
-      }
-      if (changed) writeSync(file, states, 0, states.length, offset);
-    });
+    }
+    for (let at = 0; at < states.length; at++) {
+      if (states[at] !== 0 && states[at] !== STATE_PRESENT) throw new Error(`it has a page in state ${states[at]}`);
+    }
+    if (changed) writeSync(file, states, 0, states.length, offset);
   }
 }
 
