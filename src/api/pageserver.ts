@@ -114,8 +114,9 @@ export class PageserverClient {
   }
 
   /** What a log of this timeline begins with. */
-  async timelineIdentity(timelineId: string): Promise<TimelineIdentity> {
-    return (await this.#rpc.call('timelineIdentity', { timelineId })).result as TimelineIdentity;
+  async timelineIdentity(timelineId: string, signal?: AbortSignal): Promise<TimelineIdentity> {
+    const options = signal === undefined ? {} : { signal };
+    return (await this.#rpc.call('timelineIdentity', { timelineId }, options)).result as TimelineIdentity;
   }
 
   async listTimelines(): Promise<readonly ListedTimeline[]> {
@@ -137,9 +138,14 @@ export class PageserverClient {
     return (await this.#rpc.call('lsnForTimestamp', { timelineId, timestampUs })).result as LsnForTimestamp;
   }
 
-  /** Waits until `lsn`, the end of a record, is ingested; what a compute starts from there. */
-  async basebackup(timelineId: string, lsn: Lsn, timeoutMs = DEFAULT_TIMEOUT_MS): Promise<Basebackup> {
-    const options = { timeoutMs: timeoutMs + WAIT_MARGIN_MS };
+  /** What a compute starts from at `lsn`, the end of a record, for whose ingest it waits; undefined: at the last record that is ingested. */
+  async basebackup(
+    timelineId: string,
+    lsn: Lsn | undefined,
+    timeoutMs = DEFAULT_TIMEOUT_MS,
+    signal?: AbortSignal,
+  ): Promise<Basebackup> {
+    const options = { timeoutMs: timeoutMs + WAIT_MARGIN_MS, ...(signal === undefined ? {} : { signal }) };
     const { result, attachment } = await this.#rpc.call('basebackup', { timelineId, lsn, timeoutMs }, options);
     return decodeBasebackup(result as BasebackupHeader, attachment ?? Buffer.alloc(0));
   }

@@ -24,8 +24,20 @@ function bootId(): string {
   return readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim();
 }
 
-/** The instance folder that is exactly the branch at `key.endLsn`, or undefined. Whatever the answer, the mark is gone afterwards. */
-export function takeCache(cacheDir: string, key: CacheKey): string | undefined {
+/** A kept instance, and the LSN at which it is exactly its branch. */
+export interface KeptCache {
+  readonly instanceDir: string;
+  readonly endLsn: Lsn;
+}
+
+/**
+ * The kept instance when it fits; `endLsn` undefined: wherever it ends, which the caller then has to prove to be the end of the branch.
+ * Whatever the answer, the mark is gone afterwards.
+ */
+export function takeCache(
+  cacheDir: string,
+  key: Omit<CacheKey, 'endLsn'> & { readonly endLsn: Lsn | undefined },
+): KeptCache | undefined {
   const file = join(cacheDir, CACHE_FILE);
   if (!existsSync(file)) return undefined;
   let kept: (CacheKey & { readonly instance: string; readonly bootId: string }) | undefined;
@@ -38,11 +50,11 @@ export function takeCache(cacheDir: string, key: CacheKey): string | undefined {
   const isSame =
     kept !== undefined &&
     kept.timelineId === key.timelineId &&
-    kept.endLsn === key.endLsn &&
+    (key.endLsn === undefined || kept.endLsn === key.endLsn) &&
     kept.fullVersion === key.fullVersion &&
     kept.bootId === bootId() &&
     existsSync(join(cacheDir, kept.instance));
-  return isSame && kept !== undefined ? join(cacheDir, kept.instance) : undefined;
+  return isSame && kept !== undefined ? { instanceDir: join(cacheDir, kept.instance), endLsn: kept.endLsn } : undefined;
 }
 
 /** Marks a cleanly stopped instance as a cache. */

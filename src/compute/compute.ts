@@ -3,6 +3,9 @@
  *
  *   start    elect a proposer (the branch's WAL is then whole and committed up to E) → data directory at E, from the page store or from the
  *            kept cache → Postgres with the page shim → its WAL goes to the safekeepers
+ *            The election takes about as long as what follows it, and E is nearly always where the kept cache or the pageserver ends. So a
+ *            Postgres is started there meanwhile. Until the election has confirmed its LSN nobody is told of it and nothing of its WAL
+ *            leaves it; when the branch ends elsewhere it is killed, with its directory, and another is started at E.
  *   suspend  clean shutdown; the last WAL is on a quorum before it counts as one; the directory is kept as a cache
  *   death    whoever finds that Postgres is gone, or that another compute leads the branch, ends this one at once
  */
@@ -44,6 +47,8 @@ export interface ComputeOptions {
   readonly socketDir: string;
   readonly logFile: string;
   readonly environment: ComputeEnvironment;
+  /** Aborting ends a start; a compute that is up goes on. */
+  readonly signal?: AbortSignal;
   readonly log: Logger;
 }
 
@@ -81,47 +86,57 @@ export class Compute {
   static async start(options: ComputeOptions): Promise<Compute> {
     const { spec, environment, log } = options;
     const times = new Stopwatch();
-    const identity = await environment.pageserver.timelineIdentity(spec.timelineId);
+    const identity = await environment.pageserver.timelineIdentity(spec.timelineId, options.signal);
     const token = await signToken(environment.platformSecret, { scope: 'platform' });
-    const proposer = await electProposer({
-      safekeepers: environment.safekeepers,
-      token,
-      timeline: identity,
-      signal: AbortSignal.timeout(ELECTION_TIMEOUT_MS),
-      log,
+    const giveUp = new AbortController();
+    const signal = options.signal === undefined ? giveUp.signal : AbortSignal.any([options.signal, giveUp.signal]);
+    signal.throwIfAborted();
+    const early = startInstance(options, undefined, signal, times).catch((error: unknown) => {
+      if (!signal.aborted) log.info({ err: error }, 'nothing could be started before the election was won');
+      return undefined;
     });
-    times.lap('election');
-    let postgres: PostgresProcess | undefined;
+    const electionSignal = AbortSignal.any([signal, AbortSignal.timeout(ELECTION_TIMEOUT_MS)]);
+    const { safekeepers } = environment;
+    const proposer = await times
+      .lap('election', electProposer({ safekeepers, token, timeline: identity, signal: electionSignal, log }))
+      .catch(async (error: unknown) => {
+        giveUp.abort();
+        await discard(await early);
+        throw error;
+      });
+    let instance = await early;
+    const onAbort = (): void => instance?.postgres.kill(); // whatever waits for it then ends
+    signal.addEventListener('abort', onAbort);
     try {
-      const { instanceDir, isKept } = await prepareInstance(options, proposer.startLsn);
-      times.lap('directory');
-      postgres = await PostgresProcess.start({
-        installation: environment.installation,
-        dataDir: join(instanceDir, 'data'),
-        logFile: options.logFile,
-        user: environment.user,
-        env: shimEnvironment(options, instanceDir),
-      });
-      times.lap('postgres');
-      const walPush = await startWalPush({
-        socketDir: options.socketDir,
-        port: 5432,
-        user: ADMIN_ROLE,
-        password: environment.adminPassword,
-        slotName: PROPOSER_NAME,
-        proposer,
-        log,
-      });
-      times.lap('walPush');
+      if (instance?.lsn !== proposer.startLsn) {
+        await discard(instance);
+        instance = undefined;
+        instance = await startInstance(options, proposer.startLsn, signal, times);
+      }
+      const walPush = await times.lap(
+        'walPush',
+        startWalPush({
+          socketDir: options.socketDir,
+          port: 5432,
+          user: ADMIN_ROLE,
+          password: environment.adminPassword,
+          slotName: PROPOSER_NAME,
+          proposer,
+          log,
+        }),
+      );
+      const { instanceDir, postgres, isKept } = instance;
       const compute = new Compute(options, { instanceDir, postgres, proposer, walPush });
-      if (spec.catalog !== undefined) await compute.applyCatalog(spec.catalog);
-      times.lap('catalog');
+      if (spec.catalog !== undefined) await times.lap('catalog', compute.applyCatalog(spec.catalog));
+      signal.throwIfAborted();
       log.info({ startLsn: formatLsn(proposer.startLsn), term: proposer.term, isKept, ...times.laps }, 'compute is up');
       return compute;
     } catch (error) {
-      postgres?.kill();
+      await discard(instance);
       await proposer.close();
       throw error;
+    } finally {
+      signal.removeEventListener('abort', onAbort);
     }
   }
 
@@ -184,6 +199,7 @@ export class Compute {
 
   #watch(): void {
     this.#proposer.once('fenced', (term) => this.#die(`another compute leads this branch (term ${term})`));
+    if (this.#proposer.fenced) this.#die('another compute leads this branch');
     void this.#walPush.closed.then((reason) => this.#die(`the WAL stream ended: ${reason}`));
     void this.#postgres.exited.then(({ code, signal }) => {
       this.#die(signal === null ? `Postgres exited with code ${code}` : `Postgres was killed by ${signal}`);
@@ -209,29 +225,62 @@ export class Compute {
   }
 }
 
-/** The folder to start from: the kept one when the branch is exactly where it left it, else a new one at `lsn`. */
-async function prepareInstance(options: ComputeOptions, lsn: Lsn): Promise<{ instanceDir: string; isKept: boolean }> {
+/** A Postgres that runs, at a state that was the branch's at `lsn`. */
+interface Instance {
+  readonly lsn: Lsn;
+  readonly instanceDir: string;
+  readonly isKept: boolean;
+  readonly postgres: PostgresProcess;
+}
+
+/** At `lsn`; undefined: wherever the kept cache ends, or else the pageserver. Nothing is left running when it throws. */
+async function startInstance(
+  options: ComputeOptions,
+  lsn: Lsn | undefined,
+  signal: AbortSignal,
+  times: Stopwatch,
+): Promise<Instance> {
+  const { installation, user } = options.environment;
+  const directory = await times.lap('directory', prepareDirectory(options, lsn, signal));
+  signal.throwIfAborted();
+  const process = {
+    installation,
+    dataDir: join(directory.instanceDir, 'data'),
+    logFile: options.logFile,
+    user,
+    env: shimEnvironment(options, directory.instanceDir),
+  };
+  const postgres = await times.lap('postgres', PostgresProcess.start(process, signal));
+  return { ...directory, postgres };
+}
+
+/** Its directory is no cache (takeCache took the mark away): the next one puts it aside. */
+async function discard(instance: Instance | undefined): Promise<void> {
+  instance?.postgres.kill();
+  await instance?.postgres.exited;
+}
+
+/** The kept folder when the branch is exactly where it was left, else a new one. */
+async function prepareDirectory(
+  options: ComputeOptions,
+  lsn: Lsn | undefined,
+  signal: AbortSignal,
+): Promise<Omit<Instance, 'postgres'>> {
   const { spec, cacheDir, socketDir, environment } = options;
   const { installation, user, pageserver, platformSecret } = environment;
-  const kept = takeCache(cacheDir, {
-    timelineId: spec.timelineId,
-    endLsn: lsn,
-    fullVersion: installation.fullVersion,
-  });
-  const token = await signToken(platformSecret, { scope: 'timeline', timelineId: spec.timelineId });
-  const common = {
-    timelineId: spec.timelineId,
-    user,
-    token,
-    settings: { pgVersion: installation.pgVersion, socketDir },
-  };
-  if (kept !== undefined && refreshDataDirectory({ ...common, instanceDir: kept })) {
-    return { instanceDir: kept, isKept: true };
+  const { timelineId } = spec;
+  const kept = takeCache(cacheDir, { timelineId, endLsn: lsn, fullVersion: installation.fullVersion });
+  const token = await signToken(platformSecret, { scope: 'timeline', timelineId });
+  const settings = { pgVersion: installation.pgVersion, socketDir };
+  const common = { timelineId, user, token, settings };
+  if (kept !== undefined && refreshDataDirectory({ ...common, instanceDir: kept.instanceDir })) {
+    return { lsn: kept.endLsn, instanceDir: kept.instanceDir, isKept: true };
   }
-  const basebackup = await pageserver.basebackup(spec.timelineId, lsn, BASEBACKUP_TIMEOUT_MS);
+  const basebackup = await pageserver.basebackup(timelineId, lsn, BASEBACKUP_TIMEOUT_MS, signal);
+  signal.throwIfAborted();
   const instanceDir = newInstance(cacheDir);
   writeDataDirectory({ ...common, instanceDir }, basebackup);
-  return { instanceDir, isKept: false };
+  return { lsn: basebackup.lsn, instanceDir, isKept: false };
 }
 
 function shimEnvironment(options: ComputeOptions, instanceDir: string): Record<string, string> {
@@ -247,14 +296,22 @@ function shimEnvironment(options: ComputeOptions, instanceDir: string): Record<s
   };
 }
 
-/** Milliseconds between laps, for the log. */
+/** How long the parts of a start took, in milliseconds, for the log. Some go on at the same time. */
 class Stopwatch {
   readonly laps: Record<string, number> = {};
-  #last = performance.now();
+  readonly #startMs = performance.now();
 
-  lap(name: string): void {
-    const now = performance.now();
-    this.laps[`${name}Ms`] = Math.round((now - this.#last) * 10) / 10;
-    this.#last = now;
+  async lap<T>(name: string, work: Promise<T>): Promise<T> {
+    const startMs = performance.now();
+    try {
+      return await work;
+    } finally {
+      this.laps[`${name}Ms`] = roundMs(performance.now() - startMs);
+      this.laps['totalMs'] = roundMs(performance.now() - this.#startMs);
+    }
   }
+}
+
+function roundMs(ms: number): number {
+  return Math.round(ms * 10) / 10;
 }

@@ -63,6 +63,7 @@ export class PostgresProcess {
       await postgres.#waitUntilReady(signal);
     } catch (error) {
       postgres.kill();
+      await postgres.exited;
       throw error;
     }
     return postgres;

@@ -142,11 +142,15 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result };
     },
 
-    async basebackup(params: LsnParams & { timeoutMs: number }, { signal }: RpcContext): Promise<RpcReply> {
+    async basebackup(
+      params: TimelineParams & { lsn?: Lsn; timeoutMs: number },
+      { signal }: RpcContext,
+    ): Promise<RpcReply> {
       const timeline = timelines.get(params.timelineId);
-      await timeline.waitLsn(params.lsn, params.timeoutMs, signal);
+      const lsn = params.lsn ?? timeline.lastRecordLsn;
+      await timeline.waitLsn(lsn, params.timeoutMs, signal);
       const startMs = performance.now();
-      const { header, attachment } = encodeBasebackup(takeBasebackup(indexed(timeline), params.lsn));
+      const { header, attachment } = encodeBasebackup(takeBasebackup(indexed(timeline), lsn));
       const tookMs = Math.round(performance.now() - startMs);
       log.debug({ timelineId: params.timelineId, bytes: attachment.length, tookMs }, 'basebackup');
       return { result: header, attachment };
