@@ -22,14 +22,23 @@ export interface LocalComputesOptions {
 export class LocalComputes implements Computes {
   readonly #options: LocalComputesOptions;
   readonly #computes = new Map<string, Compute>();
+  /** By timeline. */
   readonly #starting = new Map<string, Promise<Compute>>();
+  /** Starts and stops under way: after them the computes that run are those of #computes. */
+  readonly #changes = new Set<Promise<unknown>>();
+  readonly #closing = new AbortController();
   readonly #exitListeners: ComputeExitListener[] = [];
 
   constructor(options: LocalComputesOptions) {
     this.#options = options;
   }
 
-  async start(spec: ComputeSpec): Promise<RunningCompute> {
+  start(spec: ComputeSpec): Promise<RunningCompute> {
+    return this.#change(() => this.#start(spec));
+  }
+
+  async #start(spec: ComputeSpec): Promise<RunningCompute> {
+    this.#closing.signal.throwIfAborted();
     const existing = this.#computes.get(spec.endpointId);
     if (existing !== undefined) return toRunning(spec.endpointId, existing);
     const { directory, environment, installations, log } = this.#options;
@@ -43,6 +52,7 @@ export class LocalComputes implements Computes {
       socketDir,
       logFile: join(directory.logsDir, `${spec.endpointId}.log`),
       environment: { ...environment, installation: installations.of(spec.pgVersion) },
+      signal: this.#closing.signal,
       log: log.child({ endpoint: spec.endpointId }),
     });
     this.#starting.set(spec.timelineId, starting);
@@ -69,13 +79,13 @@ export class LocalComputes implements Computes {
   async suspend(endpointId: string): Promise<void> {
     const compute = this.#computes.get(endpointId);
     this.#computes.delete(endpointId);
-    await compute?.suspend();
+    if (compute !== undefined) await this.#change(() => compute.suspend());
   }
 
   async kill(endpointId: string, forget: boolean): Promise<void> {
     const compute = this.#computes.get(endpointId);
     this.#computes.delete(endpointId);
-    await compute?.kill();
+    if (compute !== undefined) await this.#change(() => compute.kill());
     if (!forget) return;
     const { directory } = this.#options;
     for (const parent of [directory.computesDir, directory.runDir]) {
@@ -107,9 +117,28 @@ export class LocalComputes implements Computes {
     return undefined;
   }
 
-  /** Clean shutdown of all, side by side. */
+  /** From now on nothing starts, and starts that are under way end. */
+  endStarts(): void {
+    this.#closing.abort(new StrataError('unavailable', 'the platform is stopping'));
+  }
+
+  /** For good: ends starts, waits for stops that are under way, and suspends all that run, side by side. No Postgres is left then. */
   async suspendAll(): Promise<void> {
+    this.endStarts();
+    const running = [...this.#computes.keys()].map((endpointId) => this.suspend(endpointId));
+    await Promise.allSettled([...running, ...this.#changes]);
+    // A start that the abort came too late for.
     await Promise.allSettled([...this.#computes.keys()].map((endpointId) => this.suspend(endpointId)));
+  }
+
+  async #change<T>(work: () => Promise<T>): Promise<T> {
+    const change = work();
+    this.#changes.add(change);
+    try {
+      return await change;
+    } finally {
+      this.#changes.delete(change);
+    }
   }
 
   #require(endpointId: string): Compute {

@@ -134,6 +134,7 @@ async function bringUp(
     },
   });
   cleanup.add(() => control.close());
+  cleanup.add(() => computes.endStarts()); // first: closing the control plane waits for them
   let isReady = false;
   const api = createApiServer({ control, isReady: () => isReady });
   cleanup.add(async () => {
