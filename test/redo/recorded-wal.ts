@@ -52,6 +52,12 @@ export interface RecordOptions {
   readonly settings?: string;
 }
 
+/** STRATA_TEST_PG_VERSION runs the tests on another major than the default. */
+function chosenVersion(): { pgVersion?: number } {
+  const version = process.env['STRATA_TEST_PG_VERSION'];
+  return version === undefined || version === '' ? {} : { pgVersion: Number(version) };
+}
+
 /** Runs the workload and returns its WAL; disposing removes it. */
 export async function recordWal(
   workload: (sessions: WorkloadSessions) => Promise<void>,
@@ -60,7 +66,7 @@ export async function recordWal(
   const directory = mkdtempSync(join(tmpdir(), 'strata-wal-'));
   const user = unprivilegedUser();
   const installation = reachableInstallation(
-    findInstallation({ pgBinDir: options.pgBinDir }),
+    findInstallation(options.pgBinDir === undefined ? chosenVersion() : { pgBinDir: options.pgBinDir }),
     user,
     join(directory, 'bin'),
   );

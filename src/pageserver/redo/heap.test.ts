@@ -5,12 +5,12 @@ import { test } from 'node:test';
 import type { TestContext } from 'node:test';
 
 import { concurrentWorkload, heapWorkload, logicalWorkload } from '../../../test/redo/heap-workload.ts';
+import { LOGICAL_TYPES, heapTypes } from '../../../test/redo/record-types.ts';
 import { recordWal } from '../../../test/redo/recorded-wal.ts';
 import type { RecordedWal, WorkloadSessions } from '../../../test/redo/recorded-wal.ts';
 import { formatLsn } from '../../postgres/lsn.ts';
 import { BLOCK_SIZE, PD_ALL_VISIBLE, pageFlags, pageSpecial } from '../../postgres/page.ts';
 import { FORK_MAIN, FORK_VM, blockInSegment, relationSegmentPath, segmentOfBlock } from '../../postgres/relation.ts';
-import { versionFacts } from '../../postgres/version.ts';
 import type { PgVersion } from '../../postgres/version.ts';
 import { WalError } from '../../postgres/wal/error.ts';
 import { WalReader } from '../../postgres/wal/reader.ts';
@@ -41,33 +41,6 @@ function assertEqualToPostgres(t: TestContext, report: VerifyReport, expectedTyp
   assert.deepEqual(missing, [], 'record types that the workload was to make');
   assert.equal(report.mismatches, 0);
   assert.equal(report.visibilityBitsLeft, 0);
-}
-
-const HEAP_TYPES = [
-  'Heap/INSERT',
-  'Heap/INSERT+INIT',
-  'Heap/DELETE',
-  'Heap/UPDATE',
-  'Heap/UPDATE+INIT',
-  'Heap/HOT_UPDATE',
-  'Heap/HEAP_CONFIRM',
-  'Heap/LOCK',
-  'Heap/INPLACE',
-  'Heap2/VISIBLE',
-  'Heap2/MULTI_INSERT',
-  'Heap2/MULTI_INSERT+INIT',
-  'Heap2/LOCK_UPDATED',
-  'Sequence/LOG',
-  'XLOG/FPI',
-];
-
-const LOGICAL_TYPES = ['Heap/TRUNCATE', 'Heap2/NEW_CID', 'Heap2/REWRITE', 'XLOG/FPI_FOR_HINT'];
-
-function heapTypes(version: PgVersion): string[] {
-  const prune = versionFacts(version).redo.pruneFreezeCombined
-    ? ['PRUNE_ON_ACCESS', 'PRUNE_VACUUM_SCAN', 'PRUNE_VACUUM_CLEANUP']
-    : ['PRUNE', 'VACUUM', 'FREEZE_PAGE'];
-  return [...HEAP_TYPES, ...prune.map((type) => `Heap2/${type}`)];
 }
 
 /** Compares heap and visibility-map pages with those in the files of a server that was shut down. */

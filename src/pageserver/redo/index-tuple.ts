@@ -186,7 +186,7 @@ const TYPE_NAMES: Readonly<Record<string, Readonly<Record<number, string>>>> = {
   Generic: { 0x00: 'Generic' },
 };
 
-/** Every record type of the index access methods that redo knows, as `resource manager/type`. */
+/** Every record type of the index access methods that redo knows, as `resource manager/type`; BRIN's "+INIT" is no type of its own here. */
 export function indexRecordTypes(): readonly string[] {
   return Object.entries(TYPE_NAMES).flatMap(([rmgr, types]) => Object.values(types).map((type) => `${rmgr}/${type}`));
 }

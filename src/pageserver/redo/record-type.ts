@@ -19,12 +19,13 @@ import {
   RM_TBLSPC,
   RM_XACT,
   RM_XLOG,
+  rmgrName,
 } from '../../postgres/rmgr.ts';
 import { versionFacts } from '../../postgres/version.ts';
 import type { PgVersion } from '../../postgres/version.ts';
 import { XLR_RMGR_INFO_MASK } from '../../postgres/wal/record.ts';
 import type { WalRecord } from '../../postgres/wal/record.ts';
-import { typeName } from './index-tuple.ts';
+import { indexRecordTypes, typeName } from './index-tuple.ts';
 
 const XACT_OPMASK = 0x70;
 const BRIN_INIT_PAGE = 0x80;
@@ -117,6 +118,17 @@ export function recordTypeName(record: WalRecord, version: PgVersion): string {
   if (record.rmid === RM_BRIN) return (info & BRIN_INIT_PAGE) === 0 ? typeName(record) : `${typeName(record)}+INIT`;
   const names = OTHER_NAMES[record.rmid];
   return names === undefined ? typeName(record) : (names[info] ?? hex(info));
+}
+
+/** Every type of record that the version has, as `resource manager/type`. */
+export function recordTypes(version: PgVersion): string[] {
+  const { pruneFreezeCombined, checkpointRedo } = versionFacts(version).redo;
+  const heap2 = pruneFreezeCombined ? HEAP2_COMBINED : HEAP2_SEPARATE;
+  const named = Object.entries({ ...OTHER_NAMES, [RM_XACT]: XACT_NAMES, [RM_HEAP2]: heap2 });
+  const types = named.flatMap(([rmid, names]) =>
+    Object.values(names).map((type) => `${rmgrName(Number(rmid))}/${type}`),
+  );
+  return [...types, ...indexRecordTypes()].filter((type) => checkpointRedo || type !== 'XLOG/CHECKPOINT_REDO');
 }
 
 function hex(info: number): string {
