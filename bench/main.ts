@@ -14,6 +14,7 @@ import { getPage } from './get-page.ts';
 import { idleMemory } from './idle-memory.ts';
 import { ingest } from './ingest.ts';
 import { formatTable, type Row } from './measure.ts';
+import { nestedBranches } from './nested-branches.ts';
 import { load } from './pgbench.ts';
 import { redo } from './redo.ts';
 import { BenchedPlatform } from './strata.ts';
@@ -45,6 +46,7 @@ const PART_QUESTIONS: Readonly<Record<string, (options: { readonly quick: boolea
   redo,
   ingest,
   'get-page': getPage,
+  'nested-branches': nestedBranches,
 };
 
 const { values } = parseArgs({

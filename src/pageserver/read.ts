@@ -13,6 +13,8 @@ import type { PgVersion } from '../postgres/version.ts';
 import { compareKeys, makeKey, KEY_KIND, relationSizeKey } from './key.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
 import { Chain } from './layers/chain.ts';
+import { firstHash, secondHash } from './layers/key-filter.ts';
+import type { KeyFilter } from './layers/key-filter.ts';
 import type { LayerMap } from './layers/layer-map.ts';
 import type { MemoryLayer } from './layers/memory-layer.ts';
 import type { PageCache } from './page-cache.ts';
@@ -34,6 +36,10 @@ export interface LineageStep {
   readonly history: History;
   /** The branch point of the step before; Infinity for the timeline that is read. */
   readonly endLsn: Lsn;
+  /** Of the keys that the history has up to endLsn; absent: it may have any. */
+  readonly filter?: KeyFilter;
+  /** The filter of this step and those after it up to (not including) step `next`. */
+  readonly group?: { readonly filter: KeyFilter; readonly next: number };
 }
 
 /** A timeline's history and those that it inherits, nearest first. */
@@ -60,7 +66,18 @@ export class HistoryReader {
     let owner: History | undefined;
     let ownerLsn: Lsn = 0;
     let base: Buffer | undefined;
-    for (const { history, endLsn } of lineage) {
+    const isFiltered = lineage.length > 2 && key.kind !== KEY_KIND.walIndex;
+    const first = isFiltered ? firstHash(key) : 0;
+    const second = isFiltered ? secondHash(key) : 0;
+    for (let i = 0; i < lineage.length; i++) {
+      const { history, endLsn, filter, group } = lineage[i]!;
+      if (isFiltered) {
+        if (group !== undefined && !group.filter.mayHave(first, second)) {
+          i = group.next - 1;
+          continue;
+        }
+        if (filter !== undefined && !filter.mayHave(first, second)) continue;
+      }
       const at = lsn < endLsn ? lsn : endLsn;
       const cached = this.#cache.find(history.number, key, at);
       if (cached !== undefined && cached.toLsn >= at) {

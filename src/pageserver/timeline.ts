@@ -29,8 +29,9 @@ import { layerPath } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerMap } from './layers/layer-map.ts';
 import { MemoryLayer } from './layers/memory-layer.ts';
+import { makeLineage } from './lineage.ts';
 import { LsnWaiters } from './lsn-waiters.ts';
-import type { History, HistoryReader, KeyImage, Lineage, LineageStep } from './read.ts';
+import type { History, HistoryReader, KeyImage, Lineage } from './read.ts';
 import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
 
@@ -317,7 +318,10 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   /** This timeline's history and what it inherits. */
   get lineage(): Lineage {
-    this.#lineage ??= this.#makeLineage();
+    this.#lineage ??= makeLineage(
+      this,
+      this.ancestry().map(({ timeline, endLsn }) => ({ history: timeline, endLsn })),
+    );
     return this.#lineage;
   }
 
@@ -481,22 +485,6 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   #layerFile(description: LayerDescription): LayerFile {
     return new LayerFile(layerPath(this.directory, description), description, this.#options.layerCache);
-  }
-
-  #makeLineage(): Lineage {
-    const steps: LineageStep[] = [{ history: this, endLsn: Infinity }];
-    for (const { timeline, endLsn } of this.ancestry()) {
-      // A timeline that has nothing up to the branch point, and never will, need not be visited.
-      if (timeline.lastRecordLsn < endLsn || timeline.#oldestValueLsn() <= endLsn) {
-        steps.push({ history: timeline, endLsn });
-      }
-    }
-    return steps;
-  }
-
-  #oldestValueLsn(): Lsn {
-    const oldest = this.#memoryLayers.findLast((layer) => !layer.isEmpty);
-    return Math.min(this.layerMap.oldestLsn, oldest?.lsnStart ?? Infinity);
   }
 
   /** The nearest ancestor that has not ingested yet what is inherited of it. */

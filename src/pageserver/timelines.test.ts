@@ -354,4 +354,35 @@ describe('timelines', () => {
     assert(performance.now() - startMs < 3000, 'a thousand timelines load in seconds');
     assert.equal(deepest.lineage.length, 2, 'ancestors without history of their own are not visited');
   });
+
+  test('hundreds of nested branches that each changed something are read through by looking into few of them', async () => {
+    const key = (blk: number): Key => relationBlockKey(1663, 5, 100, 0, blk);
+    await importRoot(1, [[key(0), Buffer.alloc(8192, 1)]]);
+    const model = new Map<number, number>([[0, 1]]);
+    for (let n = 2; n <= 301; n++) {
+      const parent = timelines.get(id(n - 1));
+      const timeline = await branch(n, n - 1, parent.lastRecordLsn);
+      const lsn = parent.lastRecordLsn + 8;
+      const blk = n % 100;
+      if (blk !== 0) model.set(blk, n % 256);
+      timeline.put(key(blk === 0 ? 100 : blk), lsn, encodeImage(Buffer.alloc(8192, n % 256)));
+      timeline.put(key(100_000 + n), lsn, encodeImage(Buffer.alloc(8192, n % 256)));
+      timeline.advance(lsn, lsn - 8);
+      if (n % 5 === 0) await timeline.flush();
+    }
+    const deepest = timelines.get(id(301));
+    let visits = 0;
+    for (const { history } of deepest.lineage) {
+      for (const source of [...history.memoryLayers, ...history.layerMap.all()]) {
+        const collect = source.collect.bind(source);
+        source.collect = (...args) => {
+          visits++;
+          return collect(...args);
+        };
+      }
+    }
+    for (const [blk, byte] of model) assert.equal(deepest.getImage(key(blk), deepest.lastRecordLsn)?.[0], byte);
+    assert.equal(deepest.getImage(key(100_002), deepest.lastRecordLsn)?.[0], 2);
+    assert(visits < 10 * model.size, `${visits} layers for ${model.size} reads`);
+  });
 });
