@@ -22,7 +22,10 @@ const CONNECT_TIMEOUT_MS = 10_000;
  * when it does not answer at all, we do.
  */
 const STATEMENT_TIMEOUT_MS = 20_000;
-const ANSWER_TIMEOUT_MS = 30_000;
+/** Beyond what was to be Postgres' own timeout. */
+const ANSWER_MARGIN_MS = 2_000;
+/** Of a sample of the activity. */
+const SAMPLE_TIMEOUT_MS = 3_000;
 
 export async function connectAdmin(address: AdminAddress, database = ADMIN_DATABASE): Promise<Client> {
   const client = new Client({
@@ -33,7 +36,7 @@ export async function connectAdmin(address: AdminAddress, database = ADMIN_DATAB
     application_name: ADMIN_APPLICATION,
     connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
     statement_timeout: STATEMENT_TIMEOUT_MS,
-    query_timeout: ANSWER_TIMEOUT_MS,
+    query_timeout: STATEMENT_TIMEOUT_MS + ANSWER_MARGIN_MS,
   });
   client.on('error', () => {}); // the next query on it reports the loss
   await client.connect();
@@ -95,12 +98,15 @@ export class ActivityMonitor {
   readonly #client: Client;
   #sessions: string | undefined;
   #lastActivityMs: number | undefined;
+  #isPrepared = false;
 
   constructor(client: Client) {
     this.#client = client;
   }
 
   async sample(): Promise<ActivitySample> {
+    if (!this.#isPrepared) await this.#client.query(`SET statement_timeout = ${SAMPLE_TIMEOUT_MS}`);
+    this.#isPrepared = true;
     const { rows } = await this.#client.query<{
       busy: number;
       walsenders: number;

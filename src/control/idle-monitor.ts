@@ -1,5 +1,6 @@
 /**
- * Suspends endpoints that are idle: samples every active compute now and then and acts on what suspend.ts decides.
+ * Suspends endpoints that are idle: samples every active compute now and then and acts on what suspend.ts decides. Endpoints do not wait for each other:
+ * one whose compute does not answer is looked at again when that look is over.
  */
 import type { ControlContext } from './context.ts';
 import type { Endpoints } from './endpoints.ts';
@@ -15,7 +16,8 @@ export class IdleMonitor {
   readonly #endpoints: Endpoints;
   readonly #lastActiveMs = new Map<string, number>();
   #timer: NodeJS.Timeout | undefined;
-  #round: Promise<void> | undefined;
+  /** By endpoint: looks that are not over. */
+  readonly #looks = new Map<string, Promise<void>>();
 
   constructor(context: ControlContext, endpoints: Endpoints) {
     this.#context = context;
@@ -24,25 +26,31 @@ export class IdleMonitor {
 
   start(intervalMs: number = POLL_INTERVAL_MS): void {
     this.#timer = setInterval(() => {
-      if (this.#round !== undefined) return;
-      this.#round = this.poll()
-        .catch((error: unknown) => this.#context.log.error({ err: error }, 'looking for idle endpoints failed'))
-        .finally(() => (this.#round = undefined));
+      this.poll().catch((error: unknown) =>
+        this.#context.log.error({ err: error }, 'looking for idle endpoints failed'),
+      );
     }, intervalMs);
     this.#timer.unref();
   }
 
   async close(): Promise<void> {
     clearInterval(this.#timer);
-    await this.#round;
+    await Promise.allSettled(this.#looks.values());
   }
 
-  /** One look at every active endpoint. */
+  /** One look at every active endpoint but those that an earlier look is still at. */
   async poll(): Promise<void> {
     const active = this.#endpoints.active();
     const ids = new Set(active.map((endpoint) => endpoint.id));
     for (const id of this.#lastActiveMs.keys()) if (!ids.has(id)) this.#lastActiveMs.delete(id);
-    await Promise.all(active.map((endpoint) => this.#look(endpoint)));
+    const free = active.filter((endpoint) => !this.#looks.has(endpoint.id));
+    await Promise.all(
+      free.map((endpoint) => {
+        const look = this.#look(endpoint).finally(() => this.#looks.delete(endpoint.id));
+        this.#looks.set(endpoint.id, look);
+        return look;
+      }),
+    );
   }
 
   async #look(endpoint: EndpointRow): Promise<void> {

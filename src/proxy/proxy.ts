@@ -358,25 +358,25 @@ function connectUnix(path: string): Promise<Socket> {
   });
 }
 
-/** Exactly `count` bytes, or undefined when the client goes first. */
-async function readBytes(socket: Socket, count: number): Promise<Buffer | undefined> {
-  if (count === 0) return Buffer.alloc(0);
-  for (;;) {
-    const bytes = socket.read(count) as Buffer | null;
-    if (bytes !== null) return bytes.length === count ? bytes : undefined;
-    if (socket.readableEnded || socket.destroyed) return undefined;
-    await new Promise<void>((resolve) => {
-      const done = (): void => {
-        socket.off('readable', done);
-        socket.off('end', done);
-        socket.off('close', done);
-        resolve();
-      };
-      socket.on('readable', done);
-      socket.on('end', done);
-      socket.on('close', done);
-    });
-  }
+/**
+ * Exactly `count` bytes, or undefined when the other side goes first. The listener stays for the whole wait: a new one is called at once while
+ * anything is buffered, and adding one again and again for the rest of a message would keep the event loop from ever reading that rest.
+ */
+function readBytes(socket: Socket, count: number): Promise<Buffer | undefined> {
+  if (count === 0) return Promise.resolve(Buffer.alloc(0));
+  return new Promise((resolve) => {
+    const finish = (bytes: Buffer | undefined): void => {
+      for (const event of ['readable', 'end', 'close']) socket.off(event, attempt);
+      resolve(bytes);
+    };
+    const attempt = (): void => {
+      const bytes = socket.read(count) as Buffer | null;
+      if (bytes !== null) finish(bytes.length === count ? bytes : undefined);
+      else if (socket.readableEnded || socket.destroyed) finish(undefined);
+    };
+    for (const event of ['readable', 'end', 'close']) socket.on(event, attempt);
+    attempt();
+  });
 }
 
 /** The packet without its length: code, then parameters. */
