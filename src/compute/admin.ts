@@ -51,8 +51,16 @@ function ownerGrants(pgVersion: PgVersion): readonly string[] {
   return grants;
 }
 
+/** Predefined roles by which files and programs of the server are reached, and so those of every other project. */
+const SERVER_ROLES = ['pg_read_server_files', 'pg_write_server_files', 'pg_execute_server_program'];
+
 /** The group of owners; once per template. */
 export async function createOwnerGroup(client: Client, pgVersion: PgVersion): Promise<void> {
+  if (pgVersion < 16) {
+    // Before 16 whoever may create roles may grant any role that is no superuser's (AddRoleMems in src/backend/commands/user.c). Being a superuser is not
+    // inherited: this keeps the roles from being granted, and gives nothing to anybody.
+    await client.query('UPDATE pg_authid SET rolsuper = true WHERE rolname = ANY ($1)', [SERVER_ROLES]);
+  }
   await client.query(`CREATE ROLE ${OWNER_GROUP} NOLOGIN`);
   await client.query(`GRANT ${ownerGrants(pgVersion).join(', ')} TO ${OWNER_GROUP} WITH ADMIN OPTION`);
 }

@@ -4,6 +4,7 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
+import { existsSync } from 'node:fs';
 import { connect } from 'node:net';
 import { after, before, describe, test } from 'node:test';
 import { PageClient } from '../../src/api/pages.ts';
@@ -224,6 +225,26 @@ describe('isolation', () => {
     assert.equal(await platform.psql('SELECT 1'), '1');
   });
 });
+
+const POSTGRES_15 = '/usr/lib/postgresql/15/bin';
+
+test(
+  'before 16 too, who may create roles cannot grant himself the server’s files and programs',
+  { skip: existsSync(POSTGRES_15) ? false : `there is no Postgres 15 in ${POSTGRES_15}` },
+  async () => {
+    const platform = await TestPlatform.start({ args: ['--pg-version', '15', '--pg-bin-dir', POSTGRES_15] });
+    try {
+      for (const role of ['pg_read_server_files', 'pg_write_server_files', 'pg_execute_server_program']) {
+        await assert.rejects(platform.psql(`GRANT ${role} TO CURRENT_USER`), /must be superuser/);
+        await assert.rejects(platform.psql(`CREATE ROLE mine IN ROLE ${role}`), /must be superuser/);
+      }
+      await assert.rejects(platform.psql("COPY (SELECT 1) TO PROGRAM 'id'"), /pg_execute_server_program/);
+      await platform.psql('CREATE ROLE app; GRANT app TO CURRENT_USER; GRANT pg_monitor TO app');
+    } finally {
+      await platform.destroy();
+    }
+  },
+);
 
 function packet(code: number, body: Buffer): Buffer {
   const header = Buffer.alloc(8);
