@@ -124,6 +124,33 @@ describe('with a loaded pgbench database', () => {
     assert.equal(seen, expected);
   });
 
+  test('after all of that, and from nothing again, amcheck finds no fault in any heap or B-tree', async () => {
+    const [postmaster] = platform.postmasters();
+    assert(postmaster !== undefined);
+    kill(postmaster.pid);
+    rmSync(dirname(postmaster.dataDir), { recursive: true, force: true });
+    await waitUntil(() => !isAlive(postmaster.pid), 'the postmaster is gone');
+    await platform.psql('SELECT 1');
+    const endpointId = /endpoint%3D([\w-]+)/.exec(platform.connectionString)?.[1] ?? '';
+    const admin = await platform.connectAdmin(endpointId);
+    try {
+      await admin.query('CREATE EXTENSION amcheck');
+      const indexes = await admin.query<{ name: string }>(
+        `SELECT c.oid::regclass::text AS name, bt_index_check(c.oid, heapallindexed => true)
+           FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_am AS a ON a.oid = c.relam
+          WHERE a.amname = 'btree' AND i.indisvalid AND c.relkind = 'i' AND c.relpersistence = 'p'`,
+      );
+      assert(indexes.rows.length > 100);
+      const faults = await admin.query(
+        `SELECT c.oid::regclass, fault.* FROM pg_class AS c, LATERAL verify_heapam(c.oid, check_toast => true) AS fault
+          WHERE c.relkind IN ('r', 't', 'm') AND c.relpersistence = 'p'`,
+      );
+      assert.deepEqual(faults.rows, []);
+    } finally {
+      await admin.end();
+    }
+  });
+
   test('SIGTERM stops everything cleanly and the next start has all the data', async () => {
     const before = await balances(platform);
     const pids = platform.descendants().map((process) => process.pid);
