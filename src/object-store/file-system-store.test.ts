@@ -26,7 +26,7 @@ testObjectStore('file system', {
   sortsAnyNames: true,
   isAtomic: true,
   largeSizeBytes: 3 * 1024 * 1024 + 17,
-  propertyRuns: 25,
+  propertyRuns: 15,
 });
 
 describe('file system store', () => {

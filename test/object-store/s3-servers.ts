@@ -8,7 +8,7 @@
  * - moto_server, where it is on the PATH: knows all of these.
  * - Any other: STRATA_TEST_S3_ENDPOINT and STRATA_TEST_S3_BUCKET, with credentials from the usual places. What the tests write is under a random prefix.
  */
-import { spawn, spawnSync } from 'node:child_process';
+import { spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdtempSync, rmSync } from 'node:fs';
@@ -52,6 +52,7 @@ export async function startS3rver(): Promise<S3Server> {
     cwd: import.meta.dirname,
     stdio: ['pipe', 'pipe', 'inherit'],
   });
+  killAtExit(child);
   const [port] = (await once(createInterface(child.stdout), 'line', { signal: AbortSignal.timeout(START_MS) })) as [
     string,
   ];
@@ -68,14 +69,14 @@ export async function startS3rver(): Promise<S3Server> {
   };
 }
 
-export function hasMoto(): boolean {
-  return spawnSync('moto_server', ['--help'], { stdio: 'ignore' }).status === 0;
-}
-
-export async function startMoto(): Promise<S3Server> {
+/** Undefined where it is not installed. */
+export async function startMoto(): Promise<S3Server | undefined> {
   const port = await freePort();
   const child = spawn('moto_server', ['-H', '127.0.0.1', '-p', String(port)], { stdio: 'ignore' });
-  await waitForPort(port);
+  let isGone = false;
+  child.once('exit', () => (isGone = true)).once('error', () => (isGone = true)); // there is no such program
+  killAtExit(child);
+  if (!(await waitForPort(port, () => isGone))) return undefined;
   const endpoint = `http://127.0.0.1:${port}`;
   const credentials = { accessKeyId: 'test', secretAccessKey: 'test' };
   const client = new S3Client({ endpoint, region: 'us-east-1', forcePathStyle: true, credentials });
@@ -100,6 +101,10 @@ export function namedServer(): S3Server | undefined {
   return { name: endpoint, endpoint, bucket, credentials: undefined, knows, stop: async () => {} };
 }
 
+function killAtExit(child: ChildProcess): void {
+  process.once('exit', () => child.kill('SIGKILL'));
+}
+
 async function stopChild(child: ChildProcess): Promise<void> {
   if (child.exitCode !== null || child.signalCode !== null) return;
   const exit = once(child, 'exit');
@@ -116,17 +121,17 @@ async function freePort(): Promise<number> {
   return port;
 }
 
-async function waitForPort(port: number): Promise<void> {
-  const deadline = Date.now() + START_MS;
-  for (;;) {
+/** Whether something listens there before `isGone`. */
+async function waitForPort(port: number, isGone: () => boolean): Promise<boolean> {
+  for (const deadline = Date.now() + START_MS; Date.now() < deadline; await sleep(50)) {
+    if (isGone()) return false;
     const socket = connect(port, '127.0.0.1');
     const isOpen = await once(socket, 'connect').then(
       () => true,
       () => false,
     );
     socket.destroy();
-    if (isOpen) return;
-    if (Date.now() > deadline) throw new Error(`nothing listens on port ${port} after ${START_MS} ms`);
-    await sleep(50);
+    if (isOpen) return true;
   }
+  throw new Error(`nothing listens on port ${port} after ${START_MS} ms`);
 }
