@@ -75,8 +75,9 @@ int files_make_all(const char *folder)
 		return 0;
 	const struct map_entry *entry;
 	for (uint32_t number = 0; (entry = map_entry_at(number)) != NULL; number++) {
-		if (entry->spc != spc || entry->db != db || atomic_load(map_name(entry)) != NAME_AT_START)
-			continue;
+		uint32_t name = atomic_load(map_name(entry));
+		if (entry->spc != spc || entry->db != db || name == NAME_MADE || name == NAME_GONE)
+			continue; /* one that is being made is waited for */
 		char path[PATH_MAX], segment[16] = "";
 		if (entry->segment > 0)
 			snprintf(segment, sizeof segment, ".%u", entry->segment);
