@@ -12,11 +12,13 @@ import {
   SimulatedAcceptor,
   type ToAcceptor,
 } from './simulated-acceptor.ts';
+import { NO_TRACE, type Trace } from './trace.ts';
 import { type ProposerWorld, SimulatedProposer } from './simulated-proposer.ts';
 
 const ACCEPTOR_COUNT = 3;
 const FAULTS_MS = 2_500;
 const HEALING_MS = 4_000;
+const HEALING_ROUNDS = 4;
 const MAX_PROPOSERS = 3;
 
 /** What goes wrong in a run, and how often. */
@@ -30,6 +32,8 @@ interface Faults {
   readonly powerCutRate: number;
   readonly partitionEveryMs: number;
   readonly newProposerEveryMs: number;
+  /** How often who wins an election, or has just started to write, reaches only one acceptor from then on. */
+  readonly isolationRate: number;
 }
 
 export interface RunResult {
@@ -38,14 +42,20 @@ export interface RunResult {
   readonly crashCount: number;
 }
 
+export interface RunOptions {
+  readonly bug?: Bug | undefined;
+  /** Called for each event, with the virtual time in milliseconds. */
+  readonly onEvent?: ((nowMs: number, who: string, what: string) => void) | undefined;
+}
+
 /** Throws a Violation that names the seed. */
-export function simulate(seed: number, bug?: Bug): RunResult {
-  const cluster = new Cluster(seed, bug);
+export function simulate(seed: number, options: RunOptions = {}): RunResult {
+  const cluster = new Cluster(seed, options);
   try {
     return cluster.run();
   } catch (error) {
     if (error instanceof Violation) {
-      error.message += ` (seed ${seed}, ${cluster.now} ms; repeat with SIMULATION_SEED=${seed})`;
+      error.message += ` (seed ${seed} at ${cluster.now} ms; see it with npm run simulate -- --from ${seed} --trace)`;
     }
     throw error;
   }
@@ -56,11 +66,12 @@ class Cluster implements AcceptorWorld, ProposerWorld {
   readonly random: Random;
   readonly invariants = new Invariants();
   readonly bug: Bug | undefined;
+  readonly trace: Trace;
   readonly #acceptors: SimulatedAcceptor[] = [];
   readonly #proposers = new Map<string, SimulatedProposer>();
   /** Connection → acceptor. */
   readonly #connections = new Map<string, number>();
-  /** Pairs that cannot reach each other, `proposer/acceptor`. */
+  /** Pairs that cannot reach each other, `proposer/acceptor`; the proposer may be `*`. */
   readonly #cut = new Set<string>();
   readonly #lastArrival = new Map<string, number>();
   #faults: Faults;
@@ -69,10 +80,13 @@ class Cluster implements AcceptorWorld, ProposerWorld {
   #crashCount = 0;
   #isHealing = false;
 
-  constructor(seed: number, bug: Bug | undefined) {
+  constructor(seed: number, options: RunOptions) {
+    const { bug, onEvent } = options;
     this.random = new Random(seed);
     this.bug = bug;
+    this.trace = onEvent === undefined ? NO_TRACE : (who, what) => onEvent(this.now, who, what());
     this.#faults = drawFaults(this.random);
+    this.trace('world', () => `faults: ${JSON.stringify(this.#faults)}`);
     for (let index = 0; index < ACCEPTOR_COUNT; index++) this.#acceptors.push(new SimulatedAcceptor(index, this));
   }
 
@@ -121,6 +135,11 @@ class Cluster implements AcceptorWorld, ProposerWorld {
     return [...this.#connections].filter(([, to]) => to === acceptor.index).map(([connection]) => connection);
   }
 
+  /** A proposer leads, or writes its first records: the worst moments to lose it. */
+  advanced(proposer: SimulatedProposer): void {
+    this.scheduler.after(this.random.pick([0, 0, this.random.between(0, 30)]), () => this.#isolate(proposer.name));
+  }
+
   logOf(acceptor: number): Buffer {
     return this.#acceptors[acceptor]!.disk.visible;
   }
@@ -141,7 +160,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
         delayMs = arrival - this.now;
       }
       this.scheduler.after(delayMs, () => {
-        if (!this.#cut.has(pair)) deliver();
+        if (!this.#cut.has(pair) && !this.#cut.has(`*/${acceptor}`)) deliver();
       });
     }
   }
@@ -153,6 +172,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
       this.#proposers.delete(oldest!.name);
     }
     const name = `p${this.#proposerCount++}`;
+    this.trace(name, () => 'starts');
     const all = this.#acceptors.map((acceptor) => acceptor.index);
     const members = this.bug === 'quorum-of-one' ? [this.random.pick(all)] : all;
     const proposer = new SimulatedProposer(name, members, this);
@@ -179,8 +199,27 @@ class Cluster implements AcceptorWorld, ProposerWorld {
   }
 
   #partition(): void {
+    if (this.random.chance(0.4)) {
+      const { index } = this.random.pick(this.#acceptors);
+      this.trace('network', () => `nobody can reach a${index}`);
+      this.#cutFor(`*/${index}`);
+      return;
+    }
     const [...names] = this.#proposers.keys();
     const pair = `${this.random.pick(names)}/${this.random.between(0, ACCEPTOR_COUNT - 1)}`;
+    this.trace('network', () => `${pair.replace('/', ' and a')} cannot reach each other`);
+    this.#cutFor(pair);
+  }
+
+  /** A leader that reaches one acceptor only leaves logs behind that a quorum never had. */
+  #isolate(name: string): void {
+    if (this.#isHealing || !this.random.chance(this.#faults.isolationRate)) return;
+    const reached = this.random.between(0, ACCEPTOR_COUNT - 1);
+    this.trace('network', () => `${name} reaches only a${reached}`);
+    for (const { index } of this.#acceptors) if (index !== reached) this.#cutFor(`${name}/${index}`);
+  }
+
+  #cutFor(pair: string): void {
     this.#cut.add(pair);
     this.scheduler.after(this.random.between(20, 600), () => this.#cut.delete(pair));
   }
@@ -194,23 +233,29 @@ class Cluster implements AcceptorWorld, ProposerWorld {
     });
   }
 
-  /** Faults stop: a new proposer must get through, and all logs become the same. */
+  /** Faults stop: one of the proposers, or a new one, must get through, and all logs become the same. */
   #heal(): void {
+    this.trace('world', () => 'faults stop');
     this.#isHealing = true;
     this.#faults = { ...this.#faults, dropRate: 0, duplicateRate: 0, isReordering: false, maxDelayMs: 3 };
     this.#cut.clear();
     for (const acceptor of this.#acceptors) if (!acceptor.isUp) acceptor.start();
-    for (const proposer of this.#proposers.values()) proposer.stop();
-    this.#proposers.clear();
+    if (this.random.chance(0.5)) {
+      for (const proposer of this.#proposers.values()) proposer.stop();
+      this.#proposers.clear();
+    }
     const before = this.invariants.committedEnd;
-    this.#startProposer();
-    this.scheduler.runUntil(this.now + HEALING_MS / 4);
-    // A term that an unlucky candidate left on one acceptor fences a leader once; whoever runs computes then starts another.
-    if ([...this.#proposers.values()].every((proposer) => proposer.isFenced)) this.#startProposer();
-    const last = [...this.#proposers.values()].at(-1);
-    this.scheduler.runUntil(this.now + HEALING_MS / 4);
-    this.invariants.check(last!.isEstablished, 'a proposer is established once faults have stopped');
-    this.invariants.check(last!.commitLsn > before, 'commits go on once faults have stopped');
+    for (let round = 0; round < HEALING_ROUNDS; round++) {
+      // Whoever runs computes starts another when one was fenced, as by a term that a candidate left and never led.
+      if ([...this.#proposers.values()].every((proposer) => proposer.isFenced)) this.#startProposer();
+      this.scheduler.runUntil(this.now + HEALING_MS / 2 / HEALING_ROUNDS);
+    }
+    const established = [...this.#proposers.values()].filter((proposer) => proposer.isEstablished);
+    if (this.bug !== 'quorum-of-one') {
+      this.invariants.check(established.length === 1, `${established.length} proposers lead once faults have stopped`);
+    }
+    const last = established.at(-1);
+    this.invariants.check(last !== undefined && last.commitLsn > before, 'commits go on once faults have stopped');
     last!.quiesce();
     this.scheduler.runUntil(this.now + HEALING_MS / 2);
     if (this.bug === 'quorum-of-one') return;
@@ -233,8 +278,9 @@ function drawFaults(random: Random): Faults {
     maxDelayMs: random.pick([2, 5, 20]),
     crashEveryMs: random.pick([Infinity, 40, 150, 400]),
     powerCutRate: random.pick([0, 0.5, 1]),
-    partitionEveryMs: random.pick([Infinity, 100, 300]),
-    newProposerEveryMs: random.pick([60, 150, 300, 900]),
+    partitionEveryMs: random.pick([Infinity, 50, 100, 300]),
+    newProposerEveryMs: random.pick([40, 80, 150, 300, 900]),
+    isolationRate: random.pick([0, 0.3, 0.7]),
   };
 }
 

@@ -1,15 +1,26 @@
 /** One safekeeper of the simulation: the real acceptor on a simulated disk, which crashes and comes back. */
-import { Acceptor, type AcceptorAction } from '../../src/consensus/acceptor.ts';
+import { Acceptor, type AcceptorAction, type AcceptorState } from '../../src/consensus/acceptor.ts';
 import type { AcceptorMessage, ProposerMessage } from '../../src/consensus/messages.ts';
 import type { Invariants } from './invariants.ts';
 import { findEnd, LOG_START, RecordBoundaries } from './log-records.ts';
 import type { Random } from './random.ts';
 import type { Scheduler } from './scheduler.ts';
 import { SimulatedDisk } from './simulated-disk.ts';
+import { describe, describeHistory, type Trace } from './trace.ts';
 
 /** A mistake made on purpose, to see that the simulation finds it. */
-export type Bug =
-  'acknowledge-before-sync' | 'vote-without-persisting' | 'skip-truncation' | 'flush-inside-record' | 'quorum-of-one';
+export const BUGS = [
+  'acknowledge-before-sync',
+  'count-old-term-acks',
+  'vote-without-persisting',
+  'skip-truncation',
+  'quorum-of-one',
+  'reuse-of-term',
+  'flush-inside-record',
+  'lost-control-file-rename',
+] as const;
+
+export type Bug = (typeof BUGS)[number];
 
 export type ToAcceptor =
   | { readonly kind: 'greeting' }
@@ -22,13 +33,14 @@ export type FromAcceptor =
   | AcceptorMessage;
 
 const MAX_IO_MS = 8;
-const READ_BYTES = 400;
+const READ_BYTES = 120;
 
 export interface AcceptorWorld {
   readonly scheduler: Scheduler;
   readonly random: Random;
   readonly invariants: Invariants;
   readonly bug: Bug | undefined;
+  readonly trace: Trace;
   reply(from: SimulatedAcceptor, to: string, message: FromAcceptor): void;
   /** Connections that were greeted here and may still be there. */
   connectionsOf(acceptor: SimulatedAcceptor): Iterable<string>;
@@ -37,6 +49,7 @@ export interface AcceptorWorld {
 export class SimulatedAcceptor {
   readonly index: number;
   readonly disk: SimulatedDisk;
+  readonly #name: string;
   readonly #world: AcceptorWorld;
   #acceptor: Acceptor<string> | undefined;
   /** Completions of I/O that belong to an earlier life are ignored. */
@@ -44,6 +57,7 @@ export class SimulatedAcceptor {
 
   constructor(index: number, world: AcceptorWorld) {
     this.index = index;
+    this.#name = `a${index}`;
     this.#world = world;
     this.disk = new SimulatedDisk(world.random, {
       term: 0,
@@ -72,11 +86,13 @@ export class SimulatedAcceptor {
       trackBoundaries: (startLsn) =>
         bug === 'flush-inside-record' ? new EveryByteABoundary(startLsn) : new RecordBoundaries(startLsn),
     });
+    this.#world.trace(this.#name, () => `starts: ${describeLog(state, endLsn)}`);
     invariants.restarted(this.index, endLsn);
     invariants.committedOn(this.index, this.disk.visible, state.commitLsn);
   }
 
   crash(isPowerCut: boolean): void {
+    this.#world.trace(this.#name, () => (isPowerCut ? 'loses power' : 'is killed'));
     this.#acceptor = undefined;
     this.#life++;
     if (isPowerCut) this.disk.cutPower();
@@ -86,6 +102,7 @@ export class SimulatedAcceptor {
   deliver(connection: string, message: ToAcceptor): void {
     const acceptor = this.#acceptor;
     if (acceptor === undefined) return;
+    this.#world.trace(this.#name, () => `hears ${connection}: ${describe(message)}`);
     if (message.kind === 'greeting') {
       this.#world.reply(this, connection, { kind: 'greeting-reply', term: acceptor.term });
     } else if (message.kind === 'read') {
@@ -95,6 +112,8 @@ export class SimulatedAcceptor {
         this.disk.visible.subarray(from, Math.min(from + READ_BYTES, acceptor.flushLsn - LOG_START)),
       );
       this.#world.reply(this, connection, { kind: 'read-reply', lsn: message.fromLsn, bytes });
+    } else if (this.#world.bug === 'reuse-of-term' && message.kind === 'vote' && message.term === acceptor.term) {
+      this.#voteAgain(acceptor, connection);
     } else {
       this.#perform(acceptor.receive(connection, message));
     }
@@ -110,10 +129,12 @@ export class SimulatedAcceptor {
       switch (action.kind) {
         case 'write': {
           const write = this.disk.write(action.beginLsn, action.chunks);
+          this.#world.trace(this.#name, () => `writes [${action.beginLsn}, ${action.beginLsn + write.bytes.length})`);
           this.#io(() => this.disk.sync(write), 'acknowledge-before-sync');
           break;
         }
         case 'truncate': {
+          this.#world.trace(this.#name, () => `cuts its log at ${action.lsn}`);
           invariants.truncated(this.index, action.lsn);
           const write = this.#world.bug === 'skip-truncation' ? undefined : this.disk.truncate(action.lsn);
           this.#io(() => write !== undefined && this.disk.sync(write));
@@ -124,8 +145,12 @@ export class SimulatedAcceptor {
             this.#complete();
             break;
           }
+          this.#world.trace(this.#name, () => `writes its control file: ${describeState(action.state)}`);
           this.disk.startPersist(action.state);
-          this.#io(() => this.disk.finishPersist(action.state));
+          this.#io(() => {
+            // Without an fsync of the folder the old file may be back after a power cut.
+            if (this.#world.bug !== 'lost-control-file-rename') this.disk.finishPersist(action.state);
+          });
           break;
         case 'send':
           if (action.message.kind === 'append-reply') invariants.acknowledged(this.index, action.message.flushLsn);
@@ -150,6 +175,12 @@ export class SimulatedAcceptor {
     }
   }
 
+  #voteAgain(acceptor: Acceptor<string>, connection: string): void {
+    const { term, flushLsn, commitLsn, history } = acceptor;
+    const reply: AcceptorMessage = { kind: 'vote-reply', term, granted: true, flushLsn, commitLsn, history };
+    this.#perform([{ kind: 'send', to: connection, message: reply }]);
+  }
+
   #io(finish: () => void, earlyBug?: Bug): void {
     const life = this.#life;
     const isEarly = earlyBug !== undefined && this.#world.bug === earlyBug;
@@ -164,6 +195,14 @@ export class SimulatedAcceptor {
   #complete(): void {
     if (this.#acceptor !== undefined) this.#perform(this.#acceptor.completed());
   }
+}
+
+function describeLog(state: AcceptorState, endLsn: number): string {
+  return `log to ${endLsn}, ${describeState(state)}`;
+}
+
+function describeState({ term, history, commitLsn }: AcceptorState): string {
+  return `term ${term}, committed ${commitLsn}, history ${describeHistory(history)}`;
 }
 
 class EveryByteABoundary {

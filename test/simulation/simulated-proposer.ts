@@ -5,8 +5,9 @@ import type { Invariants } from './invariants.ts';
 import { findEnd, LOG_START, makeRecord } from './log-records.ts';
 import type { Random } from './random.ts';
 import type { Scheduler } from './scheduler.ts';
-import type { FromAcceptor, ToAcceptor } from './simulated-acceptor.ts';
+import type { Bug, FromAcceptor, ToAcceptor } from './simulated-acceptor.ts';
 import { LOG_CAPACITY } from './simulated-disk.ts';
+import { describe, type Trace } from './trace.ts';
 
 const MAX_CHUNK_BYTES = 200;
 const MAX_IN_FLIGHT_BYTES = 1_500;
@@ -19,9 +20,13 @@ export interface ProposerWorld {
   readonly scheduler: Scheduler;
   readonly random: Random;
   readonly invariants: Invariants;
+  readonly bug: Bug | undefined;
+  readonly trace: Trace;
   /** Opens a connection to an acceptor, in place of an earlier one. */
   connect(proposer: SimulatedProposer, acceptor: number): string;
   send(connection: string, acceptor: number, message: ToAcceptor): void;
+  /** It leads now, or what it began with is committed. */
+  advanced(proposer: SimulatedProposer): void;
   /** The log of an acceptor as it is now: what Postgres would have got from the pageserver. */
   logOf(acceptor: number): Buffer;
 }
@@ -80,6 +85,7 @@ export class SimulatedProposer {
   }
 
   stop(): void {
+    this.#world.trace(this.name, () => 'stops');
     this.#stopped = true;
   }
 
@@ -87,11 +93,13 @@ export class SimulatedProposer {
     const peer = this.#connections.indexOf(connection);
     if (this.#stopped || peer < 0) return;
     this.#heardAt[peer] = this.#world.scheduler.now;
+    this.#world.trace(this.name, () => `hears a${this.#members[peer]}: ${describe(message)}`);
     if (message.kind === 'read-reply') return; // deliverRead
     if (message.kind === 'greeting-reply') {
       this.#perform(this.#state.greeted(peer, message.term));
     } else {
       this.#perform(this.#state.receive(peer, message));
+      if (this.#world.bug === 'count-old-term-acks') this.#countOldTermAcks();
       this.#pump(peer);
     }
   }
@@ -125,16 +133,29 @@ export class SimulatedProposer {
           break;
         case 'leading':
           invariants.leads(this.name, action.term);
+          this.#world.trace(this.name, () => `leads term ${action.term} from ${action.startLsn}`);
           this.#begin(action.startLsn);
+          this.#world.advanced(this);
           break;
         case 'committed':
           this.#committed(action.lsn);
           break;
         case 'fenced':
+          this.#world.trace(this.name, () => `is fenced by term ${action.term}`);
           this.#stopped = true;
           break;
       }
     }
+  }
+
+  /** The bug that the commit rule is there to avoid: what an older term left is called committed as soon as a quorum has it. */
+  #countOldTermAcks(): void {
+    if (this.#state.phase !== 'leading') return;
+    const acked = this.#members.map((_, peer) => this.#state.peer(peer).ackedLsn).sort((a, b) => b - a);
+    const lsn = acked[Math.floor(acked.length / 2)]!;
+    if (lsn < LOG_START || lsn >= this.#state.startLsn) return;
+    this.#world.trace(this.name, () => `commits up to ${lsn}, of an older term`);
+    this.#world.invariants.committed(this.name, this.#log, lsn, false);
   }
 
   #begin(startLsn: number): void {
@@ -147,7 +168,9 @@ export class SimulatedProposer {
 
   #committed(lsn: number): void {
     const { invariants, scheduler } = this.#world;
+    this.#world.trace(this.name, () => `commits up to ${lsn}`);
     invariants.committed(this.name, this.#log, lsn, this.#isStart);
+    if (this.#isStart) this.#world.advanced(this);
     this.#isStart = false;
     this.#memoryStart = Math.max(this.#memoryStart, Math.min(lsn, lsn - RETAINED_BYTES));
     scheduler.after(1, () => {
