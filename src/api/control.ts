@@ -6,6 +6,7 @@
  * Every method may reject with a StrataError; `unavailable` and `timeout` are tried again where that can help.
  */
 import type { Lsn } from '../postgres/lsn.ts';
+import type { TimelineSizes } from './pageserver.ts';
 import type { RunningCompute } from './wake.ts';
 
 /** A place in history: the state of a timeline with every record whose end is at or below `lsn`. */
@@ -22,7 +23,7 @@ export interface NewTimeline {
 }
 
 export interface TimelineStatus {
-  /** Where the timeline begins: its ancestor's LSN. Every LSN in [oldestLsn, newestLsn] can be read. */
+  /** Where the timeline begins, its ancestor's LSN, or later where its history is kept from. Every LSN in [oldestLsn, newestLsn] can be read. */
   readonly oldestLsn: Lsn;
   /** The last LSN that the pageserver has ingested. */
   readonly newestLsn: Lsn;
@@ -48,6 +49,10 @@ export interface Storage {
    */
   lsnForTimestamp(timelineId: string, timestampUs: number): Promise<Lsn | undefined>;
   status(timelineId: string): Promise<TimelineStatus>;
+  /** What each of these timelines takes; those that storage does not have are left out. */
+  sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]>;
+  /** How long the history of all branches of a project is kept. Windows that storage does not offer become the nearest that it does. */
+  setRetention(tenantId: string, retentionSeconds: number): Promise<void>;
 }
 
 export interface RoleSpec {

@@ -75,6 +75,35 @@ export interface LsnForTimestamp {
   readonly lsn: Lsn;
 }
 
+const HOUR_MS = 60 * 60_000;
+/** How long history is kept, for each project. */
+export const RETENTION_MS = { min: 6 * HOUR_MS, default: 7 * 24 * HOUR_MS, max: 30 * 24 * HOUR_MS } as const;
+
+export interface LsnLease {
+  /** Milliseconds since 1970. */
+  readonly expiresAtMs: number;
+}
+
+export interface TimelineSizes {
+  readonly timelineId: string;
+  /** Of all relations, as Postgres would count them. */
+  readonly logicalBytes: number;
+  /** Layers of the timeline itself. */
+  readonly historyBytes: number;
+  /** Not yet in layers. */
+  readonly memoryBytes: number;
+  /** Of logicalBytes, what is the ancestor's and was not changed. */
+  readonly sharedBytes: number;
+  readonly freedByDeletionBytes: number;
+  readonly childCount: number;
+  /** From here on everything can be read. */
+  readonly oldestLsn: Lsn;
+  /** The time whose state oldestLsn is, in milliseconds since 1970; absent while nothing was collected. */
+  readonly oldestTimeMs?: number;
+  /** How many points below oldestLsn or above are held by children and leases. */
+  readonly retainedLsns: number;
+}
+
 export interface PageserverClientOptions {
   readonly host: string;
   readonly port: number;
@@ -156,6 +185,29 @@ export class PageserverClient {
     const params = { timelineId, spc, db, rel, fork: number, blk, count, lsn };
     const { attachment } = await this.#rpc.call('getPages', params);
     return attachment ?? Buffer.alloc(0);
+  }
+
+  /**
+   * Holds `lsn` for `holder` (in the place of what it held before), so that all that can be read there stays. To be renewed well before it
+   * expires. `history-gone` when it cannot be read any more.
+   */
+  async leaseLsn(timelineId: string, lsn: Lsn, holder: string, signal?: AbortSignal): Promise<LsnLease> {
+    const options = signal === undefined ? {} : { signal };
+    return (await this.#rpc.call('leaseLsn', { timelineId, lsn, holder }, options)).result as LsnLease;
+  }
+
+  async releaseLsn(timelineId: string, holder: string): Promise<void> {
+    await this.#rpc.call('releaseLsn', { timelineId, holder });
+  }
+
+  /** Durable when it resolves. For all branches of a project; `bad-request` outside of 6 hours to 30 days. */
+  async setRetention(tenantId: string, retentionMs: number): Promise<void> {
+    await this.#rpc.call('setRetention', { tenantId, retentionMs });
+  }
+
+  /** Of those of the timelines that are here. */
+  async storageSizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]> {
+    return (await this.#rpc.call('storageSizes', { timelineIds })).result as TimelineSizes[];
   }
 
   /** Makes what is ingested durable in layers. */

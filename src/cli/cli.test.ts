@@ -8,7 +8,7 @@ import { World } from '../control/fake-world.ts';
 import { createApiServer } from '../control/server.ts';
 import { parsePoint } from './branches.ts';
 import { psqlEnvironment } from './connect.ts';
-import { formatAgo, formatDuration, formatTable } from './format.ts';
+import { formatAgo, formatBytes, formatDuration, formatTable } from './format.ts';
 import { runCli } from './program.ts';
 import type { StartOptions } from './start.ts';
 
@@ -386,6 +386,7 @@ test('connection strings become libpq’s environment', () => {
 
 test('tables line up, times are for people', () => {
   assert.equal(formatTable(['A', 'BB'], [['xxx', 'y']]), 'A    BB\nxxx  y');
+  assert.deepEqual([512, 1234, 45_600_000, 999_999].map(formatBytes), ['512 B', '1.23 kB', '45.6 MB', '1.00 MB']);
   assert.equal(formatDuration(999), 'less than a second');
   assert.equal(formatDuration(61_000), '1 minute');
   assert.equal(formatDuration(2 * 24 * 3600_000 + 5), '2 days');

@@ -41,3 +41,16 @@ export function formatAgo(timestamp: string | undefined, nowMs: number): string 
   const ageMs = nowMs - Date.parse(timestamp);
   return ageMs < SECOND_MS ? 'just now' : `${formatDuration(ageMs)} ago`;
 }
+
+/** To three digits: 512 B, 1.23 MB, 45.6 GB; powers of 1000. */
+export function formatBytes(bytes: number): string {
+  const units = ['B', 'kB', 'MB', 'GB', 'TB', 'PB'];
+  let value = bytes;
+  let unit = 0;
+  while (value >= 999.5 && unit < units.length - 1) {
+    value /= 1000;
+    unit++;
+  }
+  const digits = unit === 0 || value >= 99.95 ? 0 : value >= 9.995 ? 1 : 2;
+  return `${value.toFixed(digits)} ${units[unit]}`;
+}

@@ -13,6 +13,7 @@ import { CliError } from './errors.ts';
 import { projectsCommand } from './projects.ts';
 import { type StartOptions, startCommand } from './start.ts';
 import { statusCommand } from './status.ts';
+import { storageCommand } from './storage.ts';
 import { walCommand, type WalTools } from './wal.ts';
 
 export interface CliOptions {
@@ -42,6 +43,7 @@ export async function runCli(commandLine: readonly string[], options: CliOptions
     .addCommand(projectsCommand(context))
     .addCommand(branchesCommand(context))
     .addCommand(endpointsCommand(context))
+    .addCommand(storageCommand(context))
     .addCommand(connectionStringCommand(context))
     .addCommand(psql);
   if (options.wal !== undefined) program.addCommand(walCommand(context, options.wal, (code) => (exitCode = code)));

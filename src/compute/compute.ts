@@ -14,6 +14,7 @@ import type { Client } from 'pg';
 import type { ActivitySample, CatalogSpec, ComputeSpec } from '../api/control.ts';
 import type { PageserverClient } from '../api/pageserver.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
+import { toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
@@ -21,6 +22,7 @@ import { ActivityMonitor, applyCatalog, connectAdmin } from './admin.ts';
 import { keepCache, newInstance, takeCache } from './cache.ts';
 import { refreshDataDirectory, writeDataDirectory } from './data-directory.ts';
 import type { PostgresInstallation, UnixUser } from './installation.ts';
+import { LsnLease } from './lsn-lease.ts';
 import { PostgresProcess } from './postgres-process.ts';
 import { electProposer, type Proposer } from './proposer.ts';
 import { ADMIN_ROLE, PROPOSER_NAME } from './settings.ts';
@@ -63,6 +65,7 @@ export class Compute {
   readonly #postgres: PostgresProcess;
   readonly #proposer: Proposer;
   readonly #walPush: WalPush;
+  readonly #lease: LsnLease;
   #monitor: { readonly client: Client; readonly activity: ActivityMonitor } | undefined;
   #isStopping = false;
   #resolveExited: (reason: string | undefined) => void = () => {};
@@ -71,13 +74,14 @@ export class Compute {
 
   private constructor(
     options: ComputeOptions,
-    parts: { instanceDir: string; postgres: PostgresProcess; proposer: Proposer; walPush: WalPush },
+    parts: { instanceDir: string; postgres: PostgresProcess; proposer: Proposer; walPush: WalPush; lease: LsnLease },
   ) {
     this.#options = options;
     this.#instanceDir = parts.instanceDir;
     this.#postgres = parts.postgres;
     this.#proposer = parts.proposer;
     this.#walPush = parts.walPush;
+    this.#lease = parts.lease;
     this.exited = new Promise((resolve) => (this.#resolveExited = resolve));
     this.#watch();
   }
@@ -125,8 +129,8 @@ export class Compute {
           log,
         }),
       );
-      const { instanceDir, postgres, isKept } = instance;
-      const compute = new Compute(options, { instanceDir, postgres, proposer, walPush });
+      const { instanceDir, postgres, isKept, lease } = instance;
+      const compute = new Compute(options, { instanceDir, postgres, proposer, walPush, lease });
       if (spec.catalog !== undefined) await times.lap('catalog', compute.applyCatalog(spec.catalog));
       signal.throwIfAborted();
       log.info({ startLsn: formatLsn(proposer.startLsn), term: proposer.term, isKept, ...times.laps }, 'compute is up');
@@ -200,6 +204,7 @@ export class Compute {
   #watch(): void {
     this.#proposer.once('fenced', (term) => this.#die(`another compute leads this branch (term ${term})`));
     if (this.#proposer.fenced) this.#die('another compute leads this branch');
+    void this.#lease.lost.then((reason) => this.#die(`its pages are no longer kept: ${reason}`));
     void this.#walPush.closed.then((reason) => this.#die(`the WAL stream ended: ${reason}`));
     void this.#postgres.exited.then(({ code, signal }) => {
       this.#die(signal === null ? `Postgres exited with code ${code}` : `Postgres was killed by ${signal}`);
@@ -215,6 +220,7 @@ export class Compute {
   }
 
   async #close(): Promise<void> {
+    this.#lease.release();
     await this.#walPush.close();
     await this.#proposer.close();
   }
@@ -231,6 +237,8 @@ interface Instance {
   readonly instanceDir: string;
   readonly isKept: boolean;
   readonly postgres: PostgresProcess;
+  /** On the LSN at which absent pages are fetched. */
+  readonly lease: LsnLease;
 }
 
 /** At `lsn`; undefined: wherever the kept cache ends, or else the pageserver. Nothing is left running when it throws. */
@@ -242,7 +250,6 @@ async function startInstance(
 ): Promise<Instance> {
   const { installation, user } = options.environment;
   const directory = await times.lap('directory', prepareDirectory(options, lsn, signal));
-  signal.throwIfAborted();
   const process = {
     installation,
     dataDir: join(directory.instanceDir, 'data'),
@@ -250,12 +257,19 @@ async function startInstance(
     user,
     env: shimEnvironment(options, directory.instanceDir),
   };
-  const postgres = await times.lap('postgres', PostgresProcess.start(process, signal));
-  return { ...directory, postgres };
+  try {
+    signal.throwIfAborted();
+    const postgres = await times.lap('postgres', PostgresProcess.start(process, signal));
+    return { ...directory, postgres };
+  } catch (error) {
+    directory.lease.release();
+    throw error;
+  }
 }
 
 /** Its directory is no cache (takeCache took the mark away): the next one puts it aside. */
 async function discard(instance: Instance | undefined): Promise<void> {
+  instance?.lease.release();
   instance?.postgres.kill();
   await instance?.postgres.exited;
 }
@@ -273,14 +287,23 @@ async function prepareDirectory(
   const token = await signToken(platformSecret, { scope: 'timeline', timelineId });
   const settings = { pgVersion: installation.pgVersion, socketDir };
   const common = { timelineId, user, token, settings };
-  if (kept !== undefined && refreshDataDirectory({ ...common, instanceDir: kept.instanceDir })) {
-    return { lsn: kept.endLsn, instanceDir: kept.instanceDir, isKept: true };
+  const leaseAt = (fetchLsn: Lsn): Promise<LsnLease> =>
+    LsnLease.take(pageserver, timelineId, fetchLsn, { signal, log: options.log });
+  if (kept !== undefined) {
+    const fetchLsn = refreshDataDirectory({ ...common, instanceDir: kept.instanceDir });
+    const lease = fetchLsn === undefined ? undefined : await leaseAt(fetchLsn).catch(unlessGone);
+    if (lease !== undefined) return { lsn: kept.endLsn, instanceDir: kept.instanceDir, isKept: true, lease };
   }
   const basebackup = await pageserver.basebackup(timelineId, lsn, BASEBACKUP_TIMEOUT_MS, signal);
   signal.throwIfAborted();
   const instanceDir = newInstance(cacheDir);
   writeDataDirectory({ ...common, instanceDir }, basebackup);
-  return { lsn: basebackup.lsn, instanceDir, isKept: false };
+  return { lsn: basebackup.lsn, instanceDir, isKept: false, lease: await leaseAt(basebackup.lsn) };
+}
+
+/** A cache whose absent pages are no longer kept is of no use. */
+function unlessGone(error: unknown): undefined {
+  if (toStrataError(error).code !== 'history-gone') throw error;
 }
 
 function shimEnvironment(options: ComputeOptions, instanceDir: string): Record<string, string> {

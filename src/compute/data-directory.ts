@@ -21,7 +21,7 @@ import { join } from 'node:path';
 import type { Basebackup } from '../api/basebackup.ts';
 import { decodeControlFile, CONTROL_FILE_PATH } from '../postgres/control-file.ts';
 import { forgeShutdownCheckpoint } from '../postgres/forge-checkpoint.ts';
-import { WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
+import { type Lsn, WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
 import type { PgVersion } from '../postgres/version.ts';
 import type { SparseSegment } from '../postgres/wal/writer.ts';
 import type { UnixUser } from './installation.ts';
@@ -79,14 +79,14 @@ export function writeDataDirectory(target: InstanceTarget, basebackup: Basebacku
 }
 
 /**
- * Makes a kept instance ready for another start: configuration and token anew, claims on pages that were cut short released. False when it
- * cannot be used.
+ * Makes a kept instance ready for another start: configuration and token anew, claims on pages that were cut short released. Gives the LSN at
+ * which its absent pages are fetched; undefined when it cannot be used.
  */
-export function refreshDataDirectory(target: InstanceTarget): boolean {
+export function refreshDataDirectory(target: InstanceTarget): Lsn | undefined {
   const reuse = reusePageMap(join(target.instanceDir, 'pages.map'), { timelineId: target.timelineId });
-  if (reuse.kind === 'unusable') return false;
+  if (reuse.kind === 'unusable') return undefined;
   writeConfiguration(target, new OwnedFiles(target.user));
-  return true;
+  return reuse.map.startLsn;
 }
 
 function writeConfiguration(target: InstanceTarget, owned: OwnedFiles): void {

@@ -18,6 +18,7 @@ import type {
   Storage,
   TimelineStatus,
 } from '../api/control.ts';
+import type { TimelineSizes } from '../api/pageserver.ts';
 import type { RunningCompute } from '../api/wake.ts';
 import { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
@@ -35,6 +36,7 @@ interface FakeTimeline {
 }
 
 export class FakeStorage implements Storage {
+  readonly retentions = new Map<string, number>();
   readonly timelines = new Map<string, FakeTimeline>();
   /** Thrown by the next calls of createTimeline and deleteTimeline, in order. */
   readonly failures: Error[] = [];
@@ -93,6 +95,20 @@ export class FakeStorage implements Storage {
   async status(timelineId: string): Promise<TimelineStatus> {
     const timeline = this.#get(timelineId);
     return { oldestLsn: timeline.ancestor?.lsn ?? 0, newestLsn: timeline.head, logicalSizeBytes: 7_654_321 };
+  }
+
+  async sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]> {
+    return timelineIds.map((timelineId) => {
+      const oldestLsn = this.#get(timelineId).ancestor?.lsn ?? 0;
+      const childCount = [...this.timelines.values()].filter((each) => each.ancestor?.timelineId === timelineId).length;
+      const bytes = { logicalBytes: 7_654_321, historyBytes: 1000, memoryBytes: 10, sharedBytes: 7_000_000 };
+      const freedByDeletionBytes = childCount === 0 ? 1000 : 0;
+      return { timelineId, ...bytes, freedByDeletionBytes, childCount, oldestLsn, retainedLsns: childCount };
+    });
+  }
+
+  async setRetention(tenantId: string, retentionSeconds: number): Promise<void> {
+    this.retentions.set(tenantId, retentionSeconds);
   }
 
   /** A commit on the timeline; returns its LSN. */

@@ -149,6 +149,18 @@ test('names of branch, role and database can be chosen', async () => {
   assert.equal(at(created, 'project', 'name'), at(created, 'project', 'id'));
 });
 
+test('what branches take is shown, and storage learns how long history is kept', async () => {
+  await using api = new Api();
+  const created = await api.ok(201, 'POST', '/projects', { project: { history_retention_seconds: 86_400 } });
+  const projectId = String(at(created, 'project', 'id'));
+  const { branches } = await api.ok(200, 'GET', `/projects/${projectId}/storage`);
+  const names = 'branch_id name logical_size history_size shared_with_parent_size freed_by_deletion_size oldest_lsn';
+  for (const field of names.split(' ')) assert.notEqual(at(branches, 0, field), undefined, field);
+  assert.deepEqual([...api.world.storage.retentions.values()], [86_400]);
+  await api.ok(200, 'PATCH', `/projects/${projectId}`, { project: { history_retention_seconds: 172_800 } });
+  assert.deepEqual([...api.world.storage.retentions.values()], [172_800]);
+});
+
 test('what is wrong with a request is said with its value', async () => {
   await using api = new Api();
   const post = async (words: string[], body: unknown) => api.refused(400, words, 'POST', '/projects', body);

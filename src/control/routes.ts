@@ -104,6 +104,9 @@ function registerProjects(api: FastifyInstance, control: Control): void {
     { schema: { body: schemas.projectCreateBody } },
     async (request, reply) => {
       const created = await projects.create(request.body.project);
+      if (request.body.project.history_retention_seconds !== undefined) {
+        await context.storage.setRetention(created.project.tenant_id, created.project.history_retention_seconds);
+      }
       return reply.code(201).send({
         project: show(created.project),
         connection_uris: connectionDetails(control, created.endpoint),
@@ -123,8 +126,27 @@ function registerProjects(api: FastifyInstance, control: Control): void {
   api.patch<{ Params: ProjectParams; Body: { project: ProjectUpdateOptions } }>(
     '/projects/:project',
     { schema: { body: schemas.projectUpdateBody } },
-    (request) => ({ project: show(projects.update(request.params.project, request.body.project)), operations: [] }),
+    async (request) => {
+      const row = projects.update(request.params.project, request.body.project);
+      if (request.body.project.history_retention_seconds !== undefined) {
+        await context.storage.setRetention(row.tenant_id, row.history_retention_seconds);
+      }
+      return { project: show(row), operations: [] };
+    },
   );
+
+  // Not Neon's: what each branch takes.
+  api.get<{ Params: ProjectParams }>('/projects/:project/storage', async (request) => {
+    const rows = control.branches.all(projects.get(request.params.project).id);
+    const sizes = await context.storage.sizes(rows.map((row) => row.timeline_id));
+    const byTimeline = new Map(sizes.map((each) => [each.timelineId, each]));
+    return {
+      branches: rows.flatMap((row) => {
+        const each = byTimeline.get(row.timeline_id);
+        return each === undefined ? [] : [shapes.branchStorage(row, each)];
+      }),
+    };
+  });
 
   api.delete<{ Params: ProjectParams }>('/projects/:project', (request) => ({
     project: show(projects.delete(request.params.project)),

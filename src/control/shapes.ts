@@ -2,6 +2,7 @@
  * Rows as the API shows them: Neon's entities, every required field, plus those optional ones that we know.
  * What Strata does not count (billing figures) is 0; what it does not limit is shown as the largest value that clients take.
  */
+import type { TimelineSizes } from '../api/pageserver.ts';
 import type { BranchRow, DatabaseRow, EndpointRow, OperationRow, ProjectRow, RoleRow } from './state.ts';
 import type { ControlConfig } from './context.ts';
 import { formatLsn } from '../postgres/lsn.ts';
@@ -160,4 +161,20 @@ export function operation(row: OperationRow) {
 
 function optionalTime<Name extends string>(name: Name, timeMs: number | null): { [key in Name]?: string } {
   return (timeMs === null ? {} : { [name]: formatTimestampMs(timeMs) }) as { [key in Name]?: string };
+}
+
+/** Not Neon's: what a branch takes, in bytes. */
+export function branchStorage(row: BranchRow, sizes: TimelineSizes): object {
+  return {
+    branch_id: row.id,
+    name: row.name,
+    ...(row.parent_id === null ? {} : { parent_id: row.parent_id }),
+    logical_size: sizes.logicalBytes,
+    history_size: sizes.historyBytes,
+    unwritten_size: sizes.memoryBytes,
+    shared_with_parent_size: sizes.sharedBytes,
+    freed_by_deletion_size: sizes.freedByDeletionBytes,
+    oldest_lsn: formatLsn(sizes.oldestLsn),
+    ...(sizes.oldestTimeMs === undefined ? {} : { oldest_timestamp: new Date(sizes.oldestTimeMs).toISOString() }),
+  };
 }

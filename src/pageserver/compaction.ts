@@ -32,6 +32,8 @@ export class Compaction {
   readonly #options: CompactionOptions;
   readonly #waiting = new Set<Timeline>();
   #running: Promise<void> | undefined;
+  /** The merge that was asked for last. */
+  #last: Promise<unknown> = Promise.resolve();
   #isClosed = false;
 
   constructor(options: CompactionOptions) {
@@ -48,6 +50,7 @@ export class Compaction {
   /** Resolves when no merge is under way or wanted. */
   async settled(): Promise<void> {
     while (this.#running !== undefined) await this.#running;
+    await this.#last;
   }
 
   /** No merge begins any more; the one under way ends with its timeline. */
@@ -56,22 +59,25 @@ export class Compaction {
     this.#waiting.clear();
   }
 
-  /** Merges these runs of the timeline into one. */
-  async merge(timeline: Timeline, runs: readonly LayerRun[]): Promise<void> {
-    const cancel = new Int32Array(new SharedArrayBuffer(4));
-    const work = (): Promise<void> => this.#merge(timeline, runs, cancel);
-    await timeline.inBackground(work, () => Atomics.store(cancel, 0, 1));
+  /** Merges runs of the timeline into one, when it is its turn: those that `choose` then takes of all runs, oldest first. False when it takes none. */
+  merge(timeline: Timeline, choose: (runs: readonly LayerRun[]) => readonly LayerRun[] | undefined): Promise<boolean> {
+    const merged = this.#last.then(async () => {
+      const runs = timeline.isStopped || this.#isClosed ? undefined : choose(deltaRuns(timeline.index.layers));
+      if (runs === undefined || runs.length === 0) return false;
+      const cancel = new Int32Array(new SharedArrayBuffer(4));
+      const work = (): Promise<void> => this.#merge(timeline, runs, cancel);
+      await timeline.inBackground(work, () => Atomics.store(cancel, 0, 1));
+      return true;
+    });
+    this.#last = merged.catch(() => {});
+    return merged;
   }
 
   async #run(): Promise<void> {
     for (const timeline of this.#waiting) {
       this.#waiting.delete(timeline);
       try {
-        for (;;) {
-          const runs = timeline.isStopped ? undefined : planMerge(deltaRuns(timeline.index.layers));
-          if (runs === undefined || this.#isClosed) break;
-          await this.merge(timeline, runs);
-        }
+        while (await this.merge(timeline, planMerge));
       } catch (error) {
         if (error instanceof MergeCancelled || timeline.isStopped) continue;
         this.#options.log.error({ timelineId: timeline.timelineId, err: error }, 'compaction failed');

@@ -6,6 +6,8 @@ import { serveRpc } from '../base/rpc.ts';
 import { signToken } from '../base/token.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
 import { ThreadCompactor } from './compactor.ts';
+import { Indexed, lsnAtTime } from './indexed-timeline.ts';
+import type { IndexTails } from './indexed-timeline.ts';
 import { pageserverMethods } from './methods.ts';
 import { PageService } from './page-service.ts';
 import { replayValue } from './replay.ts';
@@ -37,6 +39,7 @@ export interface Pageserver {
 /** How long a predecessor that was just killed may take to let go of the data directory. */
 const LOCK_WAIT_MS = 5_000;
 const FLUSH_CHECK_MS = 10_000;
+const GARBAGE_PERIOD_MS = 10 * 60_000;
 
 /** Resolves when the pageserver accepts connections. Throws `conflict` when another process has the data directory. */
 export async function runPageserver(config: PageserverConfig): Promise<Pageserver> {
@@ -46,7 +49,14 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
   try {
     const limits = config.limits ?? {};
     const compactor = new ThreadCompactor();
-    const timelines = await Timelines.open(dataDir, { replay: replayValue, log, limits, compactor });
+    const tails: IndexTails = { indexTail: (timelineId) => receiver.indexTail(timelineId) };
+    const timelines = await Timelines.open(dataDir, {
+      replay: replayValue,
+      log,
+      limits,
+      compactor,
+      lsnAt: (timeline, timeMs) => lsnAtTime(new Indexed(timeline, tails), timeMs),
+    });
     const token = await signToken(secret, { scope: 'platform' });
     const receiver = new WalReceiver({ safekeepers, token, timelines, log });
     const rpc = await serveRpc({
@@ -61,6 +71,7 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
     const pages = await PageService.start({ host, port: config.pagePort, secret, timelines, log });
     receiver.start();
     const flushTimer = setInterval(() => timelines.flushAged(), FLUSH_CHECK_MS);
+    const garbageTimer = setInterval(() => void timelines.garbage.run(timelines.all()), GARBAGE_PERIOD_MS);
     const timelineCount = [...timelines.all()].length;
     const tookMs = Math.round(performance.now() - startMs);
     log.info({ rpcPort: rpc.port, pagePort: pages.port, timelineCount, tookMs }, 'pageserver is ready');
@@ -69,6 +80,7 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
       pagePort: pages.port,
       close: async () => {
         clearInterval(flushTimer);
+        clearInterval(garbageTimer);
         await Promise.all([rpc.close(), pages.close()]);
         await receiver.stop();
         await timelines.close();

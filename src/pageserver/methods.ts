@@ -5,8 +5,10 @@ import type {
   ImportTimelineRequest,
   ListedTimeline,
   LsnForTimestamp,
+  LsnLease,
   PageserverTimelineStatus,
   ResolvedLsn,
+  TimelineSizes,
 } from '../api/pageserver.ts';
 import { encodeBasebackup } from '../api/basebackup.ts';
 import type { TimelineIdentity } from '../api/safekeeper.ts';
@@ -19,10 +21,11 @@ import type { Lsn } from '../postgres/lsn.ts';
 import { takeBasebackup } from './basebackup.ts';
 import { ImportError, importDataDirectory, inspectDataDirectory } from './import.ts';
 import { WalIndexError } from './ingest/wal-index.ts';
-import type { WalIndexChunk } from './ingest/wal-index.ts';
 import { lsnForTimestamp, resolveLsn } from './ingest/wal-search.ts';
 import type { IndexedTimeline } from './ingest/wal-search.ts';
+import { Indexed } from './indexed-timeline.ts';
 import { CONTROL_FILE_KEY } from './key.ts';
+import { sizesOf } from './storage-sizes.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
 import type { WalReceiver } from './wal-receiver.ts';
@@ -111,7 +114,7 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       const { tenantId, pgVersion } = timeline;
       const { startLsn } = timeline.index;
       await timeline.waitLsn(startLsn, ANCESTOR_WAIT_MS, signal);
-      const controlFile = timeline.getImage(CONTROL_FILE_KEY, startLsn);
+      const controlFile = timeline.getImage(CONTROL_FILE_KEY, timeline.lastRecordLsn);
       if (controlFile === undefined) throw new StrataError('internal', `timeline ${timelineId} has no control file`);
       const systemId = decodeControlFile(controlFile).systemId.toString();
       const result: TimelineIdentity = { tenantId, timelineId, startLsn, pgVersion, systemId };
@@ -131,14 +134,18 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
     },
 
     resolveLsn({ timelineId, lsn }: LsnParams): RpcReply {
-      const { startLsn, endLsn } = resolved(indexed(timelines.get(timelineId)), lsn);
+      const timeline = timelines.get(timelineId);
+      const { startLsn, endLsn } = resolved(indexed(timeline), lsn);
+      timeline.assertReadable(endLsn);
       const result: ResolvedLsn = { lsn: endLsn, prevRecordLsn: startLsn };
       return { result };
     },
 
     lsnForTimestamp({ timelineId, timestampUs }: TimelineParams & { timestampUs: number }): RpcReply {
-      const timeline = indexed(timelines.get(timelineId));
-      const result: LsnForTimestamp = lsnForTimestamp(timeline, timestampUs - UNIX_TO_POSTGRES_EPOCH_US);
+      const timeline = timelines.get(timelineId);
+      const found = lsnForTimestamp(indexed(timeline), timestampUs - UNIX_TO_POSTGRES_EPOCH_US);
+      const { oldestLsn } = timeline;
+      const result: LsnForTimestamp = found.lsn < oldestLsn ? { kind: 'past', lsn: oldestLsn } : found;
       return { result };
     },
 
@@ -164,11 +171,45 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       if (!(count > 0 && count <= PAGES_MAX))
         throw new StrataError('bad-request', `${count} pages cannot be read at once`);
       const timeline = timelines.get(timelineId);
-      if (lsn < timeline.oldestLsn) {
-        throw new StrataError('history-gone', `the oldest LSN that can be read is ${formatLsn(timeline.oldestLsn)}`);
-      }
       await timeline.waitLsn(lsn, ANCESTOR_WAIT_MS, signal);
       return { result: {}, attachment: timeline.getPages(params, blk, count, lsn) };
+    },
+
+    /** Holds an LSN for `holder`, so that garbage collection leaves all that can be read there. */
+    leaseLsn({ timelineId, lsn, holder }: LsnParams & { holder: string }): RpcReply {
+      const timeline = timelines.get(timelineId);
+      timeline.assertReadable(lsn);
+      const result: LsnLease = { expiresAtMs: timelines.leases.take(timeline.ownerOf(lsn).timelineId, holder, lsn) };
+      return { result };
+    },
+
+    releaseLsn({ timelineId, holder }: TimelineParams & { holder: string }): RpcReply {
+      const timeline = timelines.find(timelineId);
+      if (timeline === undefined) return { result: {} };
+      for (const each of [timeline, ...timeline.ancestors()]) timelines.leases.release(each.timelineId, holder);
+      return { result: {} };
+    },
+
+    setRetention({ tenantId, retentionMs }: { tenantId: string; retentionMs: number }): RpcReply {
+      timelines.retention.set(tenantId, retentionMs);
+      return { result: {} };
+    },
+
+    async collectGarbage(): Promise<RpcReply> {
+      if (!timelines.garbage.isAllowed) {
+        throw new StrataError('unavailable', 'nothing is collected until leases have been taken again after the start');
+      }
+      await timelines.garbage.run(timelines.all(), true);
+      return { result: {} };
+    },
+
+    storageSizes({ timelineIds }: { timelineIds: readonly string[] }): RpcReply {
+      const result: TimelineSizes[] = [];
+      for (const timelineId of timelineIds) {
+        const timeline = timelines.find(timelineId);
+        if (timeline !== undefined) result.push(sizesOf(timeline, timelines.childCount(timelineId)));
+      }
+      return { result };
     },
 
     async flush({ timelineId }: TimelineParams): Promise<RpcReply> {
@@ -176,30 +217,6 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result: {} };
     },
   };
-}
-
-/** A timeline with what searches in its WAL index need. Ancestors are made as they are asked for. */
-class Indexed implements IndexedTimeline {
-  readonly reader: Timeline;
-  readonly #receiver: WalReceiver;
-
-  constructor(timeline: Timeline, receiver: WalReceiver) {
-    this.reader = timeline;
-    this.#receiver = receiver;
-  }
-
-  get startLsn(): Lsn {
-    return this.reader.index.startLsn;
-  }
-
-  get tail(): WalIndexChunk | undefined {
-    return this.#receiver.indexTail(this.reader.timelineId);
-  }
-
-  get ancestor(): IndexedTimeline | undefined {
-    const { ancestor } = this.reader;
-    return ancestor === undefined ? undefined : new Indexed(ancestor, this.#receiver);
-  }
 }
 
 function resolved(timeline: IndexedTimeline, lsn: Lsn): { startLsn: Lsn; endLsn: Lsn } {

@@ -189,10 +189,7 @@ class PageConnection {
     const { requestId, lsn, blk, count } = request;
     const pagesBytes = count * BLOCK_SIZE;
     try {
-      if (lsn < timeline.oldestLsn) {
-        const oldest = formatLsn(timeline.oldestLsn);
-        throw new StrataError('history-gone', `${formatLsn(lsn)} is before the oldest LSN that is kept, ${oldest}`);
-      }
+      timeline.assertReadable(lsn);
       const response = Buffer.alloc(PAGE_RESPONSE_HEADER_BYTES + pagesBytes);
       timeline.readPages(request, blk, count, lsn, response, PAGE_RESPONSE_HEADER_BYTES);
       encodePagesHeader(requestId, pagesBytes).copy(response);

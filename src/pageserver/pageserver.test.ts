@@ -238,7 +238,7 @@ describe('a pageserver', () => {
     const expected = reference.getPages(fork, 0, 10, lsn);
     const before = pages.getPages({ ...fork, blk: 0, count: 1, lsn: startLsn - 8 });
     const many = Array.from({ length: 1000 }, (_, i) => pages.getPages({ ...fork, blk: i % 10, count: 1, lsn }));
-    await assert.rejects(before, /before the oldest LSN that is kept/);
+    await assert.rejects(before, /no longer kept; the oldest LSN is/);
     for (const [i, page] of (await Promise.all(many)).entries()) {
       assert(page.equals(expected.subarray((i % 10) * BLOCK_SIZE, ((i % 10) + 1) * BLOCK_SIZE)));
     }

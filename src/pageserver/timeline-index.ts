@@ -7,8 +7,8 @@
  * The file is only ever replaced whole: written beside it, fsynced, renamed, and the folder fsynced. So a crash leaves the old or
  * the new; layer files that it does not name are remains of a flush that did not end, and are removed at start.
  *
- * Invariant: with the layers, and the ancestor's history up to ancestor.lsn, every LSN from there (or from startLsn, for a timeline without an
- * ancestor) to diskConsistentLsn can be read. What came later must be pulled from the safekeepers again.
+ * Invariant: with the layers, and the ancestor's history up to ancestor.lsn, every LSN from the horizon (without one: from ancestor.lsn, or
+ * from startLsn for a timeline without an ancestor) to diskConsistentLsn can be read. What came later must be pulled from the safekeepers again.
  */
 
 import { crc32c } from '../base/crc32c.ts';
@@ -20,6 +20,7 @@ import type { PgVersion } from '../postgres/version.ts';
 import { decodeKey } from './key.ts';
 import { layerFileName } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
+import type { Horizon } from './retention.ts';
 
 export const TIMELINE_INDEX_NAME = 'index';
 const MAGIC = 'strata-timeline-index';
@@ -37,6 +38,8 @@ export interface TimelineIndex {
   readonly diskConsistentLsn: Lsn;
   /** Start of the record that ends at diskConsistentLsn. */
   readonly diskConsistentRecordLsn: Lsn;
+  /** Below it, history is gone, save for points that are retained (retention.ts). */
+  readonly horizon?: Horizon | undefined;
   /** Set before anything is removed: from then on the timeline does not exist, whatever files are left. */
   readonly isDeleted: boolean;
   readonly layers: readonly LayerDescription[];
@@ -51,12 +54,13 @@ interface TimelineIndexJson {
   startRecordLsn: string;
   diskConsistentLsn: string;
   diskConsistentRecordLsn: string;
+  horizon?: { lsn: string; timeMs: number };
   isDeleted: boolean;
   layers: [string, number][];
 }
 
 export function encodeTimelineIndex(index: TimelineIndex): Buffer {
-  const { ancestor } = index;
+  const { ancestor, horizon } = index;
   const json: TimelineIndexJson = {
     tenantId: index.tenantId,
     timelineId: index.timelineId,
@@ -66,6 +70,7 @@ export function encodeTimelineIndex(index: TimelineIndex): Buffer {
     startRecordLsn: lsnToHex(index.startRecordLsn),
     diskConsistentLsn: lsnToHex(index.diskConsistentLsn),
     diskConsistentRecordLsn: lsnToHex(index.diskConsistentRecordLsn),
+    ...(horizon === undefined ? {} : { horizon: { lsn: lsnToHex(horizon.lsn), timeMs: horizon.timeMs } }),
     isDeleted: index.isDeleted,
     layers: index.layers.map((layer) => [layerFileName(layer), layer.sizeBytes]),
   };
@@ -97,6 +102,9 @@ export function decodeTimelineIndex(bytes: Buffer, file: string): TimelineIndex 
     startRecordLsn: lsnFromHex(json.startRecordLsn),
     diskConsistentLsn: lsnFromHex(json.diskConsistentLsn),
     diskConsistentRecordLsn: lsnFromHex(json.diskConsistentRecordLsn),
+    ...(json.horizon === undefined
+      ? {}
+      : { horizon: { lsn: lsnFromHex(json.horizon.lsn), timeMs: json.horizon.timeMs } }),
     isDeleted: json.isDeleted,
     layers: json.layers.map(([name, sizeBytes]) => parseLayer(name, sizeBytes, damaged)),
   };

@@ -32,6 +32,8 @@ import { MemoryLayer } from './layers/memory-layer.ts';
 import { makeLineage } from './lineage.ts';
 import { LsnWaiters } from './lsn-waiters.ts';
 import type { History, HistoryReader, KeyImage, Lineage } from './read.ts';
+import { historyGone } from './retention.ts';
+import type { Horizon } from './retention.ts';
 import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
 
@@ -90,6 +92,8 @@ export interface TimelineOptions {
   readonly memory: { bytes: number };
   /** Called after each flush, with the error when it failed; it is tried again. */
   readonly onFlush: (timeline: Timeline, error: unknown) => void;
+  /** Points below a timeline's horizon that stay readable. */
+  readonly retainedLsns: (timeline: Timeline) => readonly Lsn[];
   /** For tests: called before each step of a change on disk. */
   readonly onStep?: (step: string) => void;
 }
@@ -128,7 +132,6 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   /** The open layer and the frozen ones, newest first. */
   #memoryLayers: MemoryLayer[];
   #lineage: Lineage | undefined;
-  #root: Timeline | undefined;
   #areAncestorsVisible = false;
   readonly #waiters: LsnWaiters;
   #flushing: Promise<void> | undefined;
@@ -137,12 +140,15 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   #flushError: Error | undefined;
   #background: { readonly done: Promise<void>; readonly cancel: () => void } | undefined;
   #stopped: 'closed' | 'deleted' | undefined;
+  /** In force at once; in the index a little later. */
+  #horizon: Horizon | undefined;
 
   constructor(directory: string, index: TimelineIndex, ancestor: Timeline | undefined, options: TimelineOptions) {
     this.directory = directory;
     this.ancestor = ancestor;
     this.#options = options;
     this.#index = index;
+    this.#horizon = index.horizon;
     this.#waiters = new LsnWaiters(`timeline ${index.timelineId}`);
     this.#lastRecordLsn = index.diskConsistentLsn;
     this.#lastRecordStartLsn = index.diskConsistentRecordLsn;
@@ -216,9 +222,54 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     });
   }
 
-  /** The oldest LSN that can be read, here or in an ancestor. */
+  get horizon(): Horizon | undefined {
+    return this.#horizon;
+  }
+
+  /** The oldest LSN from which on all can be read, here and in the ancestors. */
   get oldestLsn(): Lsn {
-    return (this.#root ??= this.ancestors().at(-1) ?? this).index.startLsn;
+    if (this.#horizon !== undefined) return this.#horizon.lsn;
+    let oldestLsn = this.#index.startLsn;
+    for (const ancestor of this.ancestors()) {
+      // An ancestor whose horizon has passed the branch point has that point left, and nothing below it for sure.
+      if (ancestor.#horizon !== undefined) return Math.min(oldestLsn, ancestor.#horizon.lsn);
+      oldestLsn = ancestor.#index.startLsn;
+    }
+    return oldestLsn;
+  }
+
+  /** Points below the horizon that stay readable: children, leases. */
+  retainedLsns(): readonly Lsn[] {
+    return this.#options.retainedLsns(this);
+  }
+
+  /** Throws `history-gone` when the state at `lsn` may no longer be all there. */
+  assertReadable(lsn: Lsn): void {
+    if (lsn >= (this.#horizon?.lsn ?? this.#index.startLsn)) return;
+    const timeline = this.ownerOf(lsn);
+    if (lsn >= timeline.#index.startLsn) {
+      if (lsn >= (timeline.#horizon?.lsn ?? 0) || timeline.retainedLsns().includes(lsn)) return;
+    }
+    throw historyGone(this.timelineId, lsn, this.oldestLsn, timeline.#horizon);
+  }
+
+  /** This timeline or the ancestor whose history has the state at `lsn`: below its start a timeline is what the ancestor was. */
+  ownerOf(lsn: Lsn): Timeline {
+    if (lsn >= this.#index.startLsn) return this;
+    const ancestors = this.ancestors();
+    return ancestors.find((ancestor) => lsn >= ancestor.#index.startLsn) ?? ancestors.at(-1) ?? this;
+  }
+
+  /** Durable when it resolves; in force before. */
+  async setHorizon(horizon: Horizon): Promise<void> {
+    assert(horizon.lsn >= (this.#horizon?.lsn ?? 0), 'the horizon never goes back');
+    assert(horizon.lsn <= this.diskConsistentLsn, 'the horizon is in layers');
+    this.#horizon = horizon;
+    await this.#writeIndex((index) => {
+      if (this.#stopped !== undefined) throw this.#stoppedError();
+      return { ...index, horizon };
+    });
+    this.#options.onStep?.('horizon written');
   }
 
   /** True when the timeline is closed or deleted. */
@@ -283,6 +334,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   // ---- reading
 
   getImage(key: Key, lsn: Lsn): Buffer | undefined {
+    this.assertReadable(lsn);
     return this.#options.reader.read(this.lineage, key, lsn, this.pgVersion);
   }
 
@@ -294,10 +346,12 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   /** As getPages, into `out`, which is zeroes from `offset` on. */
   readPages(fork: RelationFork, firstBlk: number, count: number, lsn: Lsn, out: Buffer, offset: number): void {
+    this.assertReadable(lsn);
     this.#options.reader.readPages(this.lineage, fork, firstBlk, count, lsn, this.pgVersion, out, offset);
   }
 
   scan(range: KeyRange, lsn: Lsn = UNCOMMITTED_LSN): KeyImage[] {
+    this.assertReadable(lsn);
     return this.#options.reader.scan(this.lineage, range, lsn, this.pgVersion);
   }
 

@@ -11,7 +11,7 @@
 import assert from 'node:assert/strict';
 import { mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { mkdir, rm } from 'node:fs/promises';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { fsyncDirectory } from '../base/durable-file.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
@@ -21,6 +21,7 @@ import type { PgVersion } from '../postgres/version.ts';
 import { Compaction } from './compaction.ts';
 import { inlineCompactor } from './compactor.ts';
 import type { Compactor } from './compactor.ts';
+import { GarbageCollection } from './garbage-collection.ts';
 import { ImportTarget } from './import-target.ts';
 import { replaceFile, syncDirectory } from './layers/durable.ts';
 import { LayerCache } from './layers/layer-file.ts';
@@ -28,6 +29,8 @@ import { layerFileName } from './layers/layer-format.ts';
 import { PageCache } from './page-cache.ts';
 import { HistoryReader } from './read.ts';
 import type { Replay } from './read.ts';
+import { Leases } from './retention.ts';
+import { RetentionWindows } from './retention-windows.ts';
 import { removeTimelineDirectory, Timeline } from './timeline.ts';
 import type { TimelineOptions } from './timeline.ts';
 import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
@@ -45,6 +48,8 @@ export interface StoreLimits {
   readonly blockCacheBytes: number;
   readonly pageCacheBytes: number;
   readonly openFilesMax: number;
+  /** Layers below the horizon are rewritten when this much has come there. */
+  readonly collectBytesMin: number;
 }
 
 export const DEFAULT_LIMITS: StoreLimits = {
@@ -55,6 +60,7 @@ export const DEFAULT_LIMITS: StoreLimits = {
   blockCacheBytes: 96 * 1024 * 1024,
   pageCacheBytes: 128 * 1024 * 1024,
   openFilesMax: 512,
+  collectBytesMin: 16 * 1024 * 1024,
 };
 
 export interface TimelinesOptions {
@@ -63,6 +69,8 @@ export interface TimelinesOptions {
   readonly limits?: Partial<StoreLimits>;
   /** Where merges run; in this thread when absent. It is closed with the store. */
   readonly compactor?: Compactor;
+  /** The LSN of a timeline's state at a time (milliseconds since 1970), for garbage collection; without it none is collected. */
+  readonly lsnAt?: (timeline: Timeline, timeMs: number) => Lsn | undefined;
   readonly now?: () => number;
   /** For tests: called before and after steps of changes on disk, by name. */
   readonly onStep?: (step: string) => void;
@@ -101,10 +109,14 @@ export class Timelines {
   readonly #broken = new Map<string, string>();
   /** Ids of timelines being created, imported or deleted. */
   readonly #busy = new Set<string>();
-  readonly #childCounts = new Map<string, number>();
+  /** By timeline, the points where its children branch off. */
+  readonly #children = new Map<string, Map<string, Lsn>>();
+  readonly leases: Leases;
   readonly #flushFailing = new Set<Timeline>();
   readonly #compactor: Compactor;
   readonly compaction: Compaction;
+  readonly garbage: GarbageCollection;
+  readonly retention: RetentionWindows;
 
   private constructor(directory: string, options: TimelinesOptions) {
     const limits = { ...DEFAULT_LIMITS, ...options.limits };
@@ -117,16 +129,30 @@ export class Timelines {
       limits,
       now: options.now ?? Date.now,
       memory: { bytes: 0 },
+      retainedLsns: ({ timelineId }) => [
+        ...(this.#children.get(timelineId)?.values() ?? []),
+        ...this.leases.lsnsOf(timelineId),
+      ],
       onFlush: (timeline, error) => this.#flushed(timeline, error),
       ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
     };
+    this.leases = new Leases(this.#options.now);
     this.#compactor = options.compactor ?? inlineCompactor(options.replay);
     this.compaction = new Compaction({
       compactor: this.#compactor,
       log: options.log,
-      retentionOf: () => undefined,
+      retentionOf: (timeline) => this.garbage.retentionOf(timeline),
       ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
     });
+    this.garbage = new GarbageCollection({
+      compaction: this.compaction,
+      log: options.log,
+      now: this.#options.now,
+      retentionMsOf: ({ tenantId }) => this.retention.of(tenantId),
+      lsnAt: options.lsnAt ?? (() => undefined),
+      collectBytesMin: limits.collectBytesMin,
+    });
+    this.retention = new RetentionWindows(join(dirname(directory), 'retention'));
   }
 
   /** Loads what is there; removes what creations, flushes and deletions have left behind. Layers are opened when they are first read. */
@@ -151,6 +177,10 @@ export class Timelines {
 
   all(): IterableIterator<Timeline> {
     return this.#timelines.values();
+  }
+
+  childCount(timelineId: string): number {
+    return this.#children.get(timelineId)?.size ?? 0;
   }
 
   get broken(): ReadonlyMap<string, string> {
@@ -185,8 +215,10 @@ export class Timelines {
         `${formatLsn(ancestorLsn)} is not in timeline ${ancestorTimelineId}, which has ${formatLsn(startLsn)} to ${formatLsn(ancestor.lastRecordLsn)}`,
       );
     }
+    ancestor.assertReadable(ancestorLsn);
     return this.#exclusively(timelineId, async () => {
-      this.#addChild(ancestorTimelineId, 1); // before the first await: the ancestor cannot be deleted meanwhile
+      // Before the first await: the ancestor cannot be deleted meanwhile, and keeps the branch point.
+      this.#addChild(ancestorTimelineId, timelineId, ancestorLsn);
       try {
         const index: TimelineIndex = {
           tenantId,
@@ -202,7 +234,7 @@ export class Timelines {
         };
         return await this.#install(index, ancestor);
       } catch (error) {
-        this.#addChild(ancestorTimelineId, -1);
+        this.#removeChild(ancestorTimelineId, timelineId);
         throw error;
       }
     });
@@ -247,12 +279,15 @@ export class Timelines {
   async delete(timelineId: string): Promise<void> {
     const timeline = this.#existing(timelineId);
     if (timeline === undefined) return;
-    const childCount = this.#childCounts.get(timelineId) ?? 0;
+    const childCount = this.childCount(timelineId);
     if (childCount > 0) throw new StrataError('conflict', `timeline ${timelineId} has ${childCount} children`);
     await this.#exclusively(timelineId, async () => {
       await timeline.delete();
       this.#timelines.delete(timelineId);
-      if (timeline.ancestor !== undefined) this.#addChild(timeline.ancestor.timelineId, -1);
+      this.leases.forget(timelineId);
+      if (timeline.ancestor === undefined) return;
+      this.#removeChild(timeline.ancestor.timelineId, timelineId);
+      this.garbage.released(timeline.ancestor);
     });
   }
 
@@ -326,8 +361,14 @@ export class Timelines {
     return timeline;
   }
 
-  #addChild(timelineId: string, count: number): void {
-    this.#childCounts.set(timelineId, (this.#childCounts.get(timelineId) ?? 0) + count);
+  #addChild(timelineId: string, childId: string, lsn: Lsn): void {
+    const children = this.#children.get(timelineId);
+    if (children === undefined) this.#children.set(timelineId, new Map([[childId, lsn]]));
+    else children.set(childId, lsn);
+  }
+
+  #removeChild(timelineId: string, childId: string): void {
+    this.#children.get(timelineId)?.delete(childId);
   }
 
   #flushed(timeline: Timeline, error: unknown): void {
@@ -393,7 +434,7 @@ export class Timelines {
       const ancestor = index.ancestor === undefined ? undefined : this.#timelines.get(index.ancestor.timelineId);
       const directory = join(this.#directory, index.timelineId);
       this.#timelines.set(index.timelineId, new Timeline(directory, index, ancestor, this.#options));
-      if (ancestor !== undefined) this.#addChild(ancestor.timelineId, 1);
+      if (index.ancestor !== undefined) this.#addChild(index.ancestor.timelineId, index.timelineId, index.ancestor.lsn);
     }
   }
 

@@ -2,7 +2,7 @@
  * Safekeepers and pageserver as the control plane sees them (api/control.ts).
  */
 import type { BranchPoint, NewTimeline, Storage, TimelineStatus } from '../api/control.ts';
-import type { PageserverClient } from '../api/pageserver.ts';
+import { type PageserverClient, RETENTION_MS, type TimelineSizes } from '../api/pageserver.ts';
 import { type SafekeeperAddress, SafekeeperClient } from '../api/safekeeper.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
@@ -87,7 +87,17 @@ export class ClusterStorage implements Storage {
 
   async status(timelineId: string): Promise<TimelineStatus> {
     const status = await this.#options.pageserver.timelineStatus(timelineId);
-    return { oldestLsn: status.ancestorLsn ?? status.lastRecordLsn, newestLsn: status.lastRecordLsn };
+    const startLsn = status.ancestorLsn ?? status.lastRecordLsn;
+    return { oldestLsn: Math.max(startLsn, status.oldestLsn), newestLsn: status.lastRecordLsn };
+  }
+
+  sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]> {
+    return this.#options.pageserver.storageSizes(timelineIds);
+  }
+
+  async setRetention(tenantId: string, retentionSeconds: number): Promise<void> {
+    const { min, max } = RETENTION_MS;
+    await this.#options.pageserver.setRetention(tenantId, Math.min(max, Math.max(min, retentionSeconds * 1000)));
   }
 
   /**

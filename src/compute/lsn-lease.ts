@@ -1,0 +1,76 @@
+/**
+ * A compute's lease on the LSN at which it fetches absent pages, so that garbage collection never takes what it may still ask for. Taken
+ * before Postgres starts and renewed as long as it runs; a pageserver that was started anew learns of it by the next renewal, and
+ * collects nothing before everybody has had the time for one.
+ */
+import { randomUUID } from 'node:crypto';
+import type { PageserverClient } from '../api/pageserver.ts';
+import { toStrataError } from '../base/errors.ts';
+import type { Logger } from '../base/log.ts';
+import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+
+/** A fraction of the time that a lease lasts, for several tries. */
+const RENEW_MS = 2 * 60_000;
+const RETRY_MS = 10_000;
+
+export class LsnLease {
+  readonly #pageserver: PageserverClient;
+  readonly #timelineId: string;
+  readonly #lsn: Lsn;
+  readonly #holder = `compute ${randomUUID()}`;
+  readonly #log: Logger;
+  #timer: NodeJS.Timeout | undefined;
+  #isReleased = false;
+  #resolveLost: (reason: string) => void = () => {};
+  /** Resolves, with why, when the pageserver no longer has what the compute may ask for. */
+  readonly lost = new Promise<string>((resolve) => (this.#resolveLost = resolve));
+
+  private constructor(pageserver: PageserverClient, timelineId: string, lsn: Lsn, log: Logger) {
+    this.#pageserver = pageserver;
+    this.#timelineId = timelineId;
+    this.#lsn = lsn;
+    this.#log = log;
+  }
+
+  /** Throws `history-gone` when the LSN cannot be read any more. */
+  static async take(
+    pageserver: PageserverClient,
+    timelineId: string,
+    lsn: Lsn,
+    options: { readonly signal: AbortSignal; readonly log: Logger },
+  ): Promise<LsnLease> {
+    const lease = new LsnLease(pageserver, timelineId, lsn, options.log);
+    await pageserver.leaseLsn(timelineId, lsn, lease.#holder, options.signal);
+    lease.#renewIn(RENEW_MS);
+    return lease;
+  }
+
+  release(): void {
+    if (this.#isReleased) return;
+    this.#isReleased = true;
+    clearTimeout(this.#timer);
+    // What is not released expires.
+    this.#pageserver.releaseLsn(this.#timelineId, this.#holder).catch(() => {});
+  }
+
+  #renewIn(delayMs: number): void {
+    if (this.#isReleased) return;
+    this.#timer = setTimeout(() => void this.#renew(), delayMs);
+    this.#timer.unref();
+  }
+
+  async #renew(): Promise<void> {
+    try {
+      await this.#pageserver.leaseLsn(this.#timelineId, this.#lsn, this.#holder);
+      this.#renewIn(RENEW_MS);
+    } catch (error) {
+      const { code, message } = toStrataError(error);
+      if (code === 'history-gone' || code === 'not-found') {
+        this.#resolveLost(message);
+        return;
+      }
+      this.#log.warn({ lsn: formatLsn(this.#lsn), reason: message }, 'the lease on the start LSN could not be renewed');
+      this.#renewIn(RETRY_MS);
+    }
+  }
+}

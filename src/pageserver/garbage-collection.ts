@@ -1,0 +1,108 @@
+/**
+ * Garbage collection: moves each timeline's horizon up with time, and rewrites layers that hold much that nobody can read any more.
+ *
+ *   1. The horizon is where the history window of the timeline's project begins. It never goes back. It counts at once for who reads or branches,
+ *      and is durable in the index before anything is removed because of it.
+ *   2. Runs of layers that lie wholly at or below the horizon are merged into one (merge.ts leaves out what is not needed), when those that were
+ *      not collected before are a fair part of them. Other merges leave it out as well, as they come.
+ *
+ * Nothing is collected until LEASE_MS after the start, when everybody who held a lease has taken it again.
+ */
+
+import type { Logger } from '../base/log.ts';
+import { formatLsn } from '../postgres/lsn.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import type { Compaction } from './compaction.ts';
+import type { LayerRun } from './compaction-plan.ts';
+import type { Retention } from './merge.ts';
+import { LEASE_MS } from './retention.ts';
+import type { Timeline } from './timeline.ts';
+
+export interface GarbageCollectionOptions {
+  readonly compaction: Compaction;
+  readonly log: Logger;
+  /** Milliseconds since 1970. */
+  readonly now: () => number;
+  readonly retentionMsOf: (timeline: Timeline) => number;
+  /** The LSN of a timeline's state at a time; undefined when it is not known, or before the timeline began. */
+  readonly lsnAt: (timeline: Timeline, timeMs: number) => Lsn | undefined;
+  /** Collected when this much, and half of what is kept, has come below the horizon. */
+  readonly collectBytesMin: number;
+}
+
+export class GarbageCollection {
+  readonly #options: GarbageCollectionOptions;
+  readonly #startedAtMs: number;
+  /** Up to where each timeline's layers were collected. */
+  readonly #collectedLsns = new WeakMap<Timeline, Lsn>();
+
+  constructor(options: GarbageCollectionOptions) {
+    this.#options = options;
+    this.#startedAtMs = options.now();
+  }
+
+  /** False while there may be leases that are not yet taken again. */
+  get isAllowed(): boolean {
+    return this.#options.now() - this.#startedAtMs >= LEASE_MS;
+  }
+
+  /** What has to stay readable of a timeline, for merges; undefined: everything. */
+  retentionOf(timeline: Timeline): Retention | undefined {
+    const { horizon } = timeline;
+    if (horizon === undefined || !this.isAllowed) return undefined;
+    const lsns = [...new Set(timeline.retainedLsns())].filter((lsn) => lsn < horizon.lsn);
+    return { horizonLsn: horizon.lsn, lsns: lsns.sort((a, b) => a - b) };
+  }
+
+  /** To be called when something that was retained of the timeline no longer is: it is looked at anew. */
+  released(timeline: Timeline): void {
+    this.#collectedLsns.delete(timeline);
+  }
+
+  /** Goes through all timelines once. `isForced`: what can go goes, however little it is. */
+  async run(timelines: Iterable<Timeline>, isForced = false): Promise<void> {
+    if (!this.isAllowed) return;
+    for (const timeline of [...timelines]) {
+      try {
+        if (!timeline.isStopped) await this.#collect(timeline, isForced);
+      } catch (error) {
+        if (timeline.isStopped) continue;
+        this.#options.log.error({ timelineId: timeline.timelineId, err: error }, 'garbage collection failed');
+      }
+    }
+  }
+
+  async #collect(timeline: Timeline, isForced: boolean): Promise<void> {
+    const { now, retentionMsOf, lsnAt, compaction, collectBytesMin, log } = this.#options;
+    const timeMs = now() - retentionMsOf(timeline);
+    const lsn = Math.min(lsnAt(timeline, timeMs) ?? 0, timeline.diskConsistentLsn);
+    if (lsn > (timeline.horizon?.lsn ?? timeline.index.startLsn)) await timeline.setHorizon({ lsn, timeMs });
+    const { horizon } = timeline;
+    if (horizon === undefined) return;
+    const collectedLsn = this.#collectedLsns.get(timeline) ?? 0;
+    const bytesMin = isForced ? 1 : collectBytesMin;
+    const isMerged = await compaction.merge(timeline, (runs) =>
+      runsToCollect(runs, horizon.lsn, collectedLsn, bytesMin),
+    );
+    if (!isMerged) return;
+    log.debug({ timelineId: timeline.timelineId, horizon: formatLsn(horizon.lsn) }, 'garbage was collected');
+    this.#collectedLsns.set(timeline, horizon.lsn);
+  }
+}
+
+/** The runs at or below the horizon, when it is worth rewriting them. */
+export function runsToCollect(
+  runs: readonly LayerRun[],
+  horizonLsn: Lsn,
+  collectedLsn: Lsn,
+  bytesMin: number,
+): readonly LayerRun[] | undefined {
+  const old = runs.filter((run) => run.lsnEnd - 1 <= horizonLsn);
+  let newBytes = 0;
+  let collectedBytes = 0;
+  for (const run of old) {
+    if (run.lsnEnd - 1 > collectedLsn) newBytes += run.sizeBytes;
+    else collectedBytes += run.sizeBytes;
+  }
+  return newBytes >= bytesMin && (newBytes >= collectedBytes / 2 || bytesMin === 1) ? old : undefined;
+}
