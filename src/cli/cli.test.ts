@@ -85,7 +85,16 @@ class RunningTerminal extends Terminal implements AsyncDisposable {
   }
 
   writePlatformFile(values: { pid: number; httpPort: number }): void {
-    const file = { host: '127.0.0.1', pgPort: 55432, startedAtMs: Date.now() - 65_000, version: '1.2.3', ...values };
+    const file = {
+      host: '127.0.0.1',
+      pgPort: 55432,
+      // Of the two services one listens: the API's own server.
+      pageserver: { host: '127.0.0.1', port: values.httpPort },
+      safekeepers: [{ host: '127.0.0.1', port: 1 }],
+      startedAtMs: Date.now() - 65_000,
+      version: '1.2.3',
+      ...values,
+    };
     writeFileSync(join(this.world.dataDirectory, 'platform.json'), JSON.stringify(file));
   }
 
@@ -136,6 +145,7 @@ test('status shows what runs', async () => {
   const text = await terminal.ok('status');
   assert.match(text, /ready, up 1 minute/);
   assert.match(text, /1, 1 of them active/);
+  assert.match(text, /pageserver, safekeeper 1; not answering: safekeeper 1/);
   const status = await terminal.json<{ ready: boolean; data_directory: string; project_count: number }>('status');
   assert.deepEqual(
     [status.ready, status.data_directory, status.project_count],

@@ -1,8 +1,12 @@
 /** `strata status`: what runs, where, and how much of it. */
+import { connect } from 'node:net';
 import type { Command } from 'commander';
 import { type CliContext, type CommonOptions, openPlatform, platformCommand, show } from './context.ts';
+import type { PlatformFile } from '../api/control.ts';
 import { listEndpoints, listProjects } from './entities.ts';
 import { formatDuration, formatFields } from './format.ts';
+
+const PROBE_TIMEOUT_MS = 1_000;
 
 export function statusCommand(context: CliContext): Command {
   return platformCommand('status', 'show whether the platform runs, and where', 'status').action(
@@ -12,6 +16,8 @@ export function statusCommand(context: CliContext): Command {
       const projects = ready ? await listProjects(api) : [];
       const endpoints = (await Promise.all(projects.map((project) => listEndpoints(api, project)))).flat();
       const activeCount = endpoints.filter((endpoint) => endpoint.current_state === 'active').length;
+      const services = await probeServices(file);
+      const downNames = services.filter((service) => !service.up).map((service) => service.name);
       const status = {
         ready,
         version: file.version,
@@ -20,6 +26,7 @@ export function statusCommand(context: CliContext): Command {
         data_directory: dataDirectory,
         postgres_address: `${file.host}:${file.pgPort}`,
         api_url: `${api.origin}/api/v2`,
+        services,
         project_count: projects.length,
         endpoint_count: endpoints.length,
         active_endpoint_count: activeCount,
@@ -34,10 +41,48 @@ export function statusCommand(context: CliContext): Command {
           ['data', dataDirectory],
           ['Postgres', status.postgres_address],
           ['API', status.api_url],
+          [
+            'services',
+            `${services.map((service) => service.name).join(', ')}${downNames.length > 0 ? `; not answering: ${downNames.join(', ')}` : ''}`,
+          ],
           ['projects', String(projects.length)],
           ['endpoints', `${endpoints.length}, ${activeCount} of them active`],
         ]),
       );
     },
   );
+}
+
+interface ServiceStatus {
+  readonly name: string;
+  readonly address: string;
+  /** It takes connections. */
+  readonly up: boolean;
+}
+
+async function probeServices(file: Pick<PlatformFile, 'pageserver' | 'safekeepers'>): Promise<ServiceStatus[]> {
+  const services = [
+    { name: 'pageserver', ...file.pageserver },
+    ...file.safekeepers.map((address, index) => ({ name: `safekeeper ${index + 1}`, ...address })),
+  ];
+  return Promise.all(
+    services.map(async ({ name, host, port }) => ({
+      name,
+      address: `${host}:${port}`,
+      up: await takesConnections(host, port),
+    })),
+  );
+}
+
+function takesConnections(host: string, port: number): Promise<boolean> {
+  return new Promise((resolve) => {
+    const socket = connect({ host, port, timeout: PROBE_TIMEOUT_MS });
+    const end = (up: boolean): void => {
+      socket.destroy();
+      resolve(up);
+    };
+    socket.once('connect', () => end(true));
+    socket.once('error', () => end(false));
+    socket.once('timeout', () => end(false));
+  });
 }

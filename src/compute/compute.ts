@@ -175,11 +175,11 @@ export class Compute {
   }
 
   /** Clean shutdown. When the safekeepers cannot take the last WAL in time it is an unclean one, which loses nothing acknowledged. */
-  async suspend(): Promise<void> {
+  async suspend(timeoutMs = SUSPEND_TIMEOUT_MS): Promise<void> {
     this.#isStopping = true;
     const { log, cacheDir, environment } = this.#options;
     await this.#monitor?.client.end().catch(() => {});
-    const isClean = await this.#postgres.stop('fast', SUSPEND_TIMEOUT_MS);
+    const isClean = await this.#postgres.stop('fast', timeoutMs);
     const endLsn = this.#proposer.endLsn;
     const isWhole = isClean && !this.#proposer.fenced && this.#proposer.commitLsn === endLsn;
     if (isWhole && (await this.#postgres.exited).code === 0) {

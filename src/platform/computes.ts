@@ -19,6 +19,9 @@ export interface LocalComputesOptions {
   readonly log: Logger;
 }
 
+/** How long the platform's end waits for the last WAL of a compute to reach a quorum. What was acknowledged is there already. */
+const STOP_TIMEOUT_MS = 15_000;
+
 export class LocalComputes implements Computes {
   readonly #options: LocalComputesOptions;
   readonly #computes = new Map<string, Compute>();
@@ -76,10 +79,10 @@ export class LocalComputes implements Computes {
     return compute === undefined ? undefined : toRunning(endpointId, compute);
   }
 
-  async suspend(endpointId: string): Promise<void> {
+  async suspend(endpointId: string, timeoutMs?: number): Promise<void> {
     const compute = this.#computes.get(endpointId);
     this.#computes.delete(endpointId);
-    if (compute !== undefined) await this.#change(() => compute.suspend());
+    if (compute !== undefined) await this.#change(() => compute.suspend(timeoutMs));
   }
 
   async kill(endpointId: string, forget: boolean): Promise<void> {
@@ -89,7 +92,7 @@ export class LocalComputes implements Computes {
     if (!forget) return;
     const { directory } = this.#options;
     for (const parent of [directory.computesDir, directory.runDir]) {
-      rmSync(join(parent, endpointId), { recursive: true, force: true });
+      rmSync(join(parent, endpointId), { recursive: true, force: true, maxRetries: 20 });
     }
   }
 
@@ -125,10 +128,10 @@ export class LocalComputes implements Computes {
   /** For good: ends starts, waits for stops that are under way, and suspends all that run, side by side. No Postgres is left then. */
   async suspendAll(): Promise<void> {
     this.endStarts();
-    const running = [...this.#computes.keys()].map((endpointId) => this.suspend(endpointId));
+    const running = [...this.#computes.keys()].map((endpointId) => this.suspend(endpointId, STOP_TIMEOUT_MS));
     await Promise.allSettled([...running, ...this.#changes]);
     // A start that the abort came too late for.
-    await Promise.allSettled([...this.#computes.keys()].map((endpointId) => this.suspend(endpointId)));
+    await Promise.allSettled([...this.#computes.keys()].map((endpointId) => this.suspend(endpointId, STOP_TIMEOUT_MS)));
   }
 
   async #change<T>(work: () => Promise<T>): Promise<T> {

@@ -113,7 +113,7 @@ export class TestPlatform {
   /** Stops and removes everything. */
   async destroy(): Promise<void> {
     await this.stop();
-    rmSync(this.dataDir, { recursive: true, force: true });
+    for (const folder of [this.runDir, this.dataDir]) rmSync(folder, { recursive: true, force: true, maxRetries: 20 });
   }
 
   /** kill -9 of the one service process whose command line ends so, for example `pageserver` or `safekeeper 2`. */
@@ -133,8 +133,13 @@ export class TestPlatform {
 
   /** The folder of an endpoint's Unix socket. */
   socketDirOf(endpointId: string): string {
+    return join(this.runDir, endpointId);
+  }
+
+  /** The platform's folder in the temporary directory (platform-directory.ts). */
+  get runDir(): string {
     const name = createHash('sha256').update(realpathSync(this.dataDir)).digest('hex').slice(0, 12);
-    return join(tmpdir(), `strata-${process.geteuid?.() ?? 0}-${name}`, endpointId);
+    return join(tmpdir(), `strata-${process.geteuid?.() ?? 0}-${name}`);
   }
 
   /** Every process below the supervisor, with its command line. */

@@ -23,7 +23,7 @@ describe('a compute started from nothing', () => {
     const [postmaster] = platform.postmasters();
     assert(postmaster !== undefined, 'no Postgres is running');
     kill(postmaster.pid);
-    rmSync(dirname(postmaster.dataDir), { recursive: true, force: true });
+    rmSync(dirname(postmaster.dataDir), { recursive: true, force: true, maxRetries: 20 });
     await waitUntil(() => !isAlive(postmaster.pid), 'the postmaster is gone');
   }
 

@@ -6,7 +6,7 @@ import { execFile } from 'node:child_process';
 import { chmodSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
-import { join, resolve } from 'node:path';
+import { dirname, join, resolve } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { promisify } from 'node:util';
 import { freePort, TestPlatform } from './platform.ts';
@@ -119,7 +119,8 @@ describe('starting is refused with the next step', () => {
     writeFileSync(file, '');
     assert.match(await refusal(['--data-dir', join(file, 'below')]), /below.*--data-dir/s);
     const dataDir = mkdtempSync(join(tmpdir(), 'strata-test-'));
-    assert.match(await refusal(['--data-dir', dataDir, '--pg-version', '16']), /16.*--pg-bin-dir/);
+    const elsewhere = ['--pg-version', '16', '--pg-bin-dir', dirname(process.execPath)];
+    assert.match(await refusal(['--data-dir', dataDir, ...elsewhere]), /postgres.*--pg-bin-dir/);
     assert.match(await refusal(['--data-dir', dataDir, '--pg-version', '9']), /9/);
     assert.match(await refusal(['--data-dir', dataDir, '--pg-port', 'many']), /many/);
     assert.match(await refusal(['--data-dir', dataDir, '--safekeepers', '0']), /0/);

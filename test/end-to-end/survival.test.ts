@@ -59,7 +59,7 @@ describe('with a loaded pgbench database', () => {
     const [postmaster] = platform.postmasters();
     assert(postmaster !== undefined);
     kill(postmaster.pid);
-    rmSync(dirname(postmaster.dataDir), { recursive: true, force: true });
+    rmSync(dirname(postmaster.dataDir), { recursive: true, force: true, maxRetries: 20 });
     assert.equal(assertBalanced(await balances(platform)), committed);
   });
 
@@ -128,7 +128,7 @@ describe('with a loaded pgbench database', () => {
     const [postmaster] = platform.postmasters();
     assert(postmaster !== undefined);
     kill(postmaster.pid);
-    rmSync(dirname(postmaster.dataDir), { recursive: true, force: true });
+    rmSync(dirname(postmaster.dataDir), { recursive: true, force: true, maxRetries: 20 });
     await waitUntil(() => !isAlive(postmaster.pid), 'the postmaster is gone');
     await platform.psql('SELECT 1');
     const endpointId = /endpoint%3D([\w-]+)/.exec(platform.connectionString)?.[1] ?? '';

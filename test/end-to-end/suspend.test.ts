@@ -31,7 +31,7 @@ describe('suspend and wake', () => {
     const [postmaster] = platform.postmasters();
     assert(postmaster !== undefined, 'no Postgres is running');
     kill(postmaster.pid);
-    rmSync(dirname(postmaster.dataDir), { recursive: true, force: true });
+    rmSync(dirname(postmaster.dataDir), { recursive: true, force: true, maxRetries: 20 });
   }
 
   async function suspend(): Promise<void> {

@@ -22,7 +22,7 @@ async function restartFromNothing({ platform, endpointId }: Place): Promise<void
   const postmaster = platform.postmasters().find(({ dataDir }) => dataDir.includes(endpointId));
   assert(postmaster !== undefined, 'no Postgres is running');
   kill(postmaster.pid);
-  rmSync(dirname(postmaster.dataDir), { recursive: true, force: true });
+  rmSync(dirname(postmaster.dataDir), { recursive: true, force: true, maxRetries: 20 });
   await waitUntil(() => !isAlive(postmaster.pid), 'the postmaster is gone');
 }
 
@@ -109,7 +109,7 @@ async function checkVersion(place: Place, version: number): Promise<void> {
   const later = await answers(place);
   await suspend(place);
   assert.deepEqual(await answers(place), later, 'after a wake with the kept directory');
-  rmSync(await suspend(place), { recursive: true });
+  rmSync(await suspend(place), { recursive: true, maxRetries: 20 });
   assert.deepEqual(await answers(place), later, 'after a wake from nothing');
   assert.equal(await platform.psql('SELECT n FROM prepared', at), '1');
 
