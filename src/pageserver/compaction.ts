@@ -32,7 +32,7 @@ export class Compaction {
   readonly #options: CompactionOptions;
   readonly #waiting = new Set<Timeline>();
   #running: Promise<void> | undefined;
-  /** The merge that was asked for last. */
+  /** What was asked for last. */
   #last: Promise<unknown> = Promise.resolve();
   #isClosed = false;
 
@@ -61,7 +61,7 @@ export class Compaction {
 
   /** Merges runs of the timeline into one, when it is its turn: those that `choose` then takes of all runs, oldest first. False when it takes none. */
   merge(timeline: Timeline, choose: (runs: readonly LayerRun[]) => readonly LayerRun[] | undefined): Promise<boolean> {
-    const merged = this.#last.then(async () => {
+    return this.exclusively(async () => {
       const runs = timeline.isStopped || this.#isClosed ? undefined : choose(deltaRuns(timeline.index.layers));
       if (runs === undefined || runs.length === 0) return false;
       const cancel = new Int32Array(new SharedArrayBuffer(4));
@@ -69,8 +69,13 @@ export class Compaction {
       await timeline.inBackground(work, () => Atomics.store(cancel, 0, 1));
       return true;
     });
-    this.#last = merged.catch(() => {});
-    return merged;
+  }
+
+  /** Does what replaces layers, after all that was asked for before: one such thing at a time. */
+  exclusively<T>(work: () => Promise<T>): Promise<T> {
+    const done = this.#last.then(work);
+    this.#last = done.catch(() => {});
+    return done;
   }
 
   async #run(): Promise<void> {

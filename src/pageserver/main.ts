@@ -10,10 +10,11 @@ import { Indexed, lsnAtTime } from './indexed-timeline.ts';
 import type { IndexTails } from './indexed-timeline.ts';
 import { pageserverMethods } from './methods.ts';
 import { PageService } from './page-service.ts';
+import { Repairs } from './repair.ts';
 import { replayValue } from './replay.ts';
 import { Timelines } from './timelines.ts';
 import type { StoreLimits } from './timelines.ts';
-import { WalReceiver } from './wal-receiver.ts';
+import { readWalOfAny, WalReceiver } from './wal-receiver.ts';
 
 export interface PageserverConfig {
   readonly dataDir: string;
@@ -59,16 +60,29 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
     });
     const token = await signToken(secret, { scope: 'platform' });
     const receiver = new WalReceiver({ safekeepers, token, timelines, log });
+    const repairs = new Repairs({
+      timelines,
+      walOf: ({ tenantId, timelineId }, fromLsn, signal) =>
+        readWalOfAny(safekeepers, { token, tenantId, timelineId, fromLsn, signal }),
+      log,
+    });
     const rpc = await serveRpc({
       host,
       port: config.rpcPort,
       secret,
-      methods: pageserverMethods({ timelines, receiver, log }),
+      methods: pageserverMethods({ timelines, receiver, repairs, log }),
       onError: (method, error) => {
         if (error.code === 'internal') log.error({ method, err: error }, 'call failed');
       },
     });
-    const pages = await PageService.start({ host, port: config.pagePort, secret, timelines, log });
+    const pages = await PageService.start({
+      host,
+      port: config.pagePort,
+      secret,
+      timelines,
+      log,
+      repair: (damage) => repairs.repair(damage),
+    });
     receiver.start();
     const flushTimer = setInterval(() => timelines.flushAged(), FLUSH_CHECK_MS);
     const garbageTimer = setInterval(() => void timelines.garbage.run(timelines.all()), GARBAGE_PERIOD_MS);

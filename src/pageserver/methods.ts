@@ -25,6 +25,8 @@ import { lsnForTimestamp, resolveLsn } from './ingest/wal-search.ts';
 import type { IndexedTimeline } from './ingest/wal-search.ts';
 import { Indexed } from './indexed-timeline.ts';
 import { CONTROL_FILE_KEY } from './key.ts';
+import { LayerDamagedError } from './layers/block.ts';
+import type { Repairs } from './repair.ts';
 import { sizesOf } from './storage-sizes.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
@@ -33,6 +35,7 @@ import type { WalReceiver } from './wal-receiver.ts';
 export interface MethodsOptions {
   readonly timelines: Timelines;
   readonly receiver: WalReceiver;
+  readonly repairs: Repairs;
   readonly log: Logger;
 }
 
@@ -40,6 +43,8 @@ export interface MethodsOptions {
 const ANCESTOR_WAIT_MS = 30_000;
 const UNIX_TO_POSTGRES_EPOCH_US = 946_684_800_000_000;
 const PAGES_MAX = 1024;
+/** Layers that one read may find damaged, one after the other. */
+const REPAIRS_MAX = 16;
 
 interface TimelineParams {
   readonly timelineId: string;
@@ -50,7 +55,19 @@ interface LsnParams extends TimelineParams {
 }
 
 export function pageserverMethods(options: MethodsOptions): Record<string, RpcMethod> {
-  const { timelines, receiver, log } = options;
+  const { timelines, receiver, repairs, log } = options;
+  /** Reads; a damaged layer on the way is repaired first. */
+  const repairing = async <T>(read: () => T, repairsLeft = REPAIRS_MAX): Promise<T> => {
+    try {
+      return read();
+    } catch (error) {
+      if (!(error instanceof LayerDamagedError) || repairsLeft === 0) throw error;
+      await repairs.repair(error).catch(() => {
+        throw error;
+      });
+      return repairing(read, repairsLeft - 1);
+    }
+  };
   const indexed = (timeline: Timeline): IndexedTimeline => new Indexed(timeline, receiver);
 
   return {
@@ -157,7 +174,7 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       const lsn = params.lsn ?? timeline.lastRecordLsn;
       await timeline.waitLsn(lsn, params.timeoutMs, signal);
       const startMs = performance.now();
-      const { header, attachment } = encodeBasebackup(takeBasebackup(indexed(timeline), lsn));
+      const { header, attachment } = encodeBasebackup(await repairing(() => takeBasebackup(indexed(timeline), lsn)));
       const tookMs = Math.round(performance.now() - startMs);
       log.debug({ timelineId: params.timelineId, bytes: attachment.length, tookMs }, 'basebackup');
       return { result: header, attachment };
@@ -172,7 +189,7 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
         throw new StrataError('bad-request', `${count} pages cannot be read at once`);
       const timeline = timelines.get(timelineId);
       await timeline.waitLsn(lsn, ANCESTOR_WAIT_MS, signal);
-      return { result: {}, attachment: timeline.getPages(params, blk, count, lsn) };
+      return { result: {}, attachment: await repairing(() => timeline.getPages(params, blk, count, lsn)) };
     },
 
     /** Holds an LSN for `holder`, so that garbage collection leaves all that can be read there. */

@@ -24,6 +24,7 @@ import { listen } from '../base/rpc.ts';
 import { mayReadTimeline, verifyToken } from '../base/token.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
+import { LayerDamagedError } from './layers/block.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
 
@@ -35,12 +36,16 @@ export interface PageServiceOptions {
   readonly log: Logger;
   /** How long a request waits for its LSN. */
   readonly waitLsnTimeoutMs?: number;
+  /** Resolves when a damaged layer is whole again; without it damage is an error at once. */
+  readonly repair?: (damage: LayerDamagedError) => Promise<void>;
 }
 
 const HELLO_TIMEOUT_MS = 10_000;
 const HELLO_BYTES_MAX = 8 * 1024;
 const WAIT_LSN_TIMEOUT_MS = 60_000;
 const SLICE_MS = 5;
+/** Layers that one request may find damaged, one after the other. */
+const REPAIRS_MAX = 16;
 /** Requests not yet answered; beyond it no more are taken from the socket. */
 const PENDING_BYTES_MAX = 64 * 1024;
 /** Responses that the client has not taken; beyond it no more are made. */
@@ -164,7 +169,12 @@ class PageConnection {
           return;
         }
         at += PAGE_REQUEST_BYTES;
-        socket.write(this.#answer(timeline, request));
+        const response = this.#answer(timeline, request);
+        if (response instanceof LayerDamagedError) {
+          this.#repair(timeline, request, response);
+          return;
+        }
+        socket.write(response);
         if (performance.now() - startMs > SLICE_MS) {
           this.#after(new Promise<void>((resolve) => setImmediate(resolve)));
           return;
@@ -178,32 +188,53 @@ class PageConnection {
   #waitFor(timeline: Timeline, request: PageRequest): void {
     const timeoutMs = this.#options.waitLsnTimeoutMs ?? WAIT_LSN_TIMEOUT_MS;
     this.#after(
-      timeline.waitLsn(request.lsn, timeoutMs, this.#gone.signal).then(() => {
-        this.#socket.write(this.#answer(timeline, request));
-      }),
+      timeline.waitLsn(request.lsn, timeoutMs, this.#gone.signal).then(() => this.#answerRepaired(timeline, request)),
       (error) => this.#socket.write(encodePageError(request.requestId, error.message)),
     );
   }
 
-  #answer(timeline: Timeline, request: PageRequest): Buffer {
+  /** Answers when the layer is repaired, or with the damage when it cannot be. */
+  #repair(timeline: Timeline, request: PageRequest, damage: LayerDamagedError): void {
+    this.#after(
+      (this.#options.repair?.(damage) ?? Promise.reject(damage)).then(() => this.#answerRepaired(timeline, request)),
+      () => this.#socket.write(this.#errorOf(timeline, request, damage)),
+    );
+  }
+
+  async #answerRepaired(timeline: Timeline, request: PageRequest): Promise<void> {
+    for (let tries = 0; ; tries++) {
+      const response = this.#answer(timeline, request);
+      if (!(response instanceof LayerDamagedError)) {
+        this.#socket.write(response);
+        return;
+      }
+      if (tries === REPAIRS_MAX || this.#options.repair === undefined) throw response;
+      await this.#options.repair(response);
+    }
+  }
+
+  #answer(timeline: Timeline, request: PageRequest): Buffer | LayerDamagedError {
     const { requestId, lsn, blk, count } = request;
     const pagesBytes = count * BLOCK_SIZE;
     try {
-      timeline.assertReadable(lsn);
       const response = Buffer.alloc(PAGE_RESPONSE_HEADER_BYTES + pagesBytes);
       timeline.readPages(request, blk, count, lsn, response, PAGE_RESPONSE_HEADER_BYTES);
       encodePagesHeader(requestId, pagesBytes).copy(response);
       return response;
     } catch (error) {
-      const { spc, db, rel, fork } = request;
-      const what = `pages ${spc}/${db}/${rel}.${fork} ${blk} + ${count} at ${formatLsn(lsn)}`;
-      const reason = error instanceof Error ? error.message : String(error);
-      // A client that asks again and again does not fill the log.
-      if (this.#loggedErrors++ < 10) {
-        this.#options.log.error({ timelineId: timeline.timelineId, err: error }, `${what} cannot be served`);
-      }
-      return encodePageError(requestId, `${what}: ${reason}`);
+      return error instanceof LayerDamagedError ? error : this.#errorOf(timeline, request, error);
     }
+  }
+
+  #errorOf(timeline: Timeline, request: PageRequest, error: unknown): Buffer {
+    const { requestId, spc, db, rel, fork, blk, count, lsn } = request;
+    const what = `pages ${spc}/${db}/${rel}.${fork} ${blk} + ${count} at ${formatLsn(lsn)}`;
+    const reason = error instanceof Error ? error.message : String(error);
+    // A client that asks again and again does not fill the log.
+    if (this.#loggedErrors++ < 10) {
+      this.#options.log.error({ timelineId: timeline.timelineId, err: error }, `${what} cannot be served`);
+    }
+    return encodePageError(requestId, `${what}: ${reason}`);
   }
 
   /** Calls back when the client has taken what was written, or is gone. */

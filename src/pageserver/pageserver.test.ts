@@ -4,7 +4,7 @@
  */
 
 import assert from 'node:assert/strict';
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
@@ -257,5 +257,57 @@ describe('a pageserver', () => {
     await assert.rejects(PageClient.connect({ host, port, token: forged, timelineId: ROOT }), /not signed/);
     const unknown = PageClient.connect({ host, port, token, timelineId: 'd'.repeat(32) });
     await assert.rejects(unknown, /does not exist/);
+  });
+
+  test('damaged and missing layers are made anew from WAL while they are read, and what is read is right', async () => {
+    await client.flush(BRANCH);
+    await stopPageserver();
+    const folder = join(directory, 'pageserver', 'timelines', BRANCH);
+    const layers = readdirSync(folder).filter((name) => name !== 'index');
+    assert(layers.length > 0);
+    for (const [i, name] of layers.entries()) {
+      const path = join(folder, name);
+      const bytes = readFileSync(path);
+      for (let at = 100; at < bytes.length; at += 5000) bytes[at]! ^= 1;
+      if (i % 2 === 0) writeFileSync(path, bytes);
+      else rmSync(path);
+    }
+    await startPageserver();
+    const lsn = reference.lastRecordLsn;
+    const pages = await connectPages(BRANCH);
+    const { relations } = takeBasebackup({ reader: reference, startLsn, tail: ingest.indexTail }, lsn);
+    for (const relation of relations) {
+      for (let blk = 0; blk < relation.blocks; blk += 200) {
+        const count = Math.min(200, relation.blocks - blk);
+        const ours = await pages.getPages({ ...relation, blk, count, lsn });
+        assert(ours.equals(reference.getPages(relation, blk, count, lsn)), `${relation.rel} ${blk}`);
+      }
+    }
+    pages.close();
+    assert.equal((await client.basebackup(BRANCH, lsn)).lsn, lsn);
+    assert.deepEqual(
+      readdirSync(join(directory, 'pageserver', 'timelines')).filter((name) => name.endsWith('.repair')),
+      [],
+    );
+    const left = readdirSync(folder).filter((name) => layers.includes(name));
+    assert.deepEqual(left, [], 'every damaged layer was replaced');
+  });
+
+  test('a damaged layer that no WAL can replace is an error that names file and offset, for that page only', async () => {
+    await stopPageserver();
+    const folder = join(directory, 'pageserver', 'timelines', ROOT);
+    const name = readdirSync(folder).find((each) => each !== 'index')!;
+    const bytes = readFileSync(join(folder, name));
+    const before = Buffer.from(bytes);
+    for (let at = 2000; at < bytes.length / 2; at += 1000) bytes[at]! ^= 1;
+    writeFileSync(join(folder, name), bytes);
+    await startPageserver();
+    const pages = await connectPages(ROOT);
+    const fork = { spc: 1663, db: 5, rel: 1259, fork: 0, blk: 0, count: 1, lsn: startLsn };
+    await assert.rejects(pages.getPages(fork), /layer file .* is damaged at offset \d+/);
+    pages.close();
+    await stopPageserver();
+    writeFileSync(join(folder, name), before);
+    await startPageserver();
   });
 });

@@ -97,6 +97,8 @@ export interface NewImport {
 }
 
 const CLOSE_CONCURRENCY = 8;
+/** Of the folder of a repair (repair.ts). */
+const SHADOW_SUFFIX = '.repair';
 const ID = /^[0-9a-f]{32}$/;
 
 export class Timelines {
@@ -291,6 +293,26 @@ export class Timelines {
     });
   }
 
+  /** For repairs: a timeline that nobody knows, in a folder of its own, which continues another from `lsn` on. */
+  async makeShadow(of: Timeline, lsn: Lsn): Promise<Timeline> {
+    const directory = `${of.directory}${SHADOW_SUFFIX}`;
+    await rm(directory, { recursive: true, force: true });
+    await mkdir(directory, { mode: 0o700 });
+    const index: TimelineIndex = {
+      tenantId: of.tenantId,
+      timelineId: of.timelineId,
+      pgVersion: of.pgVersion,
+      ancestor: { timelineId: of.timelineId, lsn },
+      startLsn: lsn,
+      startRecordLsn: lsn,
+      diskConsistentLsn: lsn,
+      diskConsistentRecordLsn: lsn,
+      isDeleted: false,
+      layers: [],
+    };
+    return new Timeline(directory, index, of, { ...this.#options, onFlush: () => {}, retainedLsns: () => [] });
+  }
+
   /** Flushes what is old. To be called from time to time. */
   flushAged(): void {
     const now = this.#options.now();
@@ -390,6 +412,7 @@ export class Timelines {
     let removed = false;
     for (const timelineId of readdirSync(this.#directory)) {
       const directory = join(this.#directory, timelineId);
+      if (timelineId.endsWith(SHADOW_SUFFIX)) rmSync(directory, { recursive: true });
       if (!ID.test(timelineId)) continue;
       const names = readdirSync(directory);
       if (!names.includes(TIMELINE_INDEX_NAME)) {

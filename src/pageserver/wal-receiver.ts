@@ -13,7 +13,7 @@
 
 import { setImmediate as yieldToOthers, setTimeout as sleep } from 'node:timers/promises';
 import { readWal, watchCommits } from '../api/safekeeper.ts';
-import type { SafekeeperAddress } from '../api/safekeeper.ts';
+import type { ReadWalOptions, SafekeeperAddress, WalChunk } from '../api/safekeeper.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { formatLsn } from '../postgres/lsn.ts';
@@ -277,6 +277,27 @@ export class WalReceiver {
     this.#running.add(tracked);
     void tracked.finally(() => this.#running.delete(tracked));
   }
+}
+
+/** A timeline's WAL from one safekeeper, and where that fails from the next. */
+export async function* readWalOfAny(
+  safekeepers: readonly SafekeeperAddress[],
+  request: Omit<ReadWalOptions, 'address'> & { readonly signal: AbortSignal },
+): AsyncGenerator<WalChunk, void, void> {
+  let { fromLsn } = request;
+  let failure: unknown;
+  for (const address of safekeepers) {
+    try {
+      for await (const chunk of readWal({ ...request, address, fromLsn })) {
+        yield chunk;
+        fromLsn = chunk.lsn + chunk.bytes.length;
+      }
+    } catch (error) {
+      failure = error;
+    }
+    if (request.signal.aborted) break;
+  }
+  if (failure !== undefined) throw toStrataError(failure);
 }
 
 /** Ingest of the timeline cannot go on. */

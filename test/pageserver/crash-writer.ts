@@ -11,6 +11,7 @@
 import { createLog } from '../../src/base/log.ts';
 import { databaseKey, makeKey, KEY_KIND, relationBlockKey, relationSizeKey } from '../../src/pageserver/key.ts';
 import type { Key } from '../../src/pageserver/key.ts';
+import { LEASE_MS } from '../../src/pageserver/retention.ts';
 import { Timelines } from '../../src/pageserver/timelines.ts';
 import { encodeCountImage, encodeImage, encodeTombstone } from '../../src/pageserver/value.ts';
 import { encodePoke, replayPoke } from './history-model.ts';
@@ -18,6 +19,10 @@ import { encodePoke, replayPoke } from './history-model.ts';
 export const ROOT = '1'.padStart(32, '0');
 export const START_LSN = 0x100000;
 export const RECORD_BYTES = 8;
+/** Of each relation; no relation ever has fewer, as then what it grows over would have to begin anew (ingest.ts). */
+const BLOCKS = 40;
+/** How far back history is kept. */
+const HISTORY_BYTES = 600 * RECORD_BYTES;
 
 /** Every step of a change on disk: between any two of them a process may die. */
 export const STEPS = [
@@ -30,7 +35,17 @@ export const STEPS = [
   'compacted layers written',
   'compacted index written',
   'compacted layer removed',
+  'horizon written',
   'timeline deleted',
+];
+
+/** What is imported: values at START_LSN. */
+export const IMPORTED: readonly [Key, Buffer][] = [
+  [databaseKey(1663, 0), Buffer.from('first')],
+  ...[16384, 16385, 16386].map((rel): [Key, Buffer] => [
+    relationSizeKey(1663, 5, rel, 0),
+    Buffer.from([BLOCKS, 0, 0, 0]),
+  ]),
 ];
 
 /** The puts of the record that ends at `lsn`. */
@@ -38,10 +53,11 @@ export function putsOf(seed: number, lsn: number): [Key, Buffer][] {
   const random = generator(seed * 1_000_003 + lsn);
   return Array.from({ length: 1 + (random() % 3) }, (): [Key, Buffer] => {
     const what = random() % 100;
-    const block = relationBlockKey(1663, 5, 16384 + (random() % 3), 0, random() % 40);
+    const block = relationBlockKey(1663, 5, 16384 + (random() % 3), 0, random() % BLOCKS);
     if (what < 8) return [databaseKey(1663, random() % 5), encodeImage(Buffer.alloc(random() % 600, what))];
     if (what < 10) return [databaseKey(1663, random() % 5), encodeTombstone()];
-    if (what < 15) return [relationSizeKey(1663, 5, 16384 + (random() % 3), 0), encodeCountImage(random() % 50)];
+    if (what < 15)
+      return [relationSizeKey(1663, 5, 16384 + (random() % 3), 0), encodeCountImage(BLOCKS + (random() % 10))];
     if (what < 20) return [block, encodeImage(Buffer.alloc(8192, random()))];
     if (what < 25) return [makeKey(KEY_KIND.walIndex, 0, lsn, 0, 0, 0), encodeImage(Buffer.alloc(10, what))];
     const how = what < 30 ? 'init' : what < 60 ? 'derived' : 'record';
@@ -61,19 +77,23 @@ function generator(seed: number): () => number {
 
 async function write(directory: string, seed: number, dieAtStep: string, dieAtCount: number): Promise<never> {
   let stepCount = 0;
+  let nowMs = Date.now();
   const timelines = await Timelines.open(directory, {
     replay: replayPoke,
     log: createLog({ name: 'crash-writer', level: 'error' }),
-    limits: { flushBytes: 30_000, frozenLayersMax: 2 },
+    limits: { flushBytes: 30_000, frozenLayersMax: 2, collectBytesMin: 20_000 },
+    now: () => nowMs,
+    lsnAt: ({ diskConsistentLsn }) => Math.max(START_LSN, diskConsistentLsn - HISTORY_BYTES),
     onStep: (step) => {
       if (step === dieAtStep && ++stepCount === dieAtCount) process.kill(process.pid, 'SIGKILL');
     },
   });
+  nowMs += LEASE_MS;
   let root = timelines.find(ROOT);
   root ??= await timelines.import(
     { tenantId: ROOT, timelineId: ROOT, pgVersion: 17, lsn: START_LSN, recordLsn: START_LSN - RECORD_BYTES },
     async (target) => {
-      target.put(databaseKey(1663, 0), Buffer.from('first'));
+      for (const [key, image] of IMPORTED) target.put(key, image);
       await target.drain();
     },
   );
@@ -86,6 +106,7 @@ async function write(directory: string, seed: number, dieAtStep: string, dieAtCo
       await root.writable();
     }
     await root.flush();
+    await timelines.garbage.run([root]);
     process.stdout.write(`${root.diskConsistentLsn}\n`);
     const timelineId = (root.lastRecordLsn % 7).toString().padStart(32, 'b');
     if (timelines.find(timelineId) === undefined) {

@@ -179,7 +179,7 @@ export class LayerFile implements ValueSource {
   #opened(): OpenLayer {
     this.#wasUsed = true;
     if (this.#open !== undefined) return this.#open;
-    const file = openSync(this.path, 'r');
+    const file = this.#openFile();
     try {
       const { sizeBytes } = this.description;
       const length = fstatSync(file).size;
@@ -200,6 +200,15 @@ export class LayerFile implements ValueSource {
     }
     this.#cache.opened(this);
     return this.#open;
+  }
+
+  #openFile(): number {
+    try {
+      return openSync(this.path, 'r');
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
+      throw new LayerDamagedError(this.path, 0, 'the file is not there');
+    }
   }
 
   #keyBlock(number: number): KeyBlock {

@@ -1,0 +1,158 @@
+/**
+ * Repair of damaged layers: what a delta layer held is made anew from the WAL of its LSN range, where the safekeepers still have it.
+ *
+ * A shadow of the timeline is made that branches off just below the run that the layer belongs to, and takes the same WAL again; its
+ * layers then stand in for the whole run. So what is made is exactly what ingest made the first time, and a damaged index or file that is
+ * missing altogether is repaired as a damaged block is. Image layers come from imports: no WAL has what is in them. Nor can it be done where history
+ * below the run is no longer whole.
+ *
+ * A crash leaves the shadow's folder, `<timeline id>.repair`, or layers that no index names: both are removed at start.
+ */
+
+import { rename, rm } from 'node:fs/promises';
+import { basename, dirname } from 'node:path';
+import { StrataError } from '../base/errors.ts';
+import type { Logger } from '../base/log.ts';
+import { formatLsn } from '../postgres/lsn.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import { WalReader } from '../postgres/wal/reader.ts';
+import { deltaRuns } from './compaction-plan.ts';
+import type { LayerRun } from './compaction-plan.ts';
+import { Ingest } from './ingest/ingest.ts';
+import { LayerDamagedError } from './layers/block.ts';
+import { syncDirectory } from './layers/durable.ts';
+import { layerPath } from './layers/layer-format.ts';
+import type { LayerDescription } from './layers/layer-format.ts';
+import type { Timeline } from './timeline.ts';
+import type { Timelines } from './timelines.ts';
+
+export interface RepairsOptions {
+  readonly timelines: Timelines;
+  /** The timeline's WAL from an LSN on, from whoever has it; it may go on for ever. */
+  readonly walOf: (timeline: Timeline, fromLsn: Lsn, signal: AbortSignal) => AsyncIterable<WalPiece>;
+  readonly log: Logger;
+}
+
+export interface WalPiece {
+  readonly lsn: Lsn;
+  readonly bytes: Buffer;
+}
+
+const REPAIR_TIMEOUT_MS = 30 * 60_000;
+/** A layer that could not be repaired is not tried again so soon. */
+const FAILURE_KEPT_MS = 60_000;
+
+export class Repairs {
+  readonly #options: RepairsOptions;
+  /** By file: under way, or failed a short time ago. */
+  readonly #repairs = new Map<string, Promise<void>>();
+
+  constructor(options: RepairsOptions) {
+    this.#options = options;
+  }
+
+  /** Resolves when the layer is replaced; rejects, with why, when it cannot be. */
+  repair(damage: LayerDamagedError): Promise<void> {
+    const { file } = damage;
+    let repair = this.#repairs.get(file);
+    if (repair === undefined) {
+      repair = this.#repair(damage);
+      this.#repairs.set(file, repair);
+      repair.then(
+        () => this.#repairs.delete(file),
+        () => setTimeout(() => this.#repairs.delete(file), FAILURE_KEPT_MS).unref(),
+      );
+    }
+    return repair;
+  }
+
+  async #repair(damage: LayerDamagedError): Promise<void> {
+    const { timelines, log } = this.#options;
+    const { file } = damage;
+    const timeline = timelines.get(basename(dirname(file)));
+    const { timelineId } = timeline;
+    log.error({ timelineId, file, offset: damage.offset, reason: damage.message }, 'a layer is damaged');
+    try {
+      const stopped = AbortSignal.timeout(REPAIR_TIMEOUT_MS);
+      await timelines.compaction.exclusively(async () => {
+        const giveUp = new AbortController();
+        const signal = AbortSignal.any([stopped, giveUp.signal]);
+        await timeline.inBackground(
+          () => this.#rebuildWithOlder(file, signal),
+          () => giveUp.abort(),
+        );
+      });
+      log.info({ timelineId, file }, 'the layer was made anew from WAL');
+    } catch (error) {
+      log.error({ timelineId, file, err: error }, 'the layer cannot be repaired');
+      throw error;
+    }
+  }
+
+  /** To take WAL again, older layers are read: those that turn out to be damaged too come first. */
+  async #rebuildWithOlder(file: string, signal: AbortSignal): Promise<void> {
+    const files = [file];
+    for (let last = files.at(-1); last !== undefined; last = files.at(-1)) {
+      try {
+        await this.#rebuild(last, signal);
+        files.pop();
+      } catch (error) {
+        if (!(error instanceof LayerDamagedError) || files.includes(error.file)) throw error;
+        files.push(error.file);
+      }
+    }
+  }
+
+  async #rebuild(file: string, signal: AbortSignal): Promise<void> {
+    const timeline = this.#options.timelines.get(basename(dirname(file)));
+    const damaged = timeline.index.layers.find((layer) => layerPath(timeline.directory, layer) === file);
+    if (damaged === undefined) return; // replaced meanwhile
+    const run = deltaRuns(timeline.index.layers).find((each) => each.layers.includes(damaged));
+    if (run === undefined) throw new StrataError('internal', `${file} is an image layer: no WAL has what was in it`);
+    const fromLsn = run.lsnStart - 1;
+    timeline.assertReadable(fromLsn);
+    const shadow = await this.#options.timelines.makeShadow(timeline, fromLsn);
+    try {
+      await this.#ingest(timeline, shadow, run.lsnEnd - 1, signal);
+      await shadow.flush();
+      const made = await takeOver(shadow, timeline, run);
+      await timeline.replaceLayers(run.layers, made);
+    } finally {
+      await shadow.close();
+      await rm(shadow.directory, { recursive: true, force: true });
+    }
+  }
+
+  /** Has the shadow take the timeline's WAL up to `endLsn`, the end of a record. */
+  async #ingest(timeline: Timeline, shadow: Timeline, endLsn: Lsn, signal: AbortSignal): Promise<void> {
+    const reader = new WalReader(shadow.lastRecordLsn, timeline.pgVersion);
+    const ingest = new Ingest(shadow);
+    for await (const { lsn, bytes } of this.#options.walOf(timeline, shadow.lastRecordLsn, signal)) {
+      reader.push(lsn, bytes);
+      while (shadow.lastRecordLsn < endLsn) {
+        const record = reader.next();
+        if (record === undefined) break;
+        ingest.ingest(record);
+        shadow.freezeIfFull();
+      }
+      if (shadow.lastRecordLsn >= endLsn) break;
+      await shadow.writable();
+    }
+    if (shadow.lastRecordLsn === endLsn) return;
+    const where = `WAL was found up to ${formatLsn(shadow.lastRecordLsn)}, needed is up to ${formatLsn(endLsn)}`;
+    throw new StrataError('unavailable', `the layer cannot be made anew: ${where}`);
+  }
+}
+
+/** Moves the shadow's layers to the timeline's folder, durably, under names that are new there. */
+async function takeOver(shadow: Timeline, timeline: Timeline, run: LayerRun): Promise<LayerDescription[]> {
+  const revision = 1 + Math.max(...run.layers.map((layer) => layer.revision ?? 0));
+  const made: LayerDescription[] = [];
+  for (const layer of shadow.index.layers) {
+    const description = { ...layer, revision };
+    await rename(layerPath(shadow.directory, layer), layerPath(timeline.directory, description));
+    made.push(description);
+  }
+  await syncDirectory(timeline.directory);
+  return made;
+}
