@@ -41,11 +41,11 @@ export class Cluster implements AsyncDisposable {
   #server: PostgresProcess | undefined;
   #clients: pg.Client[] = [];
 
-  constructor() {
+  constructor(pgBinDir = process.env['STRATA_TEST_PG_BIN_DIR']) {
     this.#directory = mkdtempSync(join(tmpdir(), 'strata-ingest-'));
     this.#user = unprivilegedUser();
     if (this.#user !== undefined) chownSync(this.#directory, this.#user.uid, this.#user.gid);
-    const installation = findInstallation({ pgBinDir: process.env['STRATA_TEST_PG_BIN_DIR'] });
+    const installation = findInstallation({ pgBinDir });
     this.#installation = reachableInstallation(installation, this.#user, join(this.#directory, 'bin'));
   }
 
@@ -55,6 +55,11 @@ export class Cluster implements AsyncDisposable {
 
   get dataDir(): string {
     return join(this.#directory, 'data');
+  }
+
+  /** How another server connects to this one. */
+  get connectionInfo(): string {
+    return `host=${this.#directory} port=${PORT} user=postgres`;
   }
 
   initdb(): void {
@@ -73,9 +78,17 @@ export class Cluster implements AsyncDisposable {
         '-E',
         'UTF8',
         '--no-instructions',
+        ...(this.version >= 18 ? ['--no-data-checksums'] : []),
       ],
       { stdio: 'pipe', cwd: this.#directory, ...(user === undefined ? {} : { uid: user.uid, gid: user.gid }) },
     );
+  }
+
+  /** Takes over the directory of a cluster that is stopped, and becomes a hot standby of it when both are started. */
+  becomeStandbyOf(primary: Cluster): void {
+    execFileSync('cp', ['-a', primary.dataDir, this.dataDir]);
+    writeFileSync(join(this.dataDir, 'standby.signal'), '');
+    this.#own(join(this.dataDir, 'standby.signal'));
   }
 
   /** Makes the directory out of files; parents as needed. */
@@ -116,6 +129,12 @@ export class Cluster implements AsyncDisposable {
     await client.connect();
     this.#clients.push(client);
     return client;
+  }
+
+  /** Ends all sessions but one. */
+  async disconnectOthers(kept: pg.Client): Promise<void> {
+    await Promise.all(this.#clients.filter((client) => client !== kept).map((client) => client.end()));
+    this.#clients = [kept];
   }
 
   async stop(): Promise<void> {
