@@ -19,7 +19,7 @@ import { slruSegmentPath } from './ingest/slru.ts';
 import { resolveLsn } from './ingest/wal-search.ts';
 import type { IndexedTimeline } from './ingest/wal-search.ts';
 import { CHECKPOINT_STATE_KEY, CONTROL_FILE_KEY, KEY_KIND, prefixRange, slruPageKey } from './key.ts';
-import type { TimelineReader } from './timeline.ts';
+import type { TimelineReader } from './timeline-access.ts';
 
 export class BasebackupError extends Error {
   override name = 'BasebackupError';

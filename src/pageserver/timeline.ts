@@ -13,8 +13,8 @@
  */
 
 import assert from 'node:assert/strict';
-import { readdir, rm } from 'node:fs/promises';
-import { dirname, join } from 'node:path';
+import { rm } from 'node:fs/promises';
+import { join } from 'node:path';
 import { StrataError } from '../base/errors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
@@ -22,7 +22,7 @@ import type { PgVersion } from '../postgres/version.ts';
 import type { WalRecord } from '../postgres/wal/record.ts';
 import { flushMemoryLayer } from './flush.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
-import { replaceFile, syncDirectory } from './layers/durable.ts';
+import { replaceFile } from './layers/durable.ts';
 import { LayerFile } from './layers/layer-file.ts';
 import type { LayerCache } from './layers/layer-file.ts';
 import { layerPath } from './layers/layer-format.ts';
@@ -34,54 +34,10 @@ import { LsnWaiters } from './lsn-waiters.ts';
 import type { History, HistoryReader, KeyImage, Lineage } from './read.ts';
 import { historyGone } from './retention.ts';
 import type { Horizon } from './retention.ts';
+import type { TimelineReader, TimelineWriter } from './timeline-access.ts';
+import { removeTimelineDirectory } from './timeline-directory.ts';
 import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
-
-/**
- * Takes the changes of WAL records, in the order of the log. Everything is synchronous: a record is taken whole or,
- * after `discard`, not at all.
- */
-export interface TimelineWriter {
-  readonly pgVersion: PgVersion;
-  /** End of the last record that was made visible. */
-  readonly lastRecordLsn: Lsn;
-  /** Stores an encoded value (value.ts; copied) of `key` under `lsn`, the end of the record it comes from. Not visible before `advance`. */
-  put(key: Key, lsn: Lsn, value: Buffer): void;
-  /** Stores a record as a change of `key`, as if it were encoded (value.ts) and put under its end. */
-  putRecord(key: Key, record: WalRecord, blockId: number, needsNoPrior: boolean): void;
-  /** The newest image of `key`, puts that are not yet visible included; undefined when the key does not exist. Not to be changed by the caller. */
-  get(key: Key): Buffer | undefined;
-  /** The keys that exist, sorted, puts that are not yet visible included. */
-  scan(range: KeyRange): KeyImage[];
-  /** Makes everything up to `endLsn` visible and wakes who waits for it. `recordStartLsn` is where the record that ends at `endLsn` starts. */
-  advance(endLsn: Lsn, recordStartLsn: Lsn): void;
-  /** Forgets the puts since the last `advance`: for a record that could not be taken. */
-  discard(): void;
-  /**
-   * Set by ingest. To be called, between two records, before what was put is written out as a layer: ingest then puts, under
-   * `lastRecordLsn`, what it still gathers in memory (the last piece of the WAL index), so that the layer is complete without it.
-   */
-  beforeFlush?: () => void;
-}
-
-/** Reads a timeline as it was at an LSN, through its ancestors. An LSN above `lastRecordLsn` has to be waited for first. */
-export interface TimelineReader {
-  readonly pgVersion: PgVersion;
-  /** End of the last record that is visible. */
-  readonly lastRecordLsn: Lsn;
-  /** Start of that record: what the next record's xl_prev has to be. */
-  readonly lastRecordStartLsn: Lsn;
-  /** The value as it was at `lsn`; undefined when the key did not exist. Not to be changed by the caller. */
-  getImage(key: Key, lsn: Lsn): Buffer | undefined;
-  /** `count` pages from `firstBlk` on, one after the other; zeroes for those that have no value or lie past the fork's end. */
-  getPages(fork: RelationFork, firstBlk: number, count: number, lsn: Lsn): Buffer;
-  /** The keys that existed at `lsn`, sorted. */
-  scan(range: KeyRange, lsn: Lsn): KeyImage[];
-  /** Resolves when `lsn` is visible; rejects with `timeout`, or `unavailable` on abort and when ingest has stopped. */
-  waitLsn(lsn: Lsn, timeoutMs: number, signal?: AbortSignal): Promise<void>;
-}
-
-export type { KeyImage } from './read.ts';
 
 export interface TimelineOptions {
   readonly reader: HistoryReader;
@@ -566,12 +522,4 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     if (this.#stopped === 'closed') return new StrataError('unavailable', `${what} is closed`);
     return new StrataError('unavailable', `${what} cannot be ingested: ${this.#ingestError?.message}`);
   }
-}
-
-/** Removes what a timeline's folder holds, the index last. Missing files are none of its concern. */
-export async function removeTimelineDirectory(directory: string): Promise<void> {
-  const names = await readdir(directory);
-  for (const name of names) if (name !== TIMELINE_INDEX_NAME) await rm(join(directory, name), { force: true });
-  await rm(directory, { recursive: true, force: true });
-  await syncDirectory(dirname(directory));
 }

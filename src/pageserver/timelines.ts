@@ -31,8 +31,9 @@ import { HistoryReader } from './read.ts';
 import type { Replay } from './read.ts';
 import { Leases } from './retention.ts';
 import { RetentionWindows } from './retention-windows.ts';
-import { removeTimelineDirectory, Timeline } from './timeline.ts';
+import { Timeline } from './timeline.ts';
 import type { TimelineOptions } from './timeline.ts';
+import { removeTimelineDirectory } from './timeline-directory.ts';
 import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
 

@@ -9,7 +9,7 @@ import { forgeShutdownCheckpoint } from '../../src/postgres/forge-checkpoint.ts'
 import { BLOCK_SIZE } from '../../src/postgres/page-size.ts';
 import { parseRelationPath, relationPath } from '../../src/postgres/relation.ts';
 import { WAL_SEGMENT_SIZE } from '../../src/postgres/lsn.ts';
-import type { TimelineReader } from '../../src/pageserver/timeline.ts';
+import type { TimelineReader } from '../../src/pageserver/timeline-access.ts';
 import { toPgVersion } from '../../src/postgres/version.ts';
 
 /** Relation files by their path, `base/5/1259_vm`. */

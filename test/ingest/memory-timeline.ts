@@ -12,7 +12,8 @@ import type { ImportSink } from '../../src/pageserver/import.ts';
 import { compareKeys, formatKey, relationBlockKey, relationSizeKey } from '../../src/pageserver/key.ts';
 import type { Key, KeyRange, RelationFork } from '../../src/pageserver/key.ts';
 import { replayValue } from '../../src/pageserver/replay.ts';
-import type { KeyImage, TimelineReader, TimelineWriter } from '../../src/pageserver/timeline.ts';
+import type { KeyImage } from '../../src/pageserver/read.ts';
+import type { TimelineReader, TimelineWriter } from '../../src/pageserver/timeline-access.ts';
 import { VALUE_KIND, encodeImage, encodeRecord, needsNoPrior } from '../../src/pageserver/value.ts';
 
 interface Version {

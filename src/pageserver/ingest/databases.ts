@@ -2,7 +2,7 @@
 
 import type { Lsn } from '../../postgres/lsn.ts';
 import { KEY_KIND, databaseKey, prefixRange, relationBlockKey } from '../key.ts';
-import type { TimelineWriter } from '../timeline.ts';
+import type { TimelineWriter } from '../timeline-access.ts';
 import { encodeImage, encodeTombstone } from '../value.ts';
 import type { Change } from './change.ts';
 import type { ForkSizes } from './fork-sizes.ts';

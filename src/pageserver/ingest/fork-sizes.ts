@@ -6,7 +6,7 @@
 
 import type { Lsn } from '../../postgres/lsn.ts';
 import { relationSizeKey } from '../key.ts';
-import type { TimelineWriter } from '../timeline.ts';
+import type { TimelineWriter } from '../timeline-access.ts';
 import { encodeCountImage, encodeTombstone } from '../value.ts';
 
 const MAX_CACHED = 200_000;

@@ -30,7 +30,7 @@ import type { Key } from '../key.ts';
 import { clearVisibilityChanges, truncateFreeSpace, truncateVisibility } from '../redo/derived.ts';
 import type { DerivedChange } from '../redo/derived.ts';
 import { applyRecord } from '../redo/redo.ts';
-import type { TimelineWriter } from '../timeline.ts';
+import type { TimelineWriter } from '../timeline-access.ts';
 import { RECORD_HEADER_BYTES, encodeDerived, encodeImage, encodeTombstone } from '../value.ts';
 import type { Change } from './change.ts';
 import { CheckpointTracker, decodeCheckpointState, encodeCheckpointState } from './checkpoint-state.ts';

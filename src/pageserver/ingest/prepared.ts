@@ -6,7 +6,7 @@
 import type { Lsn } from '../../postgres/lsn.ts';
 import { twoPhaseKey } from '../key.ts';
 import type { Key } from '../key.ts';
-import type { TimelineWriter } from '../timeline.ts';
+import type { TimelineWriter } from '../timeline-access.ts';
 import { encodeImage, encodeTombstone } from '../value.ts';
 import { fullXid } from './checkpoint-state.ts';
 

@@ -9,7 +9,7 @@ import type { Lsn } from '../../postgres/lsn.ts';
 import { KEY_KIND, SLRU, prefixRange, slruPageKey, slruSizeKey } from '../key.ts';
 import { COMMIT_TIMESTAMPS_PER_PAGE, commitTimestampChanges } from '../redo/derived.ts';
 import type { DerivedChange } from '../redo/derived.ts';
-import type { TimelineWriter } from '../timeline.ts';
+import type { TimelineWriter } from '../timeline-access.ts';
 import { encodeCountImage, encodeDerived, encodeImage, encodeTombstone } from '../value.ts';
 import { PAGES_PER_SLRU_SEGMENT, slruSegmentIsOld } from './slru.ts';
 

@@ -1,7 +1,7 @@
 /** Writes a timeline's WAL index as its records are taken (wal-index.ts has the format). */
 
 import type { Lsn } from '../../postgres/lsn.ts';
-import type { TimelineWriter } from '../timeline.ts';
+import type { TimelineWriter } from '../timeline-access.ts';
 import { encodeImage } from '../value.ts';
 import { WalIndexTail, decodeChunk, walIndexBucket, walIndexChunkKey } from './wal-index.ts';
 import type { WalIndexChunk } from './wal-index.ts';

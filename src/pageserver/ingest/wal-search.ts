@@ -5,7 +5,7 @@
 
 import type { Lsn } from '../../postgres/lsn.ts';
 import { formatLsn } from '../../postgres/lsn.ts';
-import type { TimelineReader } from '../timeline.ts';
+import type { TimelineReader } from '../timeline-access.ts';
 import {
   NO_TIME,
   WalIndexError,

@@ -1,0 +1,51 @@
+/** A timeline as ingest writes it, and as readers see it; timeline.ts is the one that lasts. */
+
+import type { Lsn } from '../postgres/lsn.ts';
+import type { PgVersion } from '../postgres/version.ts';
+import type { WalRecord } from '../postgres/wal/record.ts';
+import type { Key, KeyRange, RelationFork } from './key.ts';
+import type { KeyImage } from './read.ts';
+
+/**
+ * Takes the changes of WAL records, in the order of the log. Everything is synchronous: a record is taken whole or,
+ * after `discard`, not at all.
+ */
+export interface TimelineWriter {
+  readonly pgVersion: PgVersion;
+  /** End of the last record that was made visible. */
+  readonly lastRecordLsn: Lsn;
+  /** Stores an encoded value (value.ts; copied) of `key` under `lsn`, the end of the record it comes from. Not visible before `advance`. */
+  put(key: Key, lsn: Lsn, value: Buffer): void;
+  /** Stores a record as a change of `key`, as if it were encoded (value.ts) and put under its end. */
+  putRecord(key: Key, record: WalRecord, blockId: number, needsNoPrior: boolean): void;
+  /** The newest image of `key`, puts that are not yet visible included; undefined when the key does not exist. Not to be changed by the caller. */
+  get(key: Key): Buffer | undefined;
+  /** The keys that exist, sorted, puts that are not yet visible included. */
+  scan(range: KeyRange): KeyImage[];
+  /** Makes everything up to `endLsn` visible and wakes who waits for it. `recordStartLsn` is where the record that ends at `endLsn` starts. */
+  advance(endLsn: Lsn, recordStartLsn: Lsn): void;
+  /** Forgets the puts since the last `advance`: for a record that could not be taken. */
+  discard(): void;
+  /**
+   * Set by ingest. To be called, between two records, before what was put is written out as a layer: ingest then puts, under
+   * `lastRecordLsn`, what it still gathers in memory (the last piece of the WAL index), so that the layer is complete without it.
+   */
+  beforeFlush?: () => void;
+}
+
+/** Reads a timeline as it was at an LSN, through its ancestors. An LSN above `lastRecordLsn` has to be waited for first. */
+export interface TimelineReader {
+  readonly pgVersion: PgVersion;
+  /** End of the last record that is visible. */
+  readonly lastRecordLsn: Lsn;
+  /** Start of that record: what the next record's xl_prev has to be. */
+  readonly lastRecordStartLsn: Lsn;
+  /** The value as it was at `lsn`; undefined when the key did not exist. Not to be changed by the caller. */
+  getImage(key: Key, lsn: Lsn): Buffer | undefined;
+  /** `count` pages from `firstBlk` on, one after the other; zeroes for those that have no value or lie past the fork's end. */
+  getPages(fork: RelationFork, firstBlk: number, count: number, lsn: Lsn): Buffer;
+  /** The keys that existed at `lsn`, sorted. */
+  scan(range: KeyRange, lsn: Lsn): KeyImage[];
+  /** Resolves when `lsn` is visible; rejects with `timeout`, or `unavailable` on abort and when ingest has stopped. */
+  waitLsn(lsn: Lsn, timeoutMs: number, signal?: AbortSignal): Promise<void>;
+}
