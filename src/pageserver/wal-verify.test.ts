@@ -3,6 +3,8 @@ import { readFileSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 
+import pg from 'pg';
+
 import { recordWal } from '../../test/redo/recorded-wal.ts';
 import type { RecordedWal } from '../../test/redo/recorded-wal.ts';
 import { WAL_PAGE_SIZE, parseWalFileName, segmentStart } from '../postgres/lsn.ts';
@@ -19,7 +21,7 @@ let wal: RecordedWal;
 
 before(async () => {
   wal = await recordWal(
-    async ({ sql }) => {
+    async ({ sql, connect }) => {
       await sql(`CREATE TABLE t (id int, v text)`);
       await sql(`INSERT INTO t VALUES (1, 'one')`);
       await sql(`INSERT INTO t SELECT i, repeat('x', i % 50) FROM generate_series(1, 1000) i`);
@@ -28,12 +30,23 @@ before(async () => {
       await sql(`VACUUM t`);
       await sql(`UPDATE t SET v = 'last' WHERE id % 100 = 1`);
       await sql(`VACUUM t`);
+      await copyDatabase(await connect());
     },
     { settings: `wal_consistency_checking = 'all'` },
   );
 });
 
 after(() => wal[Symbol.dispose]());
+
+/** A database whose visibility maps lost their bits in WAL, and some of which are then changed. */
+async function copyDatabase(client: pg.Client): Promise<void> {
+  await client.query('CREATE DATABASE copied STRATEGY wal_log');
+  const copied = new pg.Client({ host: client.host, port: client.port, user: 'postgres', database: 'copied' });
+  await copied.connect();
+  await copied.query(`CREATE TABLE c (id int PRIMARY KEY)`);
+  await copied.query('VACUUM');
+  await copied.end();
+}
 
 test('every page of a real workload is compared and none differs, however few pages are kept in memory', async () => {
   const report = await verifyWal(await openWalDirectory(wal.directory, wal.startLsn));

@@ -16,6 +16,8 @@
  * - bits of visibility-map pages are compared with the images of those pages. A bit that we have and the image has not may be cleared
  *   by a record that comes a little later, as the primary clears the bit before it writes that record; it is a fault only if none does.
  *   A bit that the image has and we have not is a fault at once.
+ *   CREATE DATABASE by WAL logs pages of maps as if they had a hole, which is where their bits are, so that every replay loses them: such a
+ *   page is not known until its next image, which it takes on trust.
  * - PD_ALL_VISIBLE of heap pages, which decides whether the map's bits are ever cleared again.
  *
  * Records that redo refuses, because only the extension that wrote them knows what they mean or because Strata has no tablespaces, are
@@ -153,6 +155,8 @@ class Verifier {
   readonly #types = new Map<number, TypeReport>();
   /** Relations whose creation is in this WAL: their pages that were never met are all zeros. */
   readonly #created = new Set<string>();
+  /** Visibility-map pages whose last image left out their bits. */
+  readonly #mapsWithoutBits = new Set<string>();
   /** Visibility-map bits that await a record that clears them: relation and heap block, the record that lacked them. */
   readonly #pendingClears = new Map<string, { type: TypeReport; mismatch: Mismatch }>();
   readonly #replayed = Buffer.alloc(BLOCK_SIZE);
@@ -235,11 +239,13 @@ class Verifier {
     let page = this.#pages.get(fork, block.blk);
     if (page === undefined) {
       page = Buffer.alloc(BLOCK_SIZE);
-      if (needsPriorPage(record, block.id) && !this.#created.has(relationName(block))) {
+      const isKnown = this.#created.has(relationName(block)) && !this.#mapsWithoutBits.has(`${fork}/${block.blk}`);
+      if (needsPriorPage(record, block.id) && !isKnown) {
         if (!block.hasImage) {
           type.unchecked++;
           return;
         }
+        if (block.fork === FORK_VM) this.#mapsWithoutBits.delete(`${fork}/${block.blk}`);
         restoreImage(page, record, block);
         if (!pageIsNew(page)) setPageLsn(page, record.endLsn);
         this.#pages.set(fork, block.blk, page);
@@ -258,8 +264,10 @@ class Verifier {
       return;
     }
     if (!block.hasImage) type.unchecked++;
-    else if (block.applyImage) type.restored++;
-    else this.#compare(record, block, type, fork, page);
+    else if (block.applyImage) {
+      type.restored++;
+      if (block.fork === FORK_VM && block.holeLength > 0) this.#forgetMap(fork, block.blk);
+    } else this.#compare(record, block, type, fork, page);
   }
 
   #compare(record: WalRecord, block: WalBlock, type: TypeReport, fork: string, page: Buffer): void {
@@ -352,12 +360,13 @@ class Verifier {
         for (let fork = FORK_MAIN; fork <= 3; fork++) this.#dropFork(change.relation, fork);
         this.#created.delete(relationName(change.relation));
         this.#forgetPendingClears(`${relationName(change.relation)}/`);
+        deleteByPrefix(this.#mapsWithoutBits, `${relationName(change.relation)}/`);
         return;
       case 'copy-database':
       case 'drop-database':
         this.#pages.drop(`${change.spc}/${change.db}/`);
-        for (const name of this.#created)
-          if (name.startsWith(`${change.spc}/${change.db}/`)) this.#created.delete(name);
+        for (const names of [this.#created, this.#mapsWithoutBits])
+          deleteByPrefix(names, `${change.spc}/${change.db}/`);
         this.#forgetPendingClears(`${change.spc}/${change.db}/`);
         return;
     }
@@ -378,12 +387,17 @@ class Verifier {
     if (page !== undefined) applyDerived(page, change.subtype, change.payload);
   }
 
+  #forgetMap(fork: string, blk: number): void {
+    this.#pages.delete(fork, blk);
+    this.#mapsWithoutBits.add(`${fork}/${blk}`);
+  }
+
   #dropFork(relation: RelationKey, fork: number): void {
     this.#pages.truncate(forkName(relation, fork), 0);
   }
 
   #forgetPendingClears(prefix: string): void {
-    for (const key of this.#pendingClears.keys()) if (key.startsWith(prefix)) this.#pendingClears.delete(key);
+    deleteByPrefix(this.#pendingClears, prefix);
   }
 
   #mismatch(type: TypeReport, mismatch: Mismatch): void {
@@ -463,6 +477,10 @@ function addType(to: TypeReport, from: TypeReport): void {
 /** What no redo of ours can replay, and what is not a fault of it. */
 function isRefused(record: WalRecord): boolean {
   return record.rmid >= RM_MIN_CUSTOM || record.rmid === RM_TBLSPC;
+}
+
+function deleteByPrefix(names: Set<string> | Map<string, unknown>, prefix: string): void {
+  for (const name of names.keys()) if (name.startsWith(prefix)) names.delete(name);
 }
 
 function relationName(relation: RelationKey): string {
