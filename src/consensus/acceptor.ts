@@ -129,6 +129,16 @@ export class Acceptor<Sender> {
     return last.term === this.#term && this.lastLogTerm === this.#term ? this.#term : undefined;
   }
 
+  /** Appends of the current term continue this log. */
+  get isFollowing(): boolean {
+    return this.#following;
+  }
+
+  /** The highest commit LSN that the leader announced. */
+  get announcedCommitLsn(): Lsn {
+    return this.#announcedCommitLsn;
+  }
+
   /** WAL held in memory until the disk is free. */
   get unwrittenBytes(): number {
     return this.#unwrittenBytes;
@@ -166,6 +176,21 @@ export class Acceptor<Sender> {
     this.#saveWanted = true;
     this.#advance(actions);
     return actions;
+  }
+
+  /** An independent machine in the same state, for who looks at more than one future. Idle, and at the end of a record. */
+  clone(): Acceptor<Sender> {
+    assert(this.isIdle && this.#writeLsn === this.#flushLsn, 'nothing is under way in what is cloned');
+    const state = { term: this.#term, history: this.#history, commitLsn: this.#commitLsn };
+    const copy = new Acceptor<Sender>({
+      state,
+      flushLsn: this.#flushLsn,
+      trackBoundaries: this.#trackBoundaries,
+    });
+    copy.#persistedCommitLsn = this.#persistedCommitLsn;
+    copy.#announcedCommitLsn = this.#announcedCommitLsn;
+    copy.#following = this.#following;
+    return copy;
   }
 
   /** A sender that is gone needs no replies. */

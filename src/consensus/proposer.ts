@@ -93,6 +93,27 @@ export class ProposerState {
     return this.#phase;
   }
 
+  /** An independent machine in the same state, for who looks at more than one future. */
+  clone(): ProposerState {
+    const copy = new ProposerState(this.#peers.length);
+    this.#peers.forEach((peer, index) => {
+      copy.#peers[index] = { ...peer };
+    });
+    copy.#phase = this.#phase;
+    copy.#candidateTerm = this.#candidateTerm;
+    copy.#history = this.#history;
+    copy.#startLsn = this.#startLsn;
+    copy.#donor = this.#donor;
+    copy.#commitLsn = this.#commitLsn;
+    copy.#retrying = this.#retrying;
+    return copy;
+  }
+
+  /** Waits for `elect`. */
+  get isRetrying(): boolean {
+    return this.#retrying;
+  }
+
   /** Of the election under way, or won. */
   get term(): number {
     return this.#candidateTerm;

@@ -3,12 +3,14 @@
  *
  *   npm run simulate -- --seeds 100000 --from 1 [--threads 2] [--bug NAME]
  *   npm run simulate -- --from 17 --trace [--bug NAME]
+ *   npm run simulate -- --explore [bounds of explore.ts]
  *
  * Exit code 1 when a seed broke an invariant.
  */
 import { parseArgs } from 'node:util';
 import { isMainThread, parentPort, Worker, workerData } from 'node:worker_threads';
 import { simulate } from './cluster.ts';
+import { type Bounds, explore, SMALL_BOUNDS } from './explore.ts';
 import { type Bug, BUGS } from './simulated-acceptor.ts';
 
 const PROGRESS_MS = 10_000;
@@ -40,8 +42,34 @@ async function main(): Promise<void> {
       threads: { type: 'string', default: '1' },
       bug: { type: 'string' },
       trace: { type: 'boolean', default: false },
+      explore: { type: 'boolean', default: false },
+      terms: { type: 'string' },
+      entries: { type: 'string' },
+      delays: { type: 'string' },
+      crashes: { type: 'string' },
+      breaks: { type: 'string' },
+      restarts: { type: 'string' },
+      'max-states': { type: 'string' },
     },
   });
+  if (values.explore) {
+    const bound = (
+      name: 'terms' | 'entries' | 'delays' | 'crashes' | 'breaks' | 'restarts' | 'max-states',
+      least: number,
+    ): number => (values[name] === undefined ? least : wholeNumber(`--${name}`, values[name]));
+    const { terms, entries, delays, crashes, breaks, restarts, maxStates } = SMALL_BOUNDS;
+    exploreAll({
+      ...SMALL_BOUNDS,
+      terms: bound('terms', terms),
+      entries: bound('entries', entries),
+      delays: bound('delays', delays),
+      crashes: bound('crashes', crashes),
+      breaks: bound('breaks', breaks),
+      restarts: bound('restarts', restarts),
+      maxStates: bound('max-states', maxStates),
+    });
+    return;
+  }
   const from = wholeNumber('--from', values.from);
   const seeds = wholeNumber('--seeds', values.seeds);
   const threads = wholeNumber('--threads', values.threads);
@@ -67,6 +95,15 @@ async function main(): Promise<void> {
   console.log(`${total.seeds} seeds in ${(tookMs / 1000).toFixed(1)} s (${perSeedMs.toFixed(2)} ms each): ${work}`);
   console.log(`${total.violations.length} violations`);
   if (total.violations.length > 0) process.exitCode = 1;
+}
+
+function exploreAll(bounds: Bounds): void {
+  const startedAt = performance.now();
+  const { states, steps, depth, isComplete } = explore(bounds);
+  const tookS = ((performance.now() - startedAt) / 1000).toFixed(1);
+  const extent = isComplete ? 'all there are' : 'not all there are';
+  console.log(`${JSON.stringify(bounds)}`);
+  console.log(`${states} states, ${extent}, by ${steps} steps, up to ${depth} deep, in ${tookS} s: no violation`);
 }
 
 function traceOne(seed: number, bug: Bug | undefined): void {

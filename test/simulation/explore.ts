@@ -1,0 +1,505 @@
+/**
+ * Every state that a small cluster can get into: the real state machines under all orders of what can happen, within bounds on terms, entries, crashes
+ * and broken connections. What the simulation does at random for large clusters, this does completely for small ones.
+ *
+ *   npm run simulate -- --explore [--terms 2] [--entries 1] [--delays 0] [--crashes 0] [--breaks 0]
+ *     [--restarts 0] [--max-states N]
+ *
+ * All proposers are connected at first. A step is one of: a connection is made anew, an acceptor gets a message and its answer is heard at once, or on its way for as long as it takes (a
+ * delay), a connection breaks with all that was on it, an acceptor restarts, a proposer starts an election anew, writes an entry, or is
+ * replaced. What is never delivered is lost; hints about higher terms always are. Disks are atomic here: torn and late writes are
+ * the simulation's. The bytes of a log are, for each entry, the term of the leader who wrote it.
+ *
+ * States that differ only in the names of acceptors or proposers count once. Those seen are kept as 53-bit hashes: with a million states
+ * the chance that two share one is below 1 in 10,000.
+ */
+import { Acceptor, type BoundaryTracker } from '../../src/consensus/acceptor.ts';
+import type { AcceptorMessage, ProposerMessage } from '../../src/consensus/messages.ts';
+import { type ProposerAction, ProposerState } from '../../src/consensus/proposer.ts';
+import { Violation } from './invariants.ts';
+
+export interface Bounds {
+  readonly acceptors: number;
+  readonly proposers: number;
+  /** Elections under higher terms are not looked at. */
+  readonly terms: number;
+  /** Length of the log. */
+  readonly entries: number;
+  /** Answers that do not arrive at once. */
+  readonly delays: number;
+  readonly crashes: number;
+  readonly breaks: number;
+  /** Proposers replaced by new ones. */
+  readonly restarts: number;
+  readonly maxStates: number;
+}
+
+export type ExploredBug = 'count-old-term-acks' | 'reuse-of-term' | 'vote-without-persisting';
+
+export interface Exploration {
+  readonly states: number;
+  readonly steps: number;
+  /** Of the longest shortest way to a state. */
+  readonly depth: number;
+  /** False: maxStates was reached before everything was seen. */
+  readonly isComplete: boolean;
+}
+
+/** Seen completely in seconds. */
+export const SMALL_BOUNDS: Bounds = {
+  acceptors: 3,
+  proposers: 2,
+  terms: 2,
+  entries: 1,
+  delays: 0,
+  crashes: 0,
+  breaks: 0,
+  restarts: 0,
+  maxStates: Infinity,
+};
+
+const ENTRY_BYTES = 8;
+const START = ENTRY_BYTES;
+
+/** Throws a Violation with the shortest way to it. */
+export function explore(bounds: Bounds, bug?: ExploredBug): Exploration {
+  const seen = new Set<number>();
+  let frontier: Node[] = [{ world: World.initial(bounds, bug), way: undefined }];
+  seen.add(frontier[0]!.world.hash());
+  let steps = 0;
+  let depth = 0;
+  for (; frontier.length > 0; depth++) {
+    const next: Node[] = [];
+    for (const { world, way } of frontier) {
+      for (const step of world.steps()) {
+        steps++;
+        const after = world.clone();
+        try {
+          step.take(after);
+        } catch (error) {
+          throw new Violation(`${String(error)}, after:\n${describeWay({ name: step.name, before: way })}`);
+        }
+        if (after.isBeyond) continue;
+        const hash = after.hash();
+        if (seen.has(hash)) continue;
+        seen.add(hash);
+        if (seen.size > bounds.maxStates) return { states: seen.size, steps, depth, isComplete: false };
+        next.push({ world: after, way: { name: step.name, before: way } });
+      }
+    }
+    frontier = next;
+  }
+  return { states: seen.size, steps, depth, isComplete: true };
+}
+
+interface Node {
+  readonly world: World;
+  readonly way: Way | undefined;
+}
+
+interface Way {
+  readonly name: string;
+  readonly before: Way | undefined;
+}
+
+function describeWay(way: Way): string {
+  const names: string[] = [];
+  for (let at: Way | undefined = way; at !== undefined; at = at.before) names.unshift(`  ${at.name}`);
+  return names.join('\n');
+}
+
+interface Step {
+  readonly name: string;
+  readonly take: (world: World) => void;
+}
+
+interface Committed {
+  readonly entry: number;
+  readonly byTerm: number;
+}
+
+interface Led {
+  readonly term: number;
+  readonly log: readonly number[];
+}
+
+interface AcceptorSide {
+  machine: Acceptor<number>;
+  /** The term that wrote each entry. */
+  log: number[];
+}
+
+interface ProposerSide {
+  machine: ProposerState;
+  log: number[];
+  isEstablished: boolean;
+  /** By acceptor: what is on its way to it, and back. */
+  requests: ProposerMessage[][];
+  replies: AcceptorMessage[][];
+}
+
+class World {
+  readonly #bounds: Bounds;
+  readonly #bug: ExploredBug | undefined;
+  #acceptors: AcceptorSide[] = [];
+  #proposers: ProposerSide[] = [];
+  /** What was ever committed, with the lowest term whose leader did so. */
+  #committed: readonly Committed[] = [];
+  /** By term, the log that its leader began with. */
+  #led: readonly Led[] = [];
+  #delays = 0;
+  #crashes = 0;
+  #breaks = 0;
+  #restarts = 0;
+  /** An election went past the bound. */
+  isBeyond = false;
+
+  private constructor(bounds: Bounds, bug: ExploredBug | undefined) {
+    this.#bounds = bounds;
+    this.#bug = bug;
+  }
+
+  static initial(bounds: Bounds, bug: ExploredBug | undefined): World {
+    const world = new World(bounds, bug);
+    const state = { term: 0, history: [{ term: 0, startLsn: START }], commitLsn: START };
+    world.#acceptors = Array.from({ length: bounds.acceptors }, () => ({
+      machine: new Acceptor<number>({ state, flushLsn: START, trackBoundaries: (lsn) => new WholeEntries(lsn) }),
+      log: [],
+    }));
+    world.#proposers = Array.from({ length: bounds.proposers }, () => newProposer(bounds.acceptors));
+    world.#proposers.forEach((_, p) => world.#acceptors.forEach((__, a) => world.#connect(p, a)));
+    return world;
+  }
+
+  clone(): World {
+    const copy = new World(this.#bounds, this.#bug);
+    copy.#acceptors = this.#acceptors.map(({ machine, log }) => ({ machine: machine.clone(), log: log.slice() }));
+    copy.#proposers = this.#proposers.map((each) => ({
+      machine: each.machine.clone(),
+      log: each.log.slice(),
+      isEstablished: each.isEstablished,
+      requests: each.requests.map((queue) => queue.slice()),
+      replies: each.replies.map((queue) => queue.slice()),
+    }));
+    copy.#committed = this.#committed;
+    copy.#led = this.#led;
+    copy.#delays = this.#delays;
+    copy.#crashes = this.#crashes;
+    copy.#breaks = this.#breaks;
+    copy.#restarts = this.#restarts;
+    return copy;
+  }
+
+  /** All that can happen now. */
+  steps(): Step[] {
+    const steps: Step[] = [];
+    const { delays, crashes, breaks, restarts, entries } = this.#bounds;
+    this.#proposers.forEach((proposer, p) => {
+      const { machine } = proposer;
+      const isOver = machine.phase === 'fenced';
+      this.#acceptors.forEach((_, a) => {
+        if (proposer.replies[a]!.length > 0) {
+          const what = describe(proposer.replies[a]![0]!);
+          steps.push({ name: `p${p} hears a${a}: ${what}`, take: (world) => world.#hear(p, a) });
+        }
+        if (proposer.requests[a]!.length > 0) {
+          const what = describe(proposer.requests[a]![0]!);
+          const name = `a${a} hears p${p}: ${what}`;
+          if (proposer.replies[a]!.length === 0) steps.push({ name, take: (world) => world.#exchange(p, a) });
+          if (this.#delays < delays) {
+            steps.push({ name: `${name} (its answer takes its time)`, take: (world) => world.#deliverLate(p, a) });
+          }
+        }
+        const isLost = machine.peer(a).state === 'lost';
+        if (isLost && !isOver) steps.push({ name: `p${p} connects to a${a}`, take: (world) => world.#connect(p, a) });
+        if (!isLost && this.#breaks < breaks) {
+          steps.push({ name: `p${p} loses a${a}`, take: (world) => world.#break(p, a) });
+        }
+      });
+      if (machine.isRetrying && !isOver) {
+        steps.push({ name: `p${p} tries again`, take: (world) => world.#perform(p, (state) => state.elect()) });
+      }
+      if (proposer.isEstablished && proposer.log.length < entries && !isOver) {
+        steps.push({ name: `p${p} writes`, take: (world) => world.#write(p) });
+      }
+      if (machine.term > 0 && this.#restarts < restarts) {
+        steps.push({ name: `p${p} is replaced`, take: (world) => world.#replace(p) });
+      }
+    });
+    if (this.#crashes < crashes) {
+      this.#acceptors.forEach((_, a) => {
+        steps.push({ name: `a${a} restarts`, take: (world) => world.#restart(a) });
+      });
+    }
+    return steps;
+  }
+
+  /** The same for states that differ in names only. */
+  hash(): number {
+    const orders =
+      this.#proposers.length === 2
+        ? [
+            [0, 1],
+            [1, 0],
+          ]
+        : [this.#proposers.map((_, index) => index)];
+    const keys = orders.map((order) => {
+      const acceptors = this.#acceptors.map((_, a) => this.#acceptorKey(a, order)).sort();
+      const proposers = order.map((p) => proposerKey(this.#proposers[p]!));
+      return `${proposers.join('/')}|${acceptors.join('|')}`;
+    });
+    const rest = `${JSON.stringify(this.#committed)};${JSON.stringify(this.#led)};${this.#delays},${this.#crashes},${this.#breaks},${this.#restarts}`;
+    return hashOf(`${keys.sort()[0]};${rest}`);
+  }
+
+  #acceptorKey(a: number, order: readonly number[]): string {
+    const { machine, log } = this.#acceptors[a]!;
+    const { term, history, commitLsn, announcedCommitLsn, isFollowing } = machine;
+    let key = `${term},${JSON.stringify(history)},${commitLsn},${announcedCommitLsn},${isFollowing},${log.join('')}`;
+    for (const p of order) {
+      const { machine: proposer, requests, replies } = this.#proposers[p]!;
+      key += `:${JSON.stringify(proposer.peer(a))}${proposer.donor === a}`;
+      key += `${requests[a]!.map(describe).join()}>${replies[a]!.map(describe).join()}`;
+    }
+    return key;
+  }
+
+  #connect(p: number, a: number): void {
+    this.#perform(p, (state) => state.greeted(a, this.#acceptors[a]!.machine.term));
+  }
+
+  #break(p: number, a: number): void {
+    this.#breaks++;
+    this.#perform(p, (state) => this.#lose(state, p, a));
+  }
+
+  /** Restarts with what is durable, which is everything. */
+  #restart(a: number): void {
+    this.#crashes++;
+    const { machine } = this.#acceptors[a]!;
+    const { history, commitLsn, flushLsn } = machine;
+    // With the bug, what was not written down with the log is forgotten.
+    const term = this.#bug === 'vote-without-persisting' ? history[history.length - 1]!.term : machine.term;
+    this.#acceptors[a]!.machine = new Acceptor<number>({
+      state: { term, history, commitLsn },
+      flushLsn,
+      trackBoundaries: (lsn) => new WholeEntries(lsn),
+    });
+    this.#proposers.forEach((proposer, p) => {
+      if (proposer.machine.peer(a).state !== 'lost') this.#perform(p, (state) => this.#lose(state, p, a));
+    });
+  }
+
+  #replace(p: number): void {
+    this.#restarts++;
+    this.#acceptors.forEach(({ machine }) => machine.forget(p));
+    this.#proposers[p] = newProposer(this.#acceptors.length);
+  }
+
+  #write(p: number): void {
+    const proposer = this.#proposers[p]!;
+    proposer.log.push(proposer.machine.term);
+    this.#pump(p);
+  }
+
+  #exchange(p: number, a: number): void {
+    this.#deliver(p, a);
+    while (this.#proposers[p]!.replies[a]!.length > 0) this.#hear(p, a);
+  }
+
+  #deliverLate(p: number, a: number): void {
+    this.#delays++;
+    this.#deliver(p, a);
+  }
+
+  #hear(p: number, a: number): void {
+    const message = this.#proposers[p]!.replies[a]!.shift()!;
+    this.#perform(p, (state) => state.receive(a, message));
+  }
+
+  #deliver(p: number, a: number): void {
+    const message = this.#proposers[p]!.requests[a]!.shift()!;
+    const { machine, log } = this.#acceptors[a]!;
+    if (this.#bug === 'reuse-of-term' && message.kind === 'vote' && message.term === machine.term) {
+      const { term, flushLsn, commitLsn, history } = machine;
+      this.#proposers[p]!.replies[a]!.push({ kind: 'vote-reply', term, granted: true, flushLsn, commitLsn, history });
+      return;
+    }
+    const actions = machine.receive(p, message);
+    for (let action = actions.shift(); action !== undefined; action = actions.shift()) {
+      switch (action.kind) {
+        case 'write':
+          for (const chunk of action.chunks) {
+            for (let at = 0; at < chunk.length; at += ENTRY_BYTES)
+              log[indexOf(action.beginLsn) + at / ENTRY_BYTES] = chunk[at]!;
+          }
+          actions.push(...machine.completed());
+          break;
+        case 'truncate':
+          log.length = indexOf(action.lsn);
+          actions.push(...machine.completed());
+          break;
+        case 'persist':
+          actions.push(...machine.completed());
+          break;
+        case 'send':
+          this.#proposers[action.to]!.replies[a]!.push(action.message);
+          break;
+        case 'term-raised':
+        case 'progress':
+          break;
+      }
+    }
+    this.#checkAcceptor(a);
+  }
+
+  #perform(p: number, act: (state: ProposerState) => ProposerAction[]): void {
+    const proposer = this.#proposers[p]!;
+    const { machine } = proposer;
+    const actions = act(machine);
+    for (let action = actions.shift(); action !== undefined; action = actions.shift()) {
+      switch (action.kind) {
+        case 'send':
+          proposer.requests[action.peer]!.push(action.message);
+          break;
+        case 'reconnect':
+          actions.push(...this.#lose(machine, p, action.peer));
+          break;
+        case 'leading':
+          this.#lead(proposer, action.term, action.startLsn);
+          break;
+        case 'committed':
+          this.#commit(p, action.lsn);
+          proposer.isEstablished = true;
+          break;
+        case 'fenced':
+        case 'retry':
+        case 'stream':
+          break;
+      }
+    }
+    if (this.#bug === 'count-old-term-acks' && machine.phase === 'leading') {
+      const acked = this.#acceptors.map((_, a) => machine.peer(a).ackedLsn).sort((x, y) => y - x);
+      const lsn = acked[Math.floor(acked.length / 2)]!;
+      if (lsn >= START && lsn < machine.startLsn) this.#commit(p, lsn);
+    }
+    this.#pump(p);
+    if (machine.term > this.#bounds.terms) this.isBeyond = true;
+  }
+
+  #lose(state: ProposerState, p: number, a: number): ProposerAction[] {
+    const proposer = this.#proposers[p]!;
+    proposer.requests[a] = [];
+    proposer.replies[a] = [];
+    this.#acceptors[a]!.machine.forget(p);
+    return state.lost(a);
+  }
+
+  /** One append at a time to each acceptor; the commit LSN travels with the next entry. */
+  #pump(p: number): void {
+    const { machine, requests, log } = this.#proposers[p]!;
+    if (machine.phase === 'fenced') return;
+    this.#acceptors.forEach((_, a) => {
+      const peer = machine.peer(a);
+      if (peer.state !== 'streaming' || requests[a]!.some((message) => message.kind === 'append')) return;
+      const index = indexOf(peer.sendLsn);
+      const isBehind = index < log.length;
+      if (!isBehind) return;
+      const bytes = Buffer.alloc(ENTRY_BYTES, log[index]);
+      const { term, commitLsn } = machine;
+      requests[a]!.push({ kind: 'append', term, beginLsn: peer.sendLsn, commitLsn, bytes });
+      machine.sent(a, peer.sendLsn + bytes.length);
+    });
+  }
+
+  #lead(proposer: ProposerSide, term: number, startLsn: number): void {
+    if (this.#led.some((other) => other.term === term)) throw new Violation(`term ${term} has two leaders`);
+    proposer.log = this.#acceptors[proposer.machine.donor]!.log.slice(0, indexOf(startLsn));
+    this.#led = [...this.#led, { term, log: proposer.log.slice() }].sort((x, y) => x.term - y.term);
+    this.#checkLeaders();
+  }
+
+  #commit(p: number, lsn: number): void {
+    const { log, machine } = this.#proposers[p]!;
+    const committed = this.#committed.slice();
+    for (const [index, entry] of log.slice(0, indexOf(lsn)).entries()) {
+      const known = committed[index];
+      if (known !== undefined && known.entry !== entry) {
+        throw new Violation(`p${p} commits [${log.join()}], committed is ${JSON.stringify(committed)}`);
+      }
+      committed[index] = { entry, byTerm: Math.min(machine.term, known?.byTerm ?? Infinity) };
+    }
+    this.#committed = committed;
+    this.#checkLeaders();
+  }
+
+  /** What one term commits, each later term begins with. */
+  #checkLeaders(): void {
+    for (const { term, log } of this.#led) {
+      this.#committed.forEach(({ entry, byTerm }, index) => {
+        if (byTerm >= term || log[index] === entry) return;
+        throw new Violation(
+          `the leader of term ${term} began with [${log.join()}], term ${byTerm} committed ${entry} at ${index}`,
+        );
+      });
+    }
+  }
+
+  #checkAcceptor(a: number): void {
+    const { machine, log } = this.#acceptors[a]!;
+    for (let index = 0; index < indexOf(machine.commitLsn); index++) {
+      if (log[index] === this.#committed[index]?.entry) continue;
+      throw new Violation(`a${a} says that [${log.join()}] is committed, it is ${JSON.stringify(this.#committed)}`);
+    }
+  }
+}
+
+function newProposer(acceptors: number): ProposerSide {
+  const queues = <T>(): T[][] => Array.from({ length: acceptors }, () => []);
+  return {
+    machine: new ProposerState(acceptors),
+    log: [],
+    isEstablished: false,
+    requests: queues(),
+    replies: queues(),
+  };
+}
+
+function proposerKey({ machine, log, isEstablished }: ProposerSide): string {
+  const { phase, term, startLsn, commitLsn, history, isRetrying } = machine;
+  return `${phase},${term},${startLsn},${commitLsn},${JSON.stringify(history)},${isRetrying},${isEstablished},${log.join('')}`;
+}
+
+function describe(message: ProposerMessage | AcceptorMessage): string {
+  if (message.kind !== 'append') return JSON.stringify(message);
+  const { term, beginLsn, commitLsn, bytes } = message;
+  return `append(term ${term}, at ${beginLsn}, entry of ${bytes[0] ?? 'none'}, committed ${commitLsn})`;
+}
+
+function indexOf(lsn: number): number {
+  return (lsn - START) / ENTRY_BYTES;
+}
+
+/** Two FNV-1a sums, over the characters in both directions. */
+function hashOf(text: string): number {
+  let low = 0x811c9dc5;
+  let high = 0x9747b28c;
+  for (let index = 0, last = text.length - 1; index <= last; index++) {
+    low = Math.imul(low ^ text.charCodeAt(index), 0x01000193);
+    high = Math.imul(high ^ text.charCodeAt(last - index), 0x5bd1e995);
+    high ^= high >>> 15;
+  }
+  return (low >>> 0) * 2 ** 21 + (high >>> 11);
+}
+
+class WholeEntries implements BoundaryTracker {
+  boundaryLsn: number;
+
+  constructor(startLsn: number) {
+    this.boundaryLsn = startLsn;
+  }
+
+  push(lsn: number, bytes: Buffer): void {
+    this.boundaryLsn = lsn + bytes.length;
+  }
+}
