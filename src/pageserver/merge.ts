@@ -155,7 +155,13 @@ class Merge {
       writer.add(key, lsn, value);
       const nextLsn = entries[i + 1]?.lsn;
       const image = chain?.add(value, lsn, nextLsn);
-      if (image !== undefined) writer.add(key, lsn, encodeImage(image));
+      if (image !== undefined) {
+        // The newest image of a page is what most reads want.
+        const isNewest = nextLsn === undefined;
+        if (isNewest) writer.cutBlock(BLOCK_SIZE);
+        writer.add(key, lsn, encodeImage(image));
+        if (isNewest) writer.cutBlock();
+      }
       if (writer.isBusy) await writer.drain();
     }
   }

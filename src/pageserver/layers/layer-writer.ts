@@ -102,6 +102,14 @@ export class LayerWriter {
     if (this.#keys.isFull) this.#closeKeyBlock();
   }
 
+  /**
+   * Closes the value block if it holds at least this much. Around a value that is mostly read without those before it, so that reading it does not
+   * take decompressing them.
+   */
+  cutBlock(bytesMin = 1): void {
+    if (this.#valuesLength >= bytesMin) this.#closeValueBlock();
+  }
+
   /** Writes what has gathered. */
   async drain(): Promise<void> {
     await this.#write();
