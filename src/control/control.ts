@@ -85,6 +85,12 @@ export class Control implements WakeService {
           log.error({ err: error, operation: operation.id }, 'an interrupted creation failed'),
         );
     }
+    // A crash may have come between a change of a project's history window and storage's knowing of it.
+    for (const row of state.all<ProjectRow>('SELECT * FROM projects WHERE deleted_at IS NULL')) {
+      await this.context.storage
+        .setRetention(row.tenant_id, row.history_retention_seconds)
+        .catch((error: unknown) => log.error({ err: error, projectId: row.id }, 'storage was not told of a window'));
+    }
     this.#resumeDeletions();
     for (const row of state.all<ProjectRow>('SELECT * FROM projects WHERE deleted_at IS NOT NULL'))
       purgeProject(state, row.id);

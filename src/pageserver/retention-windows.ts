@@ -25,7 +25,8 @@ export class RetentionWindows {
 
   /** Durable when it returns. Throws `bad-request` for a window that is not offered. */
   set(tenantId: string, retentionMs: number): void {
-    this.#windows.set(tenantId, checkRetentionMs(retentionMs));
+    if (this.of(tenantId) === checkRetentionMs(retentionMs)) return;
+    this.#windows.set(tenantId, retentionMs);
     mkdirSync(dirname(this.#file), { recursive: true });
     writeFileDurably(this.#file, `${JSON.stringify(Object.fromEntries(this.#windows))}\n`, 0o600);
   }
