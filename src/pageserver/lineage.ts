@@ -2,7 +2,7 @@
  * A timeline's lineage: its own history, and those that it inherits with the LSN up to which it does, nearest first.
  *
  * Branches may be nested by the thousand, and a page that is inherited may come from any of them. So that a read does not look into each, a
- * long lineage carries filters (layers/key-filter.ts) of the keys that each ancestor has, and one for each GROUP_SIZE ancestors together:
+ * long lineage carries filters (layers/key-filter.ts) of the keys that each ancestor has, and one for each 16 and each 256 ancestors together:
  * a read asks the groups' filters and then looks only where the key may be. Groups are counted from the root, so that nearly all of
  * them are shared by all that descend from one ancestor; each is made once, from the keys of layers, when it is first needed.
  *
@@ -17,7 +17,7 @@ import type { History, LineageStep } from './read.ts';
 
 /** From this many ancestors on, filters are worth their memory. */
 const FILTERED_FROM = 8;
-const GROUP_SIZE = 16;
+const GROUP_SIZES = [256, 16];
 /** An ancestor of more keys gets no filter, and is always looked into. */
 const KEYS_MAX = 200_000;
 const ENTRY_BYTES_MIN = 32;
@@ -36,23 +36,40 @@ export function makeLineage(own: History, ancestors: readonly Ancestor[]): Linea
   const hasValues = ({ history, endLsn }: Ancestor): boolean =>
     history.lastRecordLsn < endLsn || oldestValueLsn(history) <= endLsn;
   if (ancestors.length < FILTERED_FROM) return [...steps, ...ancestors.filter(hasValues)];
-  for (let i = 0; i < ancestors.length;) {
-    const depth = ancestors.length - 1 - i;
-    const isWhole = depth % GROUP_SIZE === GROUP_SIZE - 1;
-    const group = ancestors.slice(i, i + (isWhole ? GROUP_SIZE : 1));
-    const members = group.filter(hasValues);
-    const first = steps.length;
-    for (const member of members) {
-      const filter = filterOf(member.history, member.endLsn, [member], 'own');
-      steps.push({ ...member, ...(filter === undefined ? {} : { filter }) });
-    }
-    if (members.length > 1) {
-      const filter = filterOf(group[0]!.history, group[0]!.endLsn, members, 'group');
-      if (filter !== undefined) steps[first] = { ...steps[first]!, group: { filter, next: steps.length } };
-    }
-    i += group.length;
-  }
+  addSteps(steps, ancestors, ancestors.length, GROUP_SIZES, hasValues);
   return steps;
+}
+
+/** Adds steps for ancestors, of which the nearest is `depth` above (and with) the root; in groups of the first size and, in them, of the next. */
+function addSteps(
+  steps: LineageStep[],
+  ancestors: readonly Ancestor[],
+  depth: number,
+  [size, ...smaller]: readonly number[],
+  hasValues: (ancestor: Ancestor) => boolean,
+): void {
+  for (let i = 0; i < ancestors.length;) {
+    const rest = depth - i;
+    if (size === undefined) {
+      const ancestor = ancestors[i++]!;
+      if (!hasValues(ancestor)) continue;
+      const filter = filterOf([ancestor], 1);
+      steps.push({ ...ancestor, ...(filter === undefined ? {} : { filter }) });
+      continue;
+    }
+    const isWhole = rest % size === 0;
+    const members = ancestors.slice(i, i + (isWhole ? size : rest % size));
+    const first = steps.length;
+    addSteps(steps, members, rest, smaller, hasValues);
+    if (isWhole && steps.length > first + 1) {
+      const filter = filterOf(members, size);
+      if (filter !== undefined) {
+        const { groups = [] } = steps[first]!;
+        steps[first] = { ...steps[first]!, groups: [{ filter, next: steps.length }, ...groups] };
+      }
+    }
+    i += members.length;
+  }
 }
 
 function oldestValueLsn({ memoryLayers, layerMap }: History): Lsn {
@@ -60,22 +77,20 @@ function oldestValueLsn({ memoryLayers, layerMap }: History): Lsn {
   return Math.min(layerMap.oldestLsn, oldest?.lsnStart ?? Infinity);
 }
 
-/** Filters that were made, by the history that they are of (for a group: of its nearest member) and where that ends. */
-const made = { own: new WeakMap<History, Map<Lsn, KeyFilter>>(), group: new WeakMap<History, Map<Lsn, KeyFilter>>() };
+/** Filters that were made, by the history that they are of (for a group: of its nearest member), the size of the group, and where that ends. */
+const made = new WeakMap<History, Map<string, KeyFilter>>();
 
-function filterOf(
-  history: History,
-  endLsn: Lsn,
-  members: readonly Ancestor[],
-  kind: keyof typeof made,
-): KeyFilter | undefined {
-  let filters = made[kind].get(history);
-  const known = filters?.get(endLsn);
+/** Of all these ancestors together; undefined when there can be none. */
+function filterOf(members: readonly Ancestor[], size: number): KeyFilter | undefined {
+  const { history, endLsn } = members[0]!;
+  const id = `${size} ${endLsn}`;
+  let filters = made.get(history);
+  const known = filters?.get(id);
   if (known !== undefined) return known;
   const filter = makeFilter(members);
   if (filter === undefined) return undefined;
-  if (filters === undefined || filters.size >= FILTERS_KEPT_MAX) made[kind].set(history, (filters = new Map()));
-  filters.set(endLsn, filter);
+  if (filters === undefined || filters.size >= FILTERS_KEPT_MAX) made.set(history, (filters = new Map()));
+  filters.set(id, filter);
   return filter;
 }
 

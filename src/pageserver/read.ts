@@ -38,8 +38,8 @@ export interface LineageStep {
   readonly endLsn: Lsn;
   /** Of the keys that the history has up to endLsn; absent: it may have any. */
   readonly filter?: KeyFilter;
-  /** The filter of this step and those after it up to (not including) step `next`. */
-  readonly group?: { readonly filter: KeyFilter; readonly next: number };
+  /** Of this step and those after it up to (not including) step `next`; the largest group first. */
+  readonly groups?: readonly { readonly filter: KeyFilter; readonly next: number }[];
 }
 
 /** A timeline's history and those that it inherits, nearest first. */
@@ -70,10 +70,11 @@ export class HistoryReader {
     const first = isFiltered ? firstHash(key) : 0;
     const second = isFiltered ? secondHash(key) : 0;
     for (let i = 0; i < lineage.length; i++) {
-      const { history, endLsn, filter, group } = lineage[i]!;
+      const { history, endLsn, filter, groups } = lineage[i]!;
       if (isFiltered) {
-        if (group !== undefined && !group.filter.mayHave(first, second)) {
-          i = group.next - 1;
+        const next = groups === undefined ? i : skipGroups(groups, i, first, second);
+        if (next > i) {
+          i = next - 1;
           continue;
         }
         if (filter !== undefined && !filter.mayHave(first, second)) continue;
@@ -165,6 +166,15 @@ export class HistoryReader {
     for (; next >= 0; next--) this.#replay(page, values[next]!, lsns[next]!, pgVersion);
     return page;
   }
+}
+
+/** The step after the largest group that does not have the key; `step` when all may have it. */
+function skipGroups(groups: NonNullable<LineageStep['groups']>, step: number, first: number, second: number): number {
+  for (let i = 0; i < groups.length; i++) {
+    const { filter, next } = groups[i]!;
+    if (!filter.mayHave(first, second)) return next;
+  }
+  return step;
 }
 
 function collect(history: History, key: Key, lsn: Lsn, floor: Lsn, chain: Chain): boolean {
