@@ -40,6 +40,14 @@ export async function elapsedMs(work: () => Promise<unknown>): Promise<number> {
   return performance.now() - start;
 }
 
+/** Seconds of the processor that this process used, on all its threads, while `work` ran. */
+export function cpuSeconds(work: () => void): number {
+  const before = process.cpuUsage();
+  work();
+  const { user, system } = process.cpuUsage(before);
+  return (user + system) / 1e6;
+}
+
 export function formatTable(rows: readonly Row[]): string {
   const head = ['question', 'vanilla', 'strata', 'unit', 'ratio', 'note'];
   const cells = rows.map((row) => [

@@ -13,7 +13,7 @@
  * An error is for good: `position` and `lastRecordStart` tell how far the WAL was good.
  */
 
-import { CRC32C_INIT, crc32cExtend, crc32cFinish } from '../../base/crc32c.ts';
+import { CRC32C_INIT, crc32cExtendView, crc32cFinish } from '../../base/crc32c.ts';
 import {
   maxAlign,
   pageHeaderSize,
@@ -53,6 +53,7 @@ export class WalReader {
   readonly #rules: PageHeaderRules;
   /** Bytes not consumed yet are #bytes[#at…]; #bytes[0] is at #base. */
   #bytes: Buffer = Buffer.alloc(0);
+  #view = viewOf(this.#bytes);
   #base: Lsn;
   #at = 0;
   /** End of the last record given out: where the next one begins, but for a page header. */
@@ -106,6 +107,7 @@ export class WalReader {
     this.#base += this.#at;
     this.#at = 0;
     this.#bytes = fresh;
+    this.#view = viewOf(fresh);
   }
 
   /**
@@ -144,7 +146,7 @@ export class WalReader {
       if (total < RECORD_HEADER_SIZE || total > MAX_RECORD_SIZE) throw new WalError(lsn, `record length ${total}`);
       if (total <= WAL_PAGE_SIZE - inPage && maxAlign(total) <= bytes.length - at) {
         this.#checkHeader(bytes, at, lsn);
-        const record = this.#finish(bytes, at, total, lsn, maxAlign(lsn + total));
+        const record = this.#finish(bytes, this.#view, at, total, lsn, maxAlign(lsn + total));
         if (record !== undefined) return record;
       } else {
         this.#partial = Buffer.allocUnsafe(Math.min(total, FIRST_ASSEMBLY_BYTES));
@@ -206,7 +208,7 @@ export class WalReader {
     }
     if (this.#partialLength < this.#partialTotal) return undefined;
     this.#partial = undefined;
-    return this.#finish(partial, 0, this.#partialTotal, this.#partialStart, maxAlign(lsn + take));
+    return this.#finish(partial, viewOf(partial), 0, this.#partialTotal, this.#partialStart, maxAlign(lsn + take));
   }
 
   /** Checks of a record header that need no more than the header. */
@@ -224,8 +226,15 @@ export class WalReader {
   }
 
   /** Checks and decodes a whole record. Undefined when bytes before its end LSN are still to come. */
-  #finish(bytes: Buffer, at: number, length: number, startLsn: Lsn, endLsn: Lsn): WalRecord | undefined {
-    checkCrc(bytes, at, length, startLsn);
+  #finish(
+    bytes: Buffer,
+    view: DataView,
+    at: number,
+    length: number,
+    startLsn: Lsn,
+    endLsn: Lsn,
+  ): WalRecord | undefined {
+    checkCrc(view, at, length, startLsn);
     const isSwitch = bytes[at + 17] === RM_XLOG && (bytes[at + 16]! & XLR_RMGR_INFO_MASK) === XLOG_SWITCH;
     const end = isSwitch ? segmentStart(endLsn - 1) + WAL_SEGMENT_SIZE : endLsn;
     const record = decodeWalRecordAt(bytes, at, length, startLsn, end);
@@ -290,15 +299,23 @@ export async function findEndOfWal(
   return { endLsn: reader.position, lastRecordStart: reader.lastRecordStart, stoppedBy };
 }
 
-/** CRC32C of the whole record that is `record[at, at + length)`: of what follows the header, then of the header up to the CRC itself. */
-export function recordCrc(record: Uint8Array, at = 0, length: number = record.length - at): number {
-  const state = crc32cExtend(CRC32C_INIT, record, at + RECORD_HEADER_SIZE, at + length);
-  return crc32cFinish(crc32cExtend(state, record, at, at + 20));
+/** CRC32C of a whole record: of what follows the header, then of the header up to the CRC itself. */
+export function recordCrc(record: Uint8Array): number {
+  return recordCrcAt(viewOf(record), 0, record.length);
 }
 
-function checkCrc(bytes: Buffer, at: number, length: number, startLsn: Lsn): void {
-  const stored = (bytes[at + 20]! | (bytes[at + 21]! << 8) | (bytes[at + 22]! << 16) | (bytes[at + 23]! << 24)) >>> 0;
-  const computed = recordCrc(bytes, at, length);
+function recordCrcAt(view: DataView, at: number, length: number): number {
+  const state = crc32cExtendView(CRC32C_INIT, view, at + RECORD_HEADER_SIZE, at + length);
+  return crc32cFinish(crc32cExtendView(state, view, at, at + 20));
+}
+
+function viewOf(bytes: Uint8Array): DataView {
+  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+}
+
+function checkCrc(view: DataView, at: number, length: number, startLsn: Lsn): void {
+  const stored = view.getUint32(at + 20, true);
+  const computed = recordCrcAt(view, at, length);
   if (stored !== computed) {
     throw new WalError(
       startLsn,
