@@ -1,7 +1,7 @@
 /**
  * `strata wal verify | dump`: what WAL says, for people. The work is the caller's of the program; here are its options and its output.
  *
- * `dump` prints a record in a line, as pg_waldump does (without the details of the record's own data), or a JSON object in a line.
+ * `dump` prints a record in a line, as pg_waldump does, or a JSON object in a line.
  */
 import { statSync } from 'node:fs';
 import { Command, InvalidArgumentError, Option } from 'commander';
@@ -70,6 +70,8 @@ export interface DumpFilter {
 export interface DumpedRecord {
   readonly rmgr: string;
   readonly type: string;
+  /** What the record says besides; may be empty. */
+  readonly description: string;
   readonly lsn: Lsn;
   readonly endLsn: Lsn;
   readonly prevLsn: Lsn;
@@ -270,10 +272,10 @@ function verificationJson(report: WalVerification): string {
 
 /** As pg_waldump prints it (XLogDumpDisplayRecord, XLogRecGetBlockRefInfo). */
 function recordLine(record: DumpedRecord): string {
-  const { rmgr, type, recordBytes, totalBytes, xid, blocks } = record;
+  const { rmgr, type, description, recordBytes, totalBytes, xid, blocks } = record;
   const length = `len (rec/tot): ${String(recordBytes).padStart(6)}/${String(totalBytes).padStart(6)}`;
   const place = `lsn: ${paddedLsn(record.lsn)}, prev ${paddedLsn(record.prevLsn)}`;
-  let line = `rmgr: ${rmgr.padEnd(11)} ${length}, tx: ${String(xid).padStart(10)}, ${place}, desc: ${type}`;
+  let line = `rmgr: ${rmgr.padEnd(11)} ${length}, tx: ${String(xid).padStart(10)}, ${place}, desc: ${type} ${description}`;
   for (const { id, spc, db, rel, fork, blk, image } of blocks) {
     const forkName = fork === 0 ? '' : ` fork ${FORK_NAMES[fork] ?? fork}`;
     line += `, blkref #${id}: rel ${spc}/${db}/${rel}${forkName} blk ${blk}`;
@@ -289,13 +291,14 @@ function paddedLsn(value: Lsn): string {
 }
 
 function recordJson(record: DumpedRecord): string {
-  const { rmgr, type, xid, recordBytes, totalBytes, blocks } = record;
+  const { rmgr, type, description, xid, recordBytes, totalBytes, blocks } = record;
   return JSON.stringify({
     lsn: formatLsn(record.lsn),
     end_lsn: formatLsn(record.endLsn),
     prev_lsn: formatLsn(record.prevLsn),
     rmgr,
     type,
+    description,
     xid,
     record_bytes: recordBytes,
     total_bytes: totalBytes,

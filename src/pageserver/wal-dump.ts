@@ -9,6 +9,7 @@ import type { PgVersion } from '../postgres/version.ts';
 import { WalError } from '../postgres/wal/error.ts';
 import { WalReader } from '../postgres/wal/reader.ts';
 import type { WalRecord } from '../postgres/wal/record.ts';
+import { describeRecord } from './record-description.ts';
 import { recordTypeName } from './redo/record-type.ts';
 import type { WalSource } from './wal-directory.ts';
 
@@ -25,6 +26,8 @@ export interface WalFilter {
 export interface RecordSummary {
   readonly rmgr: string;
   readonly type: string;
+  /** What the record says besides; may be empty. */
+  readonly description: string;
   readonly lsn: Lsn;
   readonly endLsn: Lsn;
   readonly prevLsn: Lsn;
@@ -102,6 +105,7 @@ export function summaryOf(record: WalRecord, version: PgVersion): RecordSummary 
   return {
     rmgr: rmgrName(record.rmid),
     type: recordTypeName(record, version),
+    description: describeRecord(record, version),
     lsn: record.startLsn,
     endLsn: record.endLsn,
     prevLsn: record.prevLsn,

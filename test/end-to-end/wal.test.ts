@@ -60,7 +60,7 @@ describe('strata wal dump', () => {
     const { stdout } = await platform.cli(['wal', 'dump', '--relation', relation]);
     assert.match(
       stdout,
-      /^rmgr: Heap {8}len \(rec\/tot\): .* desc: INSERT\+INIT, blkref #0: rel \d+\/\d+\/\d+ blk 0\n$/,
+      /^rmgr: Heap {8}len \(rec\/tot\): .* desc: INSERT\+INIT off:? 1,? flags:? 0x00, blkref #0: rel \d+\/\d+\/\d+ blk 0\n$/,
     );
   });
 
