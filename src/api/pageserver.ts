@@ -116,6 +116,12 @@ const DEFAULT_TIMEOUT_MS = 60_000;
 const IMPORT_TIMEOUT_MS = 60 * 60_000;
 const FLUSH_TIMEOUT_MS = 10 * 60_000;
 
+/** What a log of a timeline begins with. */
+export interface LogIdentity extends TimelineIdentity {
+  /** Some of it has come to the pageserver: it is no log that was never used. */
+  readonly hasWal: boolean;
+}
+
 export class PageserverClient {
   readonly #rpc: RpcClient;
 
@@ -143,9 +149,9 @@ export class PageserverClient {
   }
 
   /** What a log of this timeline begins with. */
-  async timelineIdentity(timelineId: string, signal?: AbortSignal): Promise<TimelineIdentity> {
+  async timelineIdentity(timelineId: string, signal?: AbortSignal): Promise<LogIdentity> {
     const options = signal === undefined ? {} : { signal };
-    return (await this.#rpc.call('timelineIdentity', { timelineId }, options)).result as TimelineIdentity;
+    return (await this.#rpc.call('timelineIdentity', { timelineId }, options)).result as LogIdentity;
   }
 
   async listTimelines(): Promise<readonly ListedTimeline[]> {

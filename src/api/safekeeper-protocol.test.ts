@@ -13,6 +13,7 @@ import {
   encodeAcceptorMessage,
   encodeAppendHead,
   encodeGreetingReply,
+  type GreetingReply,
   encodeHello,
   encodeProgress,
   encodeProposerMessage,
@@ -29,6 +30,7 @@ function frame(...bytes: Buffer[]): { type: number; payload: Buffer } {
 
 const plain = { noNullPrototype: true };
 const u64 = fc.integer({ min: 0, max: Number.MAX_SAFE_INTEGER });
+const u32 = fc.nat({ max: 0xffffffff });
 const history = fc.array(fc.record({ term: u64, startLsn: u64 }, plain), { maxLength: 20 });
 const bytes = fc.uint8Array({ maxLength: 300 }).map((array) => Buffer.from(array));
 
@@ -48,7 +50,8 @@ test('an append has the bytes that the table of frames describes', () => {
 
 test('what proposers send is decoded as it was encoded', () => {
   const messages: fc.Arbitrary<ProposerMessage> = fc.oneof(
-    fc.record({ kind: fc.constant('vote' as const), term: u64 }, plain),
+    fc.record({ kind: fc.constant('vote' as const), term: u64, generation: u32 }, plain),
+    fc.record({ kind: fc.constant('renew' as const), term: u64, generation: u32 }, plain),
     fc.record({ kind: fc.constant('elected' as const), term: u64, startLsn: u64, history }, plain),
     fc.record({ kind: fc.constant('append' as const), term: u64, beginLsn: u64, commitLsn: u64, bytes }, plain),
   );
@@ -69,6 +72,8 @@ test('what acceptors send is decoded as it was encoded', () => {
         kind: fc.constant('vote-reply' as const),
         term: u64,
         granted: fc.boolean(),
+        isVoter: fc.boolean(),
+        generation: u32,
         flushLsn: u64,
         commitLsn: u64,
         history,
@@ -76,7 +81,14 @@ test('what acceptors send is decoded as it was encoded', () => {
       plain,
     ),
     fc.record(
-      { kind: fc.constant('append-reply' as const), term: u64, flushLsn: u64, writeLsn: u64, commitLsn: u64 },
+      {
+        kind: fc.constant('append-reply' as const),
+        term: u64,
+        flushLsn: u64,
+        writeLsn: u64,
+        commitLsn: u64,
+        generation: u32,
+      },
       plain,
     ),
     fc.record({ kind: fc.constant('refusal' as const), term: u64, message: fc.string() }, plain),
@@ -92,10 +104,12 @@ test('what acceptors send is decoded as it was encoded', () => {
 
 test('hello, greeting-reply, wal and progress are decoded as they were encoded', () => {
   assert.equal(decodeHello(frame(encodeHello('a.b.c')).payload), 'a.b.c');
-  assert.deepEqual(decodeGreetingReply(frame(encodeGreetingReply({ nodeId: 7, term: 9 })).payload), {
-    nodeId: 7,
-    term: 9,
-  });
+  const replies: GreetingReply[] = [
+    { kind: 'absent', nodeId: 7, incarnation: '00ff00112233aabb' },
+    { kind: 'present', nodeId: 7, term: 9, generation: 3, isBlank: false, hasLeader: true },
+    { kind: 'present', nodeId: 7, term: 9, generation: 0, isBlank: true, hasLeader: false },
+  ];
+  for (const reply of replies) assert.deepEqual(decodeGreetingReply(frame(encodeGreetingReply(reply)).payload), reply);
   const wal = frame(encodeWalHead(80, 90, 3), Buffer.from('wal'));
   assert.deepEqual(decodeWal(wal.payload), { lsn: 80, commitLsn: 90, bytes: Buffer.from('wal') });
   const entries = [1, 2, 3].map((n) => ({
@@ -110,8 +124,8 @@ test('hello, greeting-reply, wal and progress are decoded as they were encoded',
 test('another protocol, another version and short frames are refused', () => {
   const hello = frame(encodeHello('token')).payload;
   const other = Buffer.from(hello);
-  other.writeUInt16LE(2, 4);
-  assert.throws(() => decodeHello(other), /version 2/);
+  other.writeUInt16LE(9, 4);
+  assert.throws(() => decodeHello(other), /version 9/);
   assert.throws(() => decodeHello(hello.subarray(0, 5)), /hello/);
   const elected = frame(
     encodeProposerMessage({ kind: 'elected', term: 1, startLsn: 8, history: [{ term: 0, startLsn: 8 }] }),

@@ -3,19 +3,21 @@
  * ({u32 payload length, u8 type, payload}), little-endian, LSNs and terms as u64 (below 2^53).
  *
  *   type  name            direction  payload
- *      1  hello           c → s      u32 magic "STRS", u16 version = 1, token (UTF-8, the rest)
+ *      1  hello           c → s      u32 magic "STRS", u16 version = 2, token (UTF-8, the rest)
  *      2  hello-reply     s → c      u32 node id
  *      3  error           s → c      JSON {code, message}: the server closes after it
  *
  *     10  greeting        c → s      JSON Greeting; makes the connection a proposer's
- *     11  greeting-reply  s → c      u32 node id, u64 term
- *     12  vote            c → s      u64 term
- *     13  vote-reply      s → c      u64 term, u64 flush LSN, u64 commit LSN, u8 granted, history
+ *     11  greeting-reply  s → c      u32 node id, u8 flags (1 there is no log here, 2 blank, 4 has a leader), u64 incarnation, u64 term, u32 generation
+ *     12  vote            c → s      u64 term, u32 generation
+ *     13  vote-reply      s → c      u64 term, u64 flush LSN, u64 commit LSN, u32 generation, u8 flags (1 granted, 2 voter), history
  *     14  elected         c → s      u64 term, u64 start LSN, history
  *     15  append          c → s      u64 term, u64 begin LSN, u64 commit LSN, WAL bytes
- *     16  append-reply    s → c      u64 term, u64 flush LSN, u64 write LSN, u64 commit LSN
+ *     16  append-reply    s → c      u64 term, u64 flush LSN, u64 write LSN, u64 commit LSN, u32 generation
  *     17  refusal         s → c      u64 term, message (UTF-8)
  *     18  term-notice     s → c      u64 term
+ *     19  renew           c → s      u64 term, u32 generation
+ *      9  create          c → s      JSON CreateRequest: only after a greeting-reply that there is no log; answered with greeting-reply
  *         history = u32 count, count × {u64 term, u64 start LSN}
  *
  *     20  read            c → s      JSON ReadRequest; makes the connection a reader's
@@ -31,16 +33,18 @@
  */
 import { StrataError } from '../base/errors.ts';
 import { encodeFrame, FRAME_HEADER_BYTES } from '../base/frames.ts';
+import type { AcceptorState } from '../consensus/acceptor.ts';
 import type { AcceptorMessage, Append, ProposerMessage, TermHistory, TermStart } from '../consensus/messages.ts';
 import { type Lsn, readLsn, writeLsn } from '../postgres/lsn.ts';
 
 export const PROTOCOL_MAGIC = 0x53525453; // "STRS"
-export const PROTOCOL_VERSION = 1;
+export const PROTOCOL_VERSION = 2;
 
 export const FRAME = {
   hello: 1,
   helloReply: 2,
   error: 3,
+  create: 9,
   greeting: 10,
   greetingReply: 11,
   vote: 12,
@@ -50,6 +54,7 @@ export const FRAME = {
   appendReply: 16,
   refusal: 17,
   termNotice: 18,
+  renew: 19,
   read: 20,
   wal: 21,
   watch: 30,
@@ -65,13 +70,20 @@ export const MAX_WAL_BYTES = 512 * 1024;
 
 const HELLO_FIXED_BYTES = 6;
 const APPEND_FIXED_BYTES = 24;
-const APPEND_REPLY_BYTES = 32;
+const APPEND_REPLY_BYTES = 36;
+const GREETING_REPLY_BYTES = 25;
+const VOTE_BYTES = 12;
+const FLAG_ABSENT = 1;
+const FLAG_BLANK = 2;
+const FLAG_LED = 4;
+const FLAG_GRANTED = 1;
+const FLAG_VOTER = 2;
 const WAL_FIXED_BYTES = 16;
 const PROGRESS_ENTRY_BYTES = 48;
 const HISTORY_ENTRY_BYTES = 16;
-const VOTE_REPLY_FIXED_BYTES = 25;
+const VOTE_REPLY_FIXED_BYTES = 29;
 
-/** Which log this is, and what its WAL is like. The first greeting creates the timeline from it; later ones must agree. */
+/** Which log this is, and what its WAL is like. It is made from the first greeting that is followed by `create`; later ones must agree. */
 export interface Greeting {
   readonly tenantId: string;
   readonly timelineId: string;
@@ -80,15 +92,24 @@ export interface Greeting {
   readonly pgVersion: number;
   /** Postgres' system identifier, a u64 in decimal. */
   readonly systemId: string;
-  /** False: a safekeeper that does not know the timeline refuses instead of creating it. */
-  readonly mayCreate: boolean;
-  /** Of the membership configuration; 0 until members can change. */
-  readonly generation: number;
 }
 
-export interface GreetingReply {
-  readonly nodeId: number;
-  readonly term: number;
+export type GreetingReply =
+  /** There is no such log here. It may be made by who names this incarnation: another start of the safekeeper has another. 16 hex digits. */
+  | { readonly kind: 'absent'; readonly nodeId: number; readonly incarnation: string }
+  | {
+      readonly kind: 'present';
+      readonly nodeId: number;
+      readonly term: number;
+      readonly generation: number;
+      readonly isBlank: boolean;
+      /** Another proposer is connected, and this is its log. */
+      readonly hasLeader: boolean;
+    };
+
+export interface CreateRequest {
+  readonly incarnation: string;
+  readonly state: AcceptorState;
 }
 
 export interface ReadRequest {
@@ -162,15 +183,32 @@ export function decodeJson(payload: Buffer): unknown {
 }
 
 export function encodeGreetingReply(reply: GreetingReply): Buffer {
-  const payload = Buffer.alloc(12);
+  const payload = Buffer.alloc(GREETING_REPLY_BYTES);
   payload.writeUInt32LE(reply.nodeId);
-  writeLsn(payload, reply.term, 4);
+  if (reply.kind === 'absent') {
+    payload[4] = FLAG_ABSENT;
+    payload.write(reply.incarnation, 5, 8, 'hex');
+  } else {
+    payload[4] = (reply.isBlank ? FLAG_BLANK : 0) | (reply.hasLeader ? FLAG_LED : 0);
+    writeLsn(payload, reply.term, 13);
+    payload.writeUInt32LE(reply.generation, 21);
+  }
   return encodeFrame(FRAME.greetingReply, payload);
 }
 
 export function decodeGreetingReply(payload: Buffer): GreetingReply {
-  need(payload, 12, 'greeting-reply');
-  return { nodeId: payload.readUInt32LE(0), term: readLsn(payload, 4) };
+  need(payload, GREETING_REPLY_BYTES, 'greeting-reply');
+  const nodeId = payload.readUInt32LE(0);
+  const flags = payload[4]!;
+  if ((flags & FLAG_ABSENT) !== 0) return { kind: 'absent', nodeId, incarnation: payload.toString('hex', 5, 13) };
+  return {
+    kind: 'present',
+    nodeId,
+    term: readLsn(payload, 13),
+    generation: payload.readUInt32LE(21),
+    isBlank: (flags & FLAG_BLANK) !== 0,
+    hasLeader: (flags & FLAG_LED) !== 0,
+  };
 }
 
 /** The frame but for its WAL bytes, which the caller writes right after it. */
@@ -185,10 +223,11 @@ export function encodeAppendHead(message: Append): Buffer {
 }
 
 export function encodeProposerMessage(message: Exclude<ProposerMessage, Append>): Buffer {
-  if (message.kind === 'vote') {
-    const payload = Buffer.alloc(8);
+  if (message.kind !== 'elected') {
+    const payload = Buffer.alloc(VOTE_BYTES);
     writeLsn(payload, message.term, 0);
-    return encodeFrame(FRAME.vote, payload);
+    payload.writeUInt32LE(message.generation, 8);
+    return encodeFrame(FRAME[message.kind], payload);
   }
   const fixed = Buffer.alloc(16);
   writeLsn(fixed, message.term, 0);
@@ -209,8 +248,11 @@ export function decodeProposerMessage(type: number, payload: Buffer): ProposerMe
         bytes: payload.subarray(APPEND_FIXED_BYTES),
       };
     case FRAME.vote:
-      need(payload, 8, 'vote');
-      return { kind: 'vote', term: readLsn(payload, 0) };
+      need(payload, VOTE_BYTES, 'vote');
+      return { kind: 'vote', term: readLsn(payload, 0), generation: payload.readUInt32LE(8) };
+    case FRAME.renew:
+      need(payload, VOTE_BYTES, 'renew');
+      return { kind: 'renew', term: readLsn(payload, 0), generation: payload.readUInt32LE(8) };
     case FRAME.elected:
       need(payload, 16, 'elected');
       return {
@@ -234,6 +276,7 @@ export function encodeAcceptorMessage(message: AcceptorMessage): Buffer {
       writeLsn(frame, message.flushLsn, 13);
       writeLsn(frame, message.writeLsn, 21);
       writeLsn(frame, message.commitLsn, 29);
+      frame.writeUInt32LE(message.generation, 37);
       return frame;
     }
     case 'vote-reply': {
@@ -241,7 +284,8 @@ export function encodeAcceptorMessage(message: AcceptorMessage): Buffer {
       writeLsn(fixed, message.term, 0);
       writeLsn(fixed, message.flushLsn, 8);
       writeLsn(fixed, message.commitLsn, 16);
-      fixed[24] = message.granted ? 1 : 0;
+      fixed.writeUInt32LE(message.generation, 24);
+      fixed[28] = (message.granted ? FLAG_GRANTED : 0) | (message.isVoter ? FLAG_VOTER : 0);
       return encodeFrame(FRAME.voteReply, fixed, encodeHistory(message.history));
     }
     case 'refusal': {
@@ -268,6 +312,7 @@ export function decodeAcceptorMessage(type: number, payload: Buffer): AcceptorMe
         flushLsn: readLsn(payload, 8),
         writeLsn: readLsn(payload, 16),
         commitLsn: readLsn(payload, 24),
+        generation: payload.readUInt32LE(32),
       };
     case FRAME.voteReply:
       need(payload, VOTE_REPLY_FIXED_BYTES, 'vote-reply');
@@ -276,7 +321,9 @@ export function decodeAcceptorMessage(type: number, payload: Buffer): AcceptorMe
         term: readLsn(payload, 0),
         flushLsn: readLsn(payload, 8),
         commitLsn: readLsn(payload, 16),
-        granted: payload[24] === 1,
+        generation: payload.readUInt32LE(24),
+        granted: (payload[28]! & FLAG_GRANTED) !== 0,
+        isVoter: (payload[28]! & FLAG_VOTER) !== 0,
         history: decodeHistory(payload, VOTE_REPLY_FIXED_BYTES),
       };
     case FRAME.refusal:

@@ -113,7 +113,7 @@ export class SafekeeperClient {
     return (await this.#call('list', {})) as TimelineProgress[];
   }
 
-  /** Durable when it resolves. Repeatable with the same identity. A greeting creates the timeline too. */
+  /** Durable when it resolves. Repeatable with the same identity. For a timeline that was never used; proposers make theirs themselves. */
   async createTimeline(timeline: TimelineIdentity): Promise<void> {
     await this.#call('createTimeline', timeline);
   }
@@ -333,7 +333,7 @@ function toError(body: ErrorBody): StrataError {
 }
 
 /** The greeting of a proposer for this timeline. */
-export function greetingOf(timeline: TimelineIdentity, mayCreate: boolean): Greeting {
+export function greetingOf(timeline: TimelineIdentity): Greeting {
   const { tenantId, timelineId, startLsn, pgVersion, systemId } = timeline;
-  return { tenantId, timelineId, startLsn, pgVersion, systemId, mayCreate, generation: 0 };
+  return { tenantId, timelineId, startLsn, pgVersion, systemId };
 }

@@ -102,7 +102,17 @@ export class Compute {
     const electionSignal = AbortSignal.any([signal, AbortSignal.timeout(ELECTION_TIMEOUT_MS)]);
     const { safekeepers } = environment;
     const proposer = await times
-      .lap('election', electProposer({ safekeepers, token, timeline: identity, signal: electionSignal, log }))
+      .lap(
+        'election',
+        electProposer({
+          safekeepers,
+          token,
+          timeline: identity,
+          mayCreate: !identity.hasWal,
+          signal: electionSignal,
+          log,
+        }),
+      )
       .catch(async (error: unknown) => {
         giveUp.abort();
         await discard(await early);

@@ -15,12 +15,14 @@ import {
 import {
   decodeAcceptorMessage,
   decodeGreetingReply,
+  type CreateRequest,
   encodeAppendHead,
   encodeJson,
   encodeProposerMessage,
   FRAME,
 } from '../api/safekeeper-protocol.ts';
-import type { Elected, VoteRequest } from '../consensus/messages.ts';
+import type { AcceptorState } from '../consensus/acceptor.ts';
+import type { Elected, Renew, VoteRequest } from '../consensus/messages.ts';
 import type { ProposerAction, ProposerState } from '../consensus/proposer.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import type { WalBuffer } from './wal-buffer.ts';
@@ -44,7 +46,6 @@ export interface ProposerPeerOptions {
   readonly address: SafekeeperAddress;
   readonly token: string;
   readonly timeline: TimelineIdentity;
-  readonly mayCreate: boolean;
   readonly state: ProposerState;
   readonly buffer: () => WalBuffer;
   readonly perform: (actions: readonly ProposerAction[]) => void;
@@ -86,12 +87,23 @@ export class ProposerPeer {
 
   get isRefused(): boolean {
     return (
-      this.#lastError !== undefined && !errorTable[this.#lastError.code].retry && this.#lastError.code !== 'internal'
+      this.#options.state.peer(this.index).state !== 'creating' &&
+      this.#lastError !== undefined &&
+      !errorTable[this.#lastError.code].retry &&
+      this.#lastError.code !== 'internal'
     );
   }
 
-  send(message: VoteRequest | Elected): void {
+  send(message: VoteRequest | Elected | Renew): void {
     this.#connection?.write(encodeProposerMessage(message));
+  }
+
+  /** Gives an empty log to the safekeeper, which said in this incarnation that it has none. */
+  create(incarnation: string, state: AcceptorState): void {
+    const { log } = this.#options;
+    if (state.votesFrom !== undefined)
+      log?.warn({ safekeeper: this.#name }, 'it has lost this timeline and gets it anew');
+    this.#connection?.write(encodeJson(FRAME.create, { incarnation, state } satisfies CreateRequest));
   }
 
   reconnect(reason: string): void {
@@ -127,7 +139,8 @@ export class ProposerPeer {
   checkStall(): void {
     const { state, index } = this.#options;
     const peer = state.peer(index);
-    const isAsked = peer.state === 'voting' || peer.state === 'joining' || peer.state === 'lost';
+    const isAsked =
+      peer.state === 'voting' || peer.state === 'joining' || peer.state === 'creating' || peer.state === 'lost';
     const owes = isAsked || (peer.state === 'streaming' && peer.writtenLsn < peer.sendLsn);
     if (this.#connection !== undefined && owes && Date.now() - this.#heardAtMs > STALL_MS) this.reconnect('no answer');
   }
@@ -146,7 +159,7 @@ export class ProposerPeer {
 
   #connect(): void {
     if (this.#closed) return;
-    const { address, token, timeline, mayCreate, state, perform, index } = this.#options;
+    const { address, token, timeline, state, perform, index } = this.#options;
     this.#heardAtMs = Date.now();
     const connection = new SafekeeperConnection(
       { address, token },
@@ -165,7 +178,7 @@ export class ProposerPeer {
     );
     this.#connection = connection;
     this.#unacknowledged = [];
-    connection.write(encodeJson(FRAME.greeting, greetingOf(timeline, mayCreate)));
+    connection.write(encodeJson(FRAME.greeting, greetingOf(timeline)));
   }
 
   #scheduleReconnect(): void {
@@ -181,7 +194,16 @@ export class ProposerPeer {
     this.#heardAtMs = Date.now();
     if (frame.type === FRAME.greetingReply) {
       this.#lastError = undefined;
-      perform(state.greeted(index, decodeGreetingReply(frame.payload).term));
+      const greeting = decodeGreetingReply(frame.payload);
+      if (greeting.kind === 'present') {
+        perform(state.greeted(index, greeting));
+        return;
+      }
+      perform(state.absent(index, greeting.incarnation));
+      const { timelineId } = this.#options.timeline;
+      if (state.peer(index).state !== 'absent') return;
+      this.#lastError = new StrataError('not-found', `safekeeper ${this.#name} has no timeline ${timelineId}`);
+      this.#options.onRefused();
       return;
     }
     const message = decodeAcceptorMessage(frame.type, frame.payload);

@@ -8,6 +8,7 @@ import { join } from 'node:path';
 import { test, type TestContext } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { readWal, type SafekeeperAddress, SafekeeperClient, type TimelineIdentity } from '../api/safekeeper.ts';
+import type { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
 import { type Safekeeper, runSafekeeper } from '../safekeeper/main.ts';
@@ -65,11 +66,18 @@ class Cluster {
     this.#safekeepers[index] = undefined;
   }
 
+  /** Its disk is lost. */
+  async wipeOne(index: number): Promise<void> {
+    await this.stopOne(index);
+    await rm(join(this.#root, `safekeeper-${index}`), { recursive: true });
+  }
+
   async elect(options: Partial<ProposerOptions> = {}): Promise<Proposer> {
     const proposer = await electProposer({
       safekeepers: this.addresses,
       token: await this.token(),
       timeline: this.timeline,
+      mayCreate: true,
       signal: AbortSignal.timeout(5_000),
       log,
       ...options,
@@ -91,7 +99,12 @@ class Cluster {
     const client = await this.client(index);
     const deadline = Date.now() + 5_000;
     for (;;) {
-      const { flushLsn, commitLsn } = await client.status(this.timeline.tenantId, this.timeline.timelineId);
+      const { tenantId, timelineId } = this.timeline;
+      const status = await client.status(tenantId, timelineId).catch((error: StrataError) => {
+        if (error.code !== 'not-found') throw error;
+        return { flushLsn: 0, commitLsn: 0 }; // It is about to get the timeline.
+      });
+      const { flushLsn, commitLsn } = status;
       if (flushLsn === lsn && commitLsn === lsn) break;
       assert(Date.now() < deadline, `safekeeper ${index} is at ${flushLsn}, committed ${commitLsn}, not ${lsn}`);
       await sleep(5);
@@ -269,4 +282,62 @@ test('two proposers at once: one of them leads in the end', async (context) => {
   assert(leaders.length <= 1);
   const next = await cluster.elect();
   assert(next.term > Math.max(a.term, b.term));
+});
+
+test('a safekeeper that has lost its disk is given everything again, and counts only then', async (context) => {
+  const cluster = await Cluster.start(context);
+  const first = await cluster.elect();
+  const wal = makeWal(MID_SEGMENT_LSN, [1_000, 50_000, 1_000]);
+  first.append(MID_SEGMENT_LSN, wal.bytes);
+  await first.waitCommitted(wal.endLsn);
+  await first.close();
+
+  // With one disk lost, nobody can know without both others what it had acknowledged.
+  await cluster.wipeOne(0);
+  await cluster.startOne(0);
+  await cluster.stopOne(1);
+  await assert.rejects(cluster.elect({ mayCreate: false, signal: AbortSignal.timeout(300) }), { code: 'unavailable' });
+
+  await cluster.startOne(1);
+  const second = await cluster.elect({ mayCreate: false });
+  assert.equal(second.startLsn, wal.endLsn);
+  await cluster.reaches(0, wal.endLsn);
+  assert.deepEqual(await cluster.walOf(0, wal.endLsn), wal.bytes);
+  await second.close();
+
+  await cluster.stopOne(2);
+  const third = await cluster.elect({ mayCreate: false });
+  assert.equal(third.startLsn, wal.endLsn, 'it votes again');
+});
+
+test('a safekeeper that loses its disk under a running leader is made whole while commits go on', async (context) => {
+  const cluster = await Cluster.start(context);
+  const proposer = await cluster.elect();
+  const wal = makeWal(MID_SEGMENT_LSN, [1_000, 50_000, 1_000]);
+  proposer.append(MID_SEGMENT_LSN, wal.bytes.subarray(0, 500));
+  await cluster.wipeOne(1);
+  proposer.append(MID_SEGMENT_LSN + 500, wal.bytes.subarray(500));
+  await proposer.waitCommitted(wal.endLsn);
+  await cluster.startOne(1);
+  await cluster.reaches(1, wal.endLsn);
+  assert.deepEqual(await cluster.walOf(1, wal.endLsn), wal.bytes);
+});
+
+test('when a quorum has lost its disks, nothing is made up in its place', async (context) => {
+  const cluster = await Cluster.start(context);
+  const proposer = await cluster.elect();
+  const wal = makeWal(MID_SEGMENT_LSN, [1_000]);
+  proposer.append(MID_SEGMENT_LSN, wal.bytes);
+  await proposer.waitCommitted(wal.endLsn);
+  await cluster.reaches(2, wal.endLsn);
+  await proposer.close();
+  for (const index of [0, 1]) {
+    await cluster.wipeOne(index);
+    await cluster.startOne(index);
+  }
+  await assert.rejects(cluster.elect({ mayCreate: false }), { code: 'not-found' });
+  const third = await cluster.client(2);
+  const { tenantId, timelineId } = cluster.timeline;
+  assert.equal((await third.status(tenantId, timelineId)).flushLsn, wal.endLsn);
+  third.close();
 });

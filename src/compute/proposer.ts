@@ -28,8 +28,11 @@ export interface ProposerOptions {
   readonly maxPendingBytes?: number;
   /** Committed WAL that stays in memory for safekeepers that are behind. */
   readonly retainedBytes?: number;
-  /** False: safekeepers that do not know the timeline refuse, instead of starting an empty log. */
-  readonly mayCreate?: boolean;
+  /**
+   * True only when it is known from elsewhere that nothing was ever committed to this timeline: its log is then made where it is missing. A log that
+   * is missing otherwise was lost, and is given anew once it is certain that nothing is lost with it.
+   */
+  readonly mayCreate: boolean;
 }
 
 export interface ProposerEvents {
@@ -88,7 +91,10 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     super();
     this.#options = options;
     this.#maxPendingBytes = options.maxPendingBytes ?? MAX_PENDING_BYTES;
-    this.#state = new ProposerState(options.safekeepers.length);
+    this.#state = new ProposerState(options.safekeepers.length, {
+      startLsn: options.timeline.startLsn,
+      mayCreate: options.mayCreate,
+    });
     this.#elected = new Promise((resolve, reject) => {
       this.#settleElection = { resolve, reject };
     });
@@ -99,7 +105,6 @@ export class Proposer extends EventEmitter<ProposerEvents> {
           address,
           token: options.token,
           timeline: options.timeline,
-          mayCreate: options.mayCreate ?? true,
           state: this.#state,
           buffer: () => this.#buffer,
           perform: (actions) => this.#perform(actions),
@@ -219,6 +224,9 @@ export class Proposer extends EventEmitter<ProposerEvents> {
       switch (action.kind) {
         case 'send':
           this.#peers[action.peer]!.send(action.message);
+          break;
+        case 'create':
+          this.#peers[action.peer]!.create(action.incarnation, action.state);
           break;
         case 'reconnect':
           this.#peers[action.peer]!.reconnect(action.reason);

@@ -54,7 +54,14 @@ test('commits go on with one safekeeper of three killed, wait with two, and none
   const addresses = safekeepers.map(({ address }) => address);
   const signal = AbortSignal.timeout(10_000);
 
-  const proposer = await electProposer({ safekeepers: addresses, token, timeline, signal, retainedBytes: 64 * 1024 });
+  const proposer = await electProposer({
+    safekeepers: addresses,
+    token,
+    timeline,
+    mayCreate: true,
+    signal,
+    retainedBytes: 64 * 1024,
+  });
   context.after(() => proposer.close());
   assert.equal(proposer.startLsn, timeline.startLsn, 'a new log begins where the branch does');
   const push = await startWalPush({
@@ -109,7 +116,13 @@ test('commits go on with one safekeeper of three killed, wait with two, and none
 
   for (const safekeeper of safekeepers) safekeeper.kill();
   await Promise.all(safekeepers.map((safekeeper) => safekeeper.start()));
-  const next = await electProposer({ safekeepers: addresses, token, timeline, signal: AbortSignal.timeout(10_000) });
+  const next = await electProposer({
+    safekeepers: addresses,
+    token,
+    timeline,
+    mayCreate: false,
+    signal: AbortSignal.timeout(10_000),
+  });
   assert.equal(next.startLsn, endLsn, 'a new leader starts where the log ended');
   assert(next.term > proposer.term, 'under a higher term');
   await next.close();

@@ -24,7 +24,7 @@ const START: TermHistory = [{ term: 0, startLsn: 100 }];
 
 function acceptorAt(flushLsn: number, state: Partial<AcceptorState> = {}): Acceptor<string> {
   return new Acceptor({
-    state: { term: 0, history: START, commitLsn: 100, ...state },
+    state: { term: 0, history: START, commitLsn: 100, generation: 0, ...state },
     flushLsn,
     trackBoundaries: (startLsn) => new Tens(startLsn),
   });
@@ -54,7 +54,7 @@ function sent(actions: readonly AcceptorAction<string>[]): AcceptorMessage[] {
 /** An acceptor that follows the leader of term 1 from its start. */
 function follower(): Acceptor<string> {
   const acceptor = acceptorAt(100);
-  acceptor.receive('a', { kind: 'vote', term: 1 });
+  acceptor.receive('a', { kind: 'vote', term: 1, generation: 0 });
   acceptor.completed();
   acceptor.receive('a', elected(1, 100, [...START, { term: 1, startLsn: 100 }]));
   acceptor.completed();
@@ -63,9 +63,9 @@ function follower(): Acceptor<string> {
 
 test('a vote is replied to once its term is durable, and is granted once in a term', () => {
   const acceptor = acceptorAt(100);
-  const asked = acceptor.receive('a', { kind: 'vote', term: 5 });
-  assert.deepEqual(asked, [{ kind: 'persist', state: { term: 5, history: START, commitLsn: 100 } }]);
-  assert.deepEqual(acceptor.receive('b', { kind: 'vote', term: 5 }), []);
+  const asked = acceptor.receive('a', { kind: 'vote', term: 5, generation: 0 });
+  assert.deepEqual(asked, [{ kind: 'persist', state: { term: 5, history: START, commitLsn: 100, generation: 0 } }]);
+  assert.deepEqual(acceptor.receive('b', { kind: 'vote', term: 5, generation: 0 }), []);
   const replies = sent(acceptor.completed());
   assert.deepEqual(
     replies.map((reply) => reply.kind === 'vote-reply' && [reply.term, reply.granted]),
@@ -80,7 +80,7 @@ test('a vote waits until all that was received is durable', () => {
   const acceptor = follower();
   acceptor.receive('a', append(1, 100, 10));
   acceptor.receive('a', append(1, 110, 10));
-  assert.deepEqual(acceptor.receive('b', { kind: 'vote', term: 2 }), []);
+  assert.deepEqual(acceptor.receive('b', { kind: 'vote', term: 2, generation: 0 }), []);
   assert.deepEqual(kinds(acceptor.completed()), ['progress', 'append-reply', 'write']);
   assert.deepEqual(kinds(acceptor.completed()), ['progress', 'append-reply', 'persist']);
   const [reply] = sent(acceptor.completed());
@@ -94,7 +94,7 @@ test('appends that come during a write make up the next one, with one acknowledg
   const [, , write] = acceptor.completed();
   assert(write?.kind === 'write' && write.beginLsn === 110 && write.chunks.length === 3);
   assert.deepEqual(sent(acceptor.completed()), [
-    { kind: 'append-reply', term: 1, flushLsn: 140, writeLsn: 140, commitLsn: 100 },
+    { kind: 'append-reply', term: 1, flushLsn: 140, writeLsn: 140, commitLsn: 100, generation: 0 },
   ]);
 });
 
@@ -102,7 +102,7 @@ test('the flush LSN is the end of a whole record', () => {
   const acceptor = follower();
   acceptor.receive('a', append(1, 100, 17));
   assert.deepEqual(sent(acceptor.completed()), [
-    { kind: 'append-reply', term: 1, flushLsn: 110, writeLsn: 117, commitLsn: 100 },
+    { kind: 'append-reply', term: 1, flushLsn: 110, writeLsn: 117, commitLsn: 100, generation: 0 },
   ]);
   acceptor.receive('a', append(1, 117, 3));
   acceptor.completed();
@@ -128,7 +128,7 @@ test('appends are taken from the leader of the log only, and only at the write p
   for (const message of [append(1, 110, 10), append(1, 90, 10), append(0, 100, 10), append(2, 100, 10)]) {
     assert.deepEqual(kinds(acceptor.receive('x', message)), ['refusal']);
   }
-  acceptor.receive('b', { kind: 'vote', term: 2 });
+  acceptor.receive('b', { kind: 'vote', term: 2, generation: 0 });
   acceptor.completed();
   assert.deepEqual(kinds(acceptor.receive('a', append(1, 100, 10))), ['refusal'], 'the old leader is over');
   assert.deepEqual(kinds(acceptor.receive('b', append(2, 100, 10))), ['refusal'], 'the new one is not elected yet');
@@ -155,7 +155,7 @@ test('a divergent tail is cut before the history that leaves it out is persisted
   assert.deepEqual(cut, [{ kind: 'truncate', lsn: 150 }]);
   assert.deepEqual(kinds(acceptor.completed()), ['progress', 'persist']);
   assert.deepEqual(sent(acceptor.completed()), [
-    { kind: 'append-reply', term: 3, flushLsn: 150, writeLsn: 150, commitLsn: 120 },
+    { kind: 'append-reply', term: 3, flushLsn: 150, writeLsn: 150, commitLsn: 120, generation: 0 },
   ]);
   assert.equal(acceptor.lastLogTerm, 2, 'the log ends where term 2 begins');
   assert.equal(acceptor.leaderTerm, undefined, 'up to here it is the log of an older leader');
@@ -182,7 +182,33 @@ test('a leader that is wrong about the common point, or would cut committed WAL,
 test('an election under a term it has not heard of makes the term durable first', () => {
   const acceptor = acceptorAt(100);
   const [persist] = acceptor.receive('a', elected(7, 100, [...START, { term: 7, startLsn: 100 }]));
-  assert.deepEqual(persist, { kind: 'persist', state: { term: 7, history: START, commitLsn: 100 } });
+  assert.deepEqual(persist, { kind: 'persist', state: { term: 7, history: START, commitLsn: 100, generation: 0 } });
   assert.deepEqual(kinds(acceptor.completed()), ['term-raised', 'persist']);
   assert.deepEqual(kinds(acceptor.completed()), ['append-reply']);
+});
+
+test('who knows of a newer generation gives no vote to a candidate that does not', () => {
+  const acceptor = follower();
+  assert.deepEqual(kinds(acceptor.receive('a', { kind: 'renew', term: 1, generation: 3 })), ['persist']);
+  assert.deepEqual(kinds(acceptor.completed()), ['append-reply']);
+  const [refused] = sent(acceptor.receive('b', { kind: 'vote', term: 7, generation: 2 }));
+  assert(refused?.kind === 'vote-reply' && !refused.granted && refused.generation === 3 && refused.term === 1);
+  acceptor.receive('b', { kind: 'vote', term: 7, generation: 3 });
+  const [granted] = sent(acceptor.completed());
+  assert(granted?.kind === 'vote-reply' && granted.granted);
+  const [late] = sent(acceptor.receive('a', { kind: 'renew', term: 1, generation: 4 }));
+  assert(late?.kind === 'refusal', 'only the leader whose log it is renews');
+});
+
+test('a log given anew votes only when it has come to where the lost one may have been', () => {
+  const acceptor = acceptorAt(100, { term: 4, generation: 1, votesFrom: { lastLogTerm: 4, flushLsn: 120 } });
+  assert(!acceptor.isVoter && !acceptor.isBlank);
+  acceptor.receive('a', { kind: 'vote', term: 5, generation: 1 });
+  const [reply] = sent(acceptor.completed());
+  assert(reply?.kind === 'vote-reply' && !reply.granted && !reply.isVoter && reply.term === 5);
+  acceptor.receive('a', elected(5, 100, [...START, { term: 4, startLsn: 100 }, { term: 5, startLsn: 130 }]));
+  acceptor.completed();
+  acceptor.receive('a', append(5, 100, 20));
+  acceptor.completed();
+  assert(acceptor.isVoter, 'the same term and as long');
 });

@@ -8,6 +8,7 @@
  *
  * Invariants:
  *   - A vote is granted only for a term above every term known, and replied to only once the term is durable and so is all WAL received.
+ *   - A log that was given anew, in place of one that was lost, gives no vote before it has reached `votesFrom`.
  *   - WAL is taken only from the leader whose history this log carries, and only exactly at the write position.
  *   - flushLsn is the end of a whole record and durable. Nothing above it was ever acknowledged.
  *   - commitLsn ≤ flushLsn, never goes back, and nothing below it is ever cut.
@@ -16,8 +17,8 @@
  */
 import assert from 'node:assert/strict';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
-import type { AcceptorMessage, Append, Elected, ProposerMessage, TermHistory, VoteRequest } from './messages.ts';
-import { highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
+import type { AcceptorMessage, Append, Elected, ProposerMessage, Renew, TermHistory, VoteRequest } from './messages.ts';
+import { compareLogs, type LogPosition, highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
 
 /** What must survive a restart, replaced as a whole. */
 export interface AcceptorState {
@@ -25,6 +26,15 @@ export interface AcceptorState {
   readonly history: TermHistory;
   /** May lag behind what was announced: it only says from where to look for the end of the log. */
   readonly commitLsn: Lsn;
+  /** Raised each time that an acceptor of this log came back empty. */
+  readonly generation: number;
+  /** Of a log that was given anew: this acceptor votes once its log has got so far. */
+  readonly votesFrom?: LogPosition;
+}
+
+/** Of a log that nobody has written to yet. */
+export function blankState(startLsn: Lsn): AcceptorState {
+  return { term: 0, history: [{ term: 0, startLsn }], commitLsn: startLsn, generation: 0 };
 }
 
 /** Finds where records end in a log that goes on from an LSN. Throws on bytes that are no log. */
@@ -56,7 +66,7 @@ export type AcceptorAction<Sender> =
 
 interface Waiting<Sender> {
   readonly sender: Sender;
-  readonly message: VoteRequest | Elected | Append;
+  readonly message: ProposerMessage;
 }
 
 export class Acceptor<Sender> {
@@ -64,6 +74,8 @@ export class Acceptor<Sender> {
   #term: number;
   #history: TermHistory;
   #commitLsn: Lsn;
+  #generation: number;
+  readonly #votesFrom: LogPosition | undefined;
   #persistedCommitLsn: Lsn;
   #flushLsn: Lsn;
   /** End of what is durable; may lie inside a record. */
@@ -93,6 +105,8 @@ export class Acceptor<Sender> {
     this.#term = state.term;
     this.#history = state.history;
     this.#commitLsn = state.commitLsn;
+    this.#generation = state.generation;
+    this.#votesFrom = state.votesFrom;
     this.#persistedCommitLsn = state.commitLsn;
     this.#announcedCommitLsn = state.commitLsn;
     this.#flushLsn = flushLsn;
@@ -117,6 +131,21 @@ export class Acceptor<Sender> {
 
   get commitLsn(): Lsn {
     return this.#commitLsn;
+  }
+
+  get generation(): number {
+    return this.#generation;
+  }
+
+  /** Nobody's log yet: no vote was given and no leader followed here, and it was not given in place of a lost one. */
+  get isBlank(): boolean {
+    return this.#term === 0 && this.#history.length === 1 && this.#votesFrom === undefined;
+  }
+
+  get isVoter(): boolean {
+    const votesFrom = this.#votesFrom;
+    if (votesFrom === undefined) return true;
+    return compareLogs({ lastLogTerm: this.lastLogTerm, flushLsn: this.#flushLsn }, votesFrom) >= 0;
   }
 
   get lastLogTerm(): number {
@@ -181,9 +210,8 @@ export class Acceptor<Sender> {
   /** An independent machine in the same state, for who looks at more than one future. Idle, and at the end of a record. */
   clone(): Acceptor<Sender> {
     assert(this.isIdle && this.#writeLsn === this.#flushLsn, 'nothing is under way in what is cloned');
-    const state = { term: this.#term, history: this.#history, commitLsn: this.#commitLsn };
     const copy = new Acceptor<Sender>({
-      state,
+      state: this.#state(),
       flushLsn: this.#flushLsn,
       trackBoundaries: this.#trackBoundaries,
     });
@@ -217,6 +245,7 @@ export class Acceptor<Sender> {
       const { sender, message } = next;
       if (message.kind === 'vote') this.#vote(sender, message, actions);
       else if (message.kind === 'elected') this.#elected(sender, message, actions);
+      else if (message.kind === 'renew') this.#renew(sender, message, actions);
       else this.#append(sender, message, actions);
     }
     if (this.#afterIo === undefined && this.#saveWanted) {
@@ -226,13 +255,15 @@ export class Acceptor<Sender> {
   }
 
   #vote(sender: Sender, message: VoteRequest, actions: AcceptorAction<Sender>[]): void {
-    if (message.term <= this.#term) {
+    if (message.term <= this.#term || message.generation < this.#generation) {
       actions.push({ kind: 'send', to: sender, message: this.#voteReply(false) });
       return;
     }
+    const granted = this.isVoter;
     this.#raiseTerm(message.term);
+    this.#generation = message.generation;
     this.#persist(actions, (later) => {
-      later.push({ kind: 'send', to: sender, message: this.#voteReply(true) });
+      later.push({ kind: 'send', to: sender, message: this.#voteReply(granted) });
       later.push({ kind: 'term-raised', by: sender, term: message.term });
     });
   }
@@ -242,6 +273,8 @@ export class Acceptor<Sender> {
       kind: 'vote-reply',
       term: this.#term,
       granted,
+      isVoter: this.isVoter,
+      generation: this.#generation,
       flushLsn: this.#flushLsn,
       commitLsn: this.#commitLsn,
       history: historyUpTo(this.#history, this.#flushLsn),
@@ -290,6 +323,20 @@ export class Acceptor<Sender> {
       later.push({ kind: 'progress' });
       this.#follow(sender, message, later);
     };
+  }
+
+  #renew(sender: Sender, message: Renew, actions: AcceptorAction<Sender>[]): void {
+    const { term, generation } = message;
+    if (term !== this.#term || !this.#following) {
+      this.#refuse(sender, `renewal by the leader of term ${term}, which is not followed here`, actions);
+      return;
+    }
+    if (generation <= this.#generation) {
+      actions.push({ kind: 'send', to: sender, message: this.#appendReply() });
+      return;
+    }
+    this.#generation = generation;
+    this.#persist(actions, (later) => later.push({ kind: 'send', to: sender, message: this.#appendReply() }));
   }
 
   #follow(sender: Sender, message: Elected, actions: AcceptorAction<Sender>[]): void {
@@ -370,11 +417,22 @@ export class Acceptor<Sender> {
   #appendReply(): AcceptorMessage {
     const { term } = this.#history[this.#history.length - 1]!;
     const [flushLsn, writeLsn, commitLsn] = [this.#flushLsn, this.#durableLsn, this.#commitLsn];
-    return { kind: 'append-reply', term, flushLsn, writeLsn, commitLsn };
+    return { kind: 'append-reply', term, flushLsn, writeLsn, commitLsn, generation: this.#generation };
   }
 
   #refuse(sender: Sender, message: string, actions: AcceptorAction<Sender>[]): void {
     actions.push({ kind: 'send', to: sender, message: { kind: 'refusal', term: this.#term, message } });
+  }
+
+  #state(): AcceptorState {
+    const votesFrom = this.#votesFrom;
+    return {
+      term: this.#term,
+      history: this.#history,
+      commitLsn: this.#commitLsn,
+      generation: this.#generation,
+      ...(votesFrom === undefined ? {} : { votesFrom }),
+    };
   }
 
   #raiseTerm(term: number): void {
@@ -383,7 +441,7 @@ export class Acceptor<Sender> {
   }
 
   #persist(actions: AcceptorAction<Sender>[], after: (actions: AcceptorAction<Sender>[]) => void): void {
-    const state = { term: this.#term, history: this.#history, commitLsn: this.#commitLsn };
+    const state = this.#state();
     actions.push({ kind: 'persist', state });
     this.#afterIo = (later) => {
       this.#persistedCommitLsn = state.commitLsn;

@@ -4,6 +4,12 @@
  * A proposer speaks to each acceptor in this order, again on each new connection:
  *   greeting → greeting-reply, vote → vote-reply, elected → append-reply, append… → append-reply…
  * Acknowledgements are cumulative. A refusal or a term-notice can come at any time.
+ *
+ * An acceptor that does not have the log says so instead of greeting-reply, and waits to be given one with `create`. Whether it never had it or lost
+ * its disk makes no difference: what it had acknowledged and whom it had voted for is forgotten, so it must not count again before
+ * two things are true (proposer.ts, "Acceptors that come back empty"):
+ *   - a majority without it knows, durably, that what it said before is void: the *generation* was raised there;
+ *   - its new log has reached all that may have been committed with its help: `votesFrom`.
  */
 import type { Lsn } from '../postgres/lsn.ts';
 
@@ -19,6 +25,15 @@ export type TermHistory = readonly TermStart[];
 export interface VoteRequest {
   readonly kind: 'vote';
   readonly term: number;
+  /** The highest that the proposer knows. An acceptor that knows a higher one gives no vote: the proposer may hold votes that are void. */
+  readonly generation: number;
+}
+
+/** From the leader whose log this is: remember the generation. Answered with append-reply. */
+export interface Renew {
+  readonly kind: 'renew';
+  readonly term: number;
+  readonly generation: number;
 }
 
 export interface VoteReply {
@@ -26,6 +41,9 @@ export interface VoteReply {
   /** The acceptor's term after the request. */
   readonly term: number;
   readonly granted: boolean;
+  /** False: its log was given to it anew and is not complete yet. It has raised its term, but cannot vote. */
+  readonly isVoter: boolean;
+  readonly generation: number;
   readonly flushLsn: Lsn;
   readonly commitLsn: Lsn;
   /** Of what is flushed: entries that start past flushLsn are left out. */
@@ -59,6 +77,7 @@ export interface AppendReply {
   /** End of what is durable, records or not: how much the acceptor has taken in. */
   readonly writeLsn: Lsn;
   readonly commitLsn: Lsn;
+  readonly generation: number;
 }
 
 /** The message was not obeyed; the proposer connects anew, or gives up when the term is above its own. */
@@ -74,5 +93,5 @@ export interface TermNotice {
   readonly term: number;
 }
 
-export type ProposerMessage = VoteRequest | Elected | Append;
+export type ProposerMessage = VoteRequest | Elected | Append | Renew;
 export type AcceptorMessage = VoteReply | AppendReply | Refusal | TermNotice;

@@ -1,17 +1,23 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import type { AcceptorMessage, TermHistory } from './messages.ts';
-import { type ProposerAction, ProposerState } from './proposer.ts';
+import { type AcceptorGreeting, type ProposerAction, ProposerState } from './proposer.ts';
 import { compareLogs, highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
 
 const START: TermHistory = [{ term: 0, startLsn: 100 }];
 
+const ORIGIN = { startLsn: 100, mayCreate: false };
+
+function at(term: number, generation = 0): AcceptorGreeting {
+  return { term, generation, isBlank: false };
+}
+
 function vote(term: number, flushLsn: number, history = START, granted = true): AcceptorMessage {
-  return { kind: 'vote-reply', term, granted, flushLsn, commitLsn: 100, history };
+  return { kind: 'vote-reply', term, granted, isVoter: true, generation: 0, flushLsn, commitLsn: 100, history };
 }
 
 function ack(term: number, flushLsn: number): AcceptorMessage {
-  return { kind: 'append-reply', term, flushLsn, writeLsn: flushLsn, commitLsn: 100 };
+  return { kind: 'append-reply', term, flushLsn, writeLsn: flushLsn, commitLsn: 100, generation: 0 };
 }
 
 function kinds(actions: readonly ProposerAction[]): string[] {
@@ -19,9 +25,9 @@ function kinds(actions: readonly ProposerAction[]): string[] {
 }
 
 test('the term is above all that a quorum knows, and the log is that of the most advanced voter', () => {
-  const proposer = new ProposerState(3);
-  assert.deepEqual(proposer.greeted(0, 4), []);
-  assert.deepEqual(kinds(proposer.greeted(2, 7)), ['vote to 0', 'vote to 2']);
+  const proposer = new ProposerState(3, ORIGIN);
+  assert.deepEqual(proposer.greeted(0, at(4)), []);
+  assert.deepEqual(kinds(proposer.greeted(2, at(7))), ['vote to 0', 'vote to 2']);
   assert.equal(proposer.term, 8);
   // The longer log is of an older term.
   assert.deepEqual(proposer.receive(0, vote(8, 900, [...START, { term: 3, startLsn: 100 }])), []);
@@ -34,9 +40,9 @@ test('the term is above all that a quorum knows, and the log is that of the most
 });
 
 function leader(): ProposerState {
-  const proposer = new ProposerState(3);
-  proposer.greeted(0, 0);
-  proposer.greeted(1, 0);
+  const proposer = new ProposerState(3, ORIGIN);
+  proposer.greeted(0, at(0));
+  proposer.greeted(1, at(0));
   proposer.receive(0, vote(1, 200));
   proposer.receive(1, vote(1, 150));
   return proposer;
@@ -56,9 +62,9 @@ test('nothing is committed before a quorum has the log up to the start of the te
 });
 
 test('a leader is fenced by a higher term; a candidate tries again under one still higher', () => {
-  const candidate = new ProposerState(3);
-  candidate.greeted(0, 0);
-  candidate.greeted(1, 0);
+  const candidate = new ProposerState(3, ORIGIN);
+  candidate.greeted(0, at(0));
+  candidate.greeted(1, at(0));
   assert.deepEqual(kinds(candidate.receive(0, vote(5, 100, START, false))), ['retry']);
   assert.deepEqual(candidate.receive(1, vote(1, 100)), []);
   assert.deepEqual(kinds(candidate.elect()), ['vote to 0', 'vote to 1']);
@@ -73,9 +79,9 @@ test('a leader is fenced by a higher term; a candidate tries again under one sti
 });
 
 test('a vote that may have gone to another proposer is not counted', () => {
-  const proposer = new ProposerState(3);
-  proposer.greeted(0, 0);
-  proposer.greeted(1, 0);
+  const proposer = new ProposerState(3, ORIGIN);
+  proposer.greeted(0, at(0));
+  proposer.greeted(1, at(0));
   proposer.receive(0, vote(1, 100));
   assert.deepEqual(kinds(proposer.receive(1, vote(1, 100, START, false))), ['retry']);
   assert.equal(proposer.phase, 'electing');
@@ -85,7 +91,7 @@ test('when the only voter with the newest log is gone before a quorum has it, th
   const proposer = leader();
   proposer.receive(1, ack(1, 150));
   assert.deepEqual(kinds(proposer.lost(0)), ['retry']);
-  proposer.greeted(2, 0);
+  proposer.greeted(2, at(0));
   assert.deepEqual(kinds(proposer.elect()), ['vote to 1', 'vote to 2']);
   assert.equal(proposer.term, 2);
 });
@@ -94,7 +100,7 @@ test('a peer that comes back is brought on from where the logs part', () => {
   const proposer = leader();
   proposer.receive(0, ack(1, 200));
   proposer.receive(1, ack(1, 200));
-  assert.deepEqual(kinds(proposer.greeted(2, 1)), ['vote to 2']);
+  assert.deepEqual(kinds(proposer.greeted(2, at(1))), ['vote to 2']);
   const joined = proposer.receive(2, vote(1, 120, START, false));
   assert.deepEqual(kinds(joined), ['elected to 2']);
   assert.equal(proposer.peer(2).sendLsn, 120);
@@ -115,4 +121,30 @@ test('logs are compared by their histories', () => {
   assert.equal(highestCommonPoint(history, history.slice(0, 2), 500), 300);
   // It followed another leader after term 0.
   assert.equal(highestCommonPoint(history, [...START, { term: 3, startLsn: 120 }], 500), 120);
+});
+
+test('a lost log is given anew when a majority without it knows the new generation', () => {
+  const proposer = leader();
+  proposer.receive(0, ack(1, 200));
+  proposer.receive(1, ack(1, 200));
+  assert.equal(proposer.phase, 'established');
+  assert.deepEqual(kinds(proposer.absent(2, 'aa')), ['renew to 0', 'renew to 1']);
+  assert.deepEqual(proposer.receive(0, { ...ack(1, 200), generation: 1 } as AcceptorMessage), []);
+  const actions = proposer.receive(1, { ...ack(1, 200), generation: 1 } as AcceptorMessage);
+  const votesFrom = { lastLogTerm: 1, flushLsn: 200 };
+  const state = { term: 1, history: START, commitLsn: 100, generation: 1, votesFrom };
+  assert.deepEqual(actions, [{ kind: 'create', peer: 2, incarnation: 'aa', state }]);
+});
+
+test('a log is made where it is missing only when it is known to be unused and nobody of a quorum has used it', () => {
+  const origin = { startLsn: 100, mayCreate: true };
+  const fresh = new ProposerState(3, origin);
+  assert.deepEqual(fresh.absent(0, 'aa'), []);
+  assert.deepEqual(kinds(fresh.absent(1, 'bb')), ['create', 'create']);
+  const used = new ProposerState(3, origin);
+  used.absent(0, 'aa');
+  assert.deepEqual(used.greeted(1, at(3)), []);
+  assert(!used.isHopeless);
+  used.absent(2, 'cc');
+  assert(used.isHopeless);
 });

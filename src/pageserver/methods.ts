@@ -6,12 +6,12 @@ import type {
   ListedTimeline,
   LsnForTimestamp,
   LsnLease,
+  LogIdentity,
   PageserverTimelineStatus,
   ResolvedLsn,
   TimelineSizes,
 } from '../api/pageserver.ts';
 import { encodeBasebackup } from '../api/basebackup.ts';
-import type { TimelineIdentity } from '../api/safekeeper.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import type { RpcContext, RpcMethod, RpcReply } from '../base/rpc.ts';
@@ -134,7 +134,8 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       const controlFile = timeline.getImage(CONTROL_FILE_KEY, timeline.lastRecordLsn);
       if (controlFile === undefined) throw new StrataError('internal', `timeline ${timelineId} has no control file`);
       const systemId = decodeControlFile(controlFile).systemId.toString();
-      const result: TimelineIdentity = { tenantId, timelineId, startLsn, pgVersion, systemId };
+      const hasWal = timeline.lastRecordLsn > startLsn;
+      const result: LogIdentity = { tenantId, timelineId, startLsn, pgVersion, systemId, hasWal };
       return { result };
     },
 

@@ -143,7 +143,7 @@ describe('a pageserver', () => {
   async function propose(endLsn: Lsn, whenHalf: (half: Lsn) => Promise<void>): Promise<void> {
     const addresses = safekeepers.map(({ port }) => ({ host, port }));
     const timeline = await client.timelineIdentity(BRANCH);
-    const proposer = await electProposer({ safekeepers: addresses, token, timeline });
+    const proposer = await electProposer({ safekeepers: addresses, token, timeline, mayCreate: !timeline.hasWal });
     assert.equal(proposer.startLsn, startLsn);
     const ends = [...cluster.records(startLsn)].map((record) => record.endLsn);
     const half = ends[Math.floor(ends.length / 2)]!;

@@ -123,7 +123,7 @@ export class ClusterStorage implements Storage {
       known.every(({ flushLsn, commitLsn }) => flushLsn === first.flushLsn && commitLsn === first.flushLsn);
     if (isSettled) return first.flushLsn;
     const signal = AbortSignal.timeout(ELECTION_TIMEOUT_MS);
-    const proposer = await electProposer({ safekeepers, token, timeline: identity, signal, log });
+    const proposer = await electProposer({ safekeepers, token, timeline: identity, mayCreate: false, signal, log });
     const { startLsn } = proposer;
     await proposer.close();
     return startLsn;

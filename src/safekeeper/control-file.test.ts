@@ -22,13 +22,13 @@ const control: ControlFile = {
     pgVersion: 17,
     systemId: '18446744073709551615',
   },
-  acceptor: { term: 3, history: [{ term: 0, startLsn: 0x1528a68 }], commitLsn: 0x1528a68 },
+  acceptor: { term: 3, history: [{ term: 0, startLsn: 0x1528a68 }], commitLsn: 0x1528a68, generation: 1 },
 };
 
 test('a control file has the bytes that its header describes', () => {
   const bytes = encodeControlFile({ kind: 'deleted', tenantId: '0', timelineId: '1' });
   const payload = '{"kind":"deleted","tenantId":"0","timelineId":"1"}';
-  const head = Buffer.from('STRATASK\x01\x00\x00\x00\x32\x00\x00\x00', 'latin1');
+  const head = Buffer.from('STRATASK\x02\x00\x00\x00\x32\x00\x00\x00', 'latin1');
   assert.deepEqual(bytes.subarray(0, -4), Buffer.concat([head, Buffer.from(payload)]));
   assert.equal(bytes.readUInt32LE(bytes.length - 4), crc32c(bytes, 0, bytes.length - 4));
 });

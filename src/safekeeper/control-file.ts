@@ -3,7 +3,7 @@
  *
  *   offset  size  field
  *        0     8  magic "STRATASK"
- *        8     4  version, u32 little-endian: 1
+ *        8     4  version, u32 little-endian: 2 (1 had no generations and is read as generation 0)
  *       12     4  length n of the payload, u32
  *       16     n  payload, JSON: ControlFile
  *     16+n     4  CRC32C of bytes 0 to 16+n, u32
@@ -24,7 +24,8 @@ export type ControlFile =
 export const CONTROL_FILE_NAME = 'control';
 
 const MAGIC = Buffer.from('STRATASK');
-const VERSION = 1;
+const VERSION = 2;
+const OLDEST_VERSION = 1;
 const HEADER_BYTES = 16;
 const CRC_BYTES = 4;
 
@@ -45,7 +46,8 @@ export function decodeControlFile(file: Buffer): ControlFile {
     throw new Error(`${file.length} bytes are no control file of a safekeeper`);
   }
   const version = file.readUInt32LE(8);
-  if (version !== VERSION) throw new Error(`control file has version ${version}, this program knows ${VERSION}`);
+  if (version < OLDEST_VERSION || version > VERSION)
+    throw new Error(`control file has version ${version}, this program knows ${VERSION}`);
   const end = HEADER_BYTES + file.readUInt32LE(12);
   if (end + CRC_BYTES !== file.length)
     throw new Error(`control file has ${file.length} bytes, it says ${end + CRC_BYTES}`);
@@ -54,7 +56,9 @@ export function decodeControlFile(file: Buffer): ControlFile {
   if (stored !== computed) {
     throw new Error(`control file has CRC ${stored.toString(16)}, its bytes give ${computed.toString(16)}`);
   }
-  return JSON.parse(file.toString('utf8', HEADER_BYTES, end)) as ControlFile;
+  const control = JSON.parse(file.toString('utf8', HEADER_BYTES, end)) as ControlFile;
+  if (control.kind === 'deleted') return control;
+  return { ...control, acceptor: { ...control.acceptor, generation: control.acceptor.generation ?? 0 } };
 }
 
 /** Durable when it resolves. After a rejection it is not known which content the disk holds. */

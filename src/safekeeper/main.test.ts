@@ -20,6 +20,7 @@ import {
 } from '../api/safekeeper.ts';
 import {
   decodeAcceptorMessage,
+  decodeGreetingReply,
   encodeAppendHead,
   encodeHello,
   encodeJson,
@@ -29,6 +30,7 @@ import {
 import type { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
+import { blankState } from '../consensus/acceptor.ts';
 import type { AcceptorMessage, ProposerMessage } from '../consensus/messages.ts';
 import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from './made-wal.test-data.ts';
 import { runSafekeeper, type Safekeeper } from './main.ts';
@@ -88,12 +90,18 @@ class RawProposer {
     this.closed = new Promise((resolve) => (resolveClosed = resolve));
     this.#connection = new SafekeeperConnection(endpoint, {
       onFrame: ({ type, payload }) => {
-        this.#replies.push(type === FRAME.greetingReply ? 'greeted' : decodeAcceptorMessage(type, payload)!);
+        const greeting = type === FRAME.greetingReply ? decodeGreetingReply(payload) : undefined;
+        if (greeting?.kind === 'absent') {
+          const { incarnation } = greeting;
+          this.#connection.write(encodeJson(FRAME.create, { incarnation, state: blankState(timeline.startLsn) }));
+          return;
+        }
+        this.#replies.push(greeting === undefined ? decodeAcceptorMessage(type, payload)! : 'greeted');
         this.#wake?.();
       },
       onClose: (error) => resolveClosed(error),
     });
-    this.#connection.write(encodeJson(FRAME.greeting, greetingOf(timeline, true)));
+    this.#connection.write(encodeJson(FRAME.greeting, greetingOf(timeline)));
   }
 
   send(message: ProposerMessage): void {
@@ -113,7 +121,7 @@ class RawProposer {
   /** Greeting, vote and election under a term; the log begins where the timeline does. */
   async lead(term: number): Promise<void> {
     assert.equal(await this.next(), 'greeted');
-    this.send({ kind: 'vote', term });
+    this.send({ kind: 'vote', term, generation: 0 });
     const vote = await this.next();
     assert(vote !== 'greeted' && vote.kind === 'vote-reply' && vote.granted);
     this.send({
@@ -188,7 +196,7 @@ test('readers get what is committed, then what comes; the leader of the term wha
   assert.equal(third.lsn + third.bytes.length, wal.endLsn);
   const other = new RawProposer(served.endpoint, timeline);
   assert.equal(await other.next(), 'greeted');
-  other.send({ kind: 'vote', term: 5 });
+  other.send({ kind: 'vote', term: 5, generation: 0 });
   await assert.rejects(flushed.next(), { code: 'conflict' }, 'the old leader reads no more');
   assert.deepEqual(await proposer.next(), { kind: 'term-notice', term: 5 });
   await assert.rejects(readWal({ ...request, fromLsn: MID_SEGMENT_LSN - 8 }).next(), { code: 'bad-request' });
@@ -212,7 +220,7 @@ test('bytes that are no WAL, gaps and appends without an election are refused', 
   assert.equal(await proposer.next(), 'greeted');
   append(MID_SEGMENT_LSN, wal.bytes);
   await refused(/term 1/);
-  proposer.send({ kind: 'vote', term: 1 });
+  proposer.send({ kind: 'vote', term: 1, generation: 0 });
   await proposer.next();
   append(MID_SEGMENT_LSN, wal.bytes);
   await refused(/introduced/);
@@ -312,7 +320,7 @@ test('a token opens what it is for', async (context) => {
   );
   let refused: (error: StrataError) => void = () => {};
   const closed = new Promise<StrataError>((resolve) => (refused = resolve));
-  proposer.write(encodeJson(FRAME.greeting, greetingOf(timeline, true)));
+  proposer.write(encodeJson(FRAME.greeting, greetingOf(timeline)));
   assert.equal((await closed).code, 'forbidden', 'a token to read proposes nothing');
   const forged = new SafekeeperClient({
     ...served.endpoint,

@@ -19,6 +19,7 @@ import {
   encodeJson,
   encodeProgress,
   FRAME,
+  type CreateRequest,
   type Greeting,
   MAX_FRAME_BYTES,
   type ReadRequest,
@@ -54,6 +55,8 @@ class Connection implements ProposerLink {
   readonly #gone = new AbortController();
   #claims: TokenClaims | undefined;
   #timeline: Timeline | undefined;
+  /** Greeted for, and not there. */
+  #offered: TimelineIdentity | undefined;
   #busy = false;
 
   constructor(socket: Socket, context: ServerContext) {
@@ -140,6 +143,8 @@ class Connection implements ProposerLink {
     switch (type) {
       case FRAME.greeting:
         return this.#greeting(decodeJson(payload) as Greeting);
+      case FRAME.create:
+        return this.#create(decodeJson(payload) as CreateRequest);
       case FRAME.read:
         return this.#read(decodeJson(payload) as ReadRequest);
       case FRAME.watch:
@@ -158,15 +163,40 @@ class Connection implements ProposerLink {
   }
 
   async #greeting(greeting: Greeting): Promise<void> {
-    const { tenantId, timelineId, startLsn, pgVersion, systemId, mayCreate } = greeting;
+    const { tenantId, timelineId, startLsn, pgVersion, systemId } = greeting;
     this.#requirePlatform(); // a compute's token lets it read; who may propose may also take the lead and write
     const identity: TimelineIdentity = { tenantId, timelineId, startLsn, pgVersion, systemId };
-    const timeline = await this.#context.timelines.getOrCreate(identity, mayCreate);
+    const { timelines, nodeId } = this.#context;
+    const timeline = await timelines.find(identity);
+    if (timeline !== undefined) {
+      await this.#follow(timeline);
+      return;
+    }
+    this.#offered = identity;
+    this.#socket.write(encodeGreetingReply({ kind: 'absent', nodeId, incarnation: timelines.incarnation }));
+  }
+
+  async #create(request: CreateRequest): Promise<void> {
+    const { timelines } = this.#context;
+    if (this.#offered === undefined) throw new StrataError('bad-request', 'a log is made after a greeting only');
+    if (request.incarnation !== timelines.incarnation) {
+      throw new StrataError(
+        'conflict',
+        `this safekeeper is incarnation ${timelines.incarnation}, not ${request.incarnation}`,
+      );
+    }
+    await this.#follow(await timelines.getOrCreate(this.#offered, request.state));
+  }
+
+  async #follow(timeline: Timeline): Promise<void> {
     await timeline.open();
     if (this.#gone.signal.aborted) return;
     this.#timeline = timeline;
+    const { hasLeader } = timeline;
     timeline.attach(this);
-    this.#socket.write(encodeGreetingReply({ nodeId: this.#context.nodeId, term: timeline.term }));
+    this.#socket.write(
+      encodeGreetingReply({ kind: 'present', nodeId: this.#context.nodeId, hasLeader, ...timeline.greeting }),
+    );
   }
 
   async #read(request: ReadRequest): Promise<void> {
@@ -233,7 +263,7 @@ class Connection implements ProposerLink {
         return timelines.list();
       case 'createTimeline':
         this.#requirePlatform();
-        await timelines.getOrCreate(params as TimelineIdentity, true);
+        await timelines.getOrCreate(params as TimelineIdentity);
         return null;
       case 'deleteTimeline':
         this.#requirePlatform();

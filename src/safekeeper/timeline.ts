@@ -12,6 +12,7 @@ import { StrataError } from '../base/errors.ts';
 import type { SafekeeperTimelineStatus, TimelineIdentity } from '../api/safekeeper.ts';
 import { Acceptor, type AcceptorAction, type AcceptorState, type BoundaryTracker } from '../consensus/acceptor.ts';
 import type { AcceptorMessage, ProposerMessage } from '../consensus/messages.ts';
+import type { AcceptorGreeting } from '../consensus/proposer.ts';
 import { lastLogTerm } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
@@ -39,6 +40,8 @@ export class Timeline {
   readonly #writableWaiters: (() => void)[] = [];
   #state: AcceptorState;
   #acceptor: Acceptor<ProposerLink> | undefined;
+  /** Who introduced itself as the leader last. */
+  #leader: ProposerLink | undefined;
   #opening: Promise<void> | undefined;
   #failure: StrataError | undefined;
 
@@ -76,6 +79,17 @@ export class Timeline {
   /** See Acceptor.leaderTerm. */
   get leaderTerm(): number | undefined {
     return this.#acceptor?.leaderTerm;
+  }
+
+  /** What a proposer is told. The timeline must be open. */
+  get greeting(): AcceptorGreeting {
+    const { term, generation, isBlank } = this.#acceptor!;
+    return { term, generation, isBlank };
+  }
+
+  /** A proposer whose log this is, is connected. */
+  get hasLeader(): boolean {
+    return this.#leader !== undefined && this.#links.has(this.#leader) && this.leaderTerm !== undefined;
   }
 
   get status(): SafekeeperTimelineStatus {
@@ -116,6 +130,7 @@ export class Timeline {
   receive(link: ProposerLink, message: ProposerMessage): boolean {
     this.throwIfFailed();
     const acceptor = this.#acceptor!;
+    if (message.kind === 'elected') this.#leader = link;
     this.#perform(acceptor.receive(link, message));
     return acceptor.unwrittenBytes < MAX_UNWRITTEN_BYTES;
   }

@@ -4,13 +4,14 @@
  * A timeline exists once its control file does; a folder without one is the rest of an unfinished creation and is removed at start. A deleted
  * timeline leaves a tombstone, so that a late proposer cannot bring it back empty.
  */
+import { randomBytes } from 'node:crypto';
 import { mkdir, readdir, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
 import type { TimelineIdentity } from '../api/safekeeper.ts';
 import type { TimelineProgress } from '../api/safekeeper-protocol.ts';
-import type { AcceptorState } from '../consensus/acceptor.ts';
+import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import { toPgVersion } from '../postgres/version.ts';
 import { readControlFile, syncDirectory, writeControlFile } from './control-file.ts';
@@ -22,6 +23,8 @@ const SAVE_DELAY_MS = 5_000;
 const LOAD_CONCURRENCY = 16;
 
 export class Timelines {
+  /** Of this start of the safekeeper, 16 hex digits: who was told that a timeline is not here makes it in this life of it or not at all. */
+  readonly incarnation = randomBytes(8).toString('hex');
   readonly #dataDir: string;
   readonly #log: Logger;
   readonly #timelines = new Map<string, Timeline>();
@@ -60,11 +63,8 @@ export class Timelines {
     throw new StrataError('not-found', `this safekeeper has no timeline ${timelineId} of tenant ${tenantId}`);
   }
 
-  /**
-   * The timeline, made now when it is new. Throws `not-found` when it was deleted, or is new and may not be made; `conflict` when it is another
-   * than it is said to be.
-   */
-  async getOrCreate(identity: TimelineIdentity, mayCreate: boolean): Promise<Timeline> {
+  /** Undefined when it is not here. Throws `not-found` when it was deleted, `conflict` when it is another than it is said to be. */
+  async find(identity: TimelineIdentity): Promise<Timeline | undefined> {
     checkIdentity(identity);
     const key = keyOf(identity.tenantId, identity.timelineId);
     const known = this.#timelines.get(key) ?? (await this.#creations.get(key));
@@ -73,8 +73,16 @@ export class Timelines {
       return known;
     }
     if (this.#tombstones.has(key)) throw new StrataError('not-found', `timeline ${identity.timelineId} was deleted`);
-    if (!mayCreate) return this.get(identity.tenantId, identity.timelineId);
-    const creation = this.#create(identity).finally(() => this.#creations.delete(key));
+    return undefined;
+  }
+
+  /** The timeline, made now from `state`, which is that of an unused log as a rule, when it is not here. Throws as `find` does. */
+  async getOrCreate(identity: TimelineIdentity, state = blankState(identity.startLsn)): Promise<Timeline> {
+    const known = await this.find(identity);
+    if (known !== undefined) return known;
+    checkState(identity, state);
+    const key = keyOf(identity.tenantId, identity.timelineId);
+    const creation = this.#create(identity, state).finally(() => this.#creations.delete(key));
     this.#creations.set(key, creation);
     return creation;
   }
@@ -127,15 +135,10 @@ export class Timelines {
     }
   }
 
-  async #create(identity: TimelineIdentity): Promise<Timeline> {
+  async #create(identity: TimelineIdentity, acceptor: AcceptorState): Promise<Timeline> {
     const directory = join(this.#dataDir, identity.tenantId, identity.timelineId);
     await makeDirectory(directory);
     await new WalStore(directory, identity).create();
-    const acceptor = {
-      term: 0,
-      history: [{ term: 0, startLsn: identity.startLsn }],
-      commitLsn: identity.startLsn,
-    };
     await writeControlFile(directory, { kind: 'timeline', identity, acceptor });
     const timeline = this.#add(directory, identity, acceptor, true);
     const { tenantId, timelineId, startLsn } = identity;
@@ -197,6 +200,20 @@ function checkIdentity(identity: TimelineIdentity): void {
   } catch (error) {
     throw new StrataError('bad-request', (error as Error).message, { cause: error });
   }
+}
+
+/** What a proposer may give to who has nothing: an empty log, from the timeline's start. */
+function checkState(identity: TimelineIdentity, state: AcceptorState): void {
+  const { term, history, commitLsn, generation, votesFrom } = state;
+  const { startLsn } = identity;
+  const numbers = [term, generation, votesFrom?.lastLogTerm ?? 0, votesFrom?.flushLsn ?? 0];
+  const isSound =
+    numbers.every((number) => Number.isSafeInteger(number) && number >= 0) &&
+    commitLsn === startLsn &&
+    history.length === 1 &&
+    history[0]!.term === 0 &&
+    history[0]!.startLsn === startLsn;
+  if (!isSound) throw new StrataError('bad-request', `not the state of an empty log: ${JSON.stringify(state)}`);
 }
 
 function assertSameIdentity(known: TimelineIdentity, told: TimelineIdentity): void {

@@ -30,6 +30,7 @@ interface Faults {
   readonly maxDelayMs: number;
   readonly crashEveryMs: number;
   readonly powerCutRate: number;
+  readonly wipeEveryMs: number;
   readonly partitionEveryMs: number;
   readonly newProposerEveryMs: number;
   /** How often who wins an election, or has just started to write, reaches only one acceptor from then on. */
@@ -40,6 +41,7 @@ export interface RunResult {
   readonly committedBytes: number;
   readonly proposerCount: number;
   readonly crashCount: number;
+  readonly wipeCount: number;
 }
 
 export interface RunOptions {
@@ -78,6 +80,9 @@ class Cluster implements AcceptorWorld, ProposerWorld {
   #proposerCount = 0;
   #connectionCount = 0;
   #crashCount = 0;
+  #wipeCount = 0;
+  /** As the control plane would remember it. */
+  #wasEstablished = false;
   #isHealing = false;
 
   constructor(seed: number, options: RunOptions) {
@@ -97,6 +102,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
   run(): RunResult {
     this.#startProposer();
     this.#repeat(this.#faults.crashEveryMs, () => this.#crashOne());
+    this.#repeat(this.#faults.wipeEveryMs, () => this.#wipeOne());
     this.#repeat(this.#faults.partitionEveryMs, () => this.#partition());
     this.#repeat(this.#faults.newProposerEveryMs, () => this.#startProposer());
     this.#repeat(200, () => this.random.pick(this.#acceptors).save());
@@ -106,6 +112,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
       committedBytes: this.invariants.committedEnd,
       proposerCount: this.#proposerCount,
       crashCount: this.#crashCount,
+      wipeCount: this.#wipeCount,
     };
   }
 
@@ -127,6 +134,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
     if (proposer === undefined) return;
     this.#transmit(to, from.index, () => {
       if (message.kind === 'read-reply') proposer.deliverRead(Number(to.split('#read')[1]), message.lsn, message.bytes);
+      else if (message.kind === 'read-refusal') proposer.readRefused(from.index);
       else proposer.deliver(to, message);
     });
   }
@@ -137,11 +145,8 @@ class Cluster implements AcceptorWorld, ProposerWorld {
 
   /** A proposer leads, or writes its first records: the worst moments to lose it. */
   advanced(proposer: SimulatedProposer): void {
+    if (proposer.isEstablished) this.#wasEstablished = true;
     this.scheduler.after(this.random.pick([0, 0, this.random.between(0, 30)]), () => this.#isolate(proposer.name));
-  }
-
-  logOf(acceptor: number): Buffer {
-    return this.#acceptors[acceptor]!.disk.visible;
   }
 
   /** Delivers after a while, or never, or twice. */
@@ -175,7 +180,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
     this.trace(name, () => 'starts');
     const all = this.#acceptors.map((acceptor) => acceptor.index);
     const members = this.bug === 'quorum-of-one' ? [this.random.pick(all)] : all;
-    const proposer = new SimulatedProposer(name, members, this);
+    const proposer = new SimulatedProposer(name, members, !this.#wasEstablished, this);
     this.#proposers.set(name, proposer);
   }
 
@@ -188,6 +193,22 @@ class Cluster implements AcceptorWorld, ProposerWorld {
       for (const other of this.#acceptors) if (other.isUp) this.#restartLater(other, true);
     }
     this.#restartLater(acceptor, false);
+  }
+
+  /** One at a time: who lost its disk is made whole by the others before another may fail in this way. */
+  #wipeOne(): void {
+    const acceptor = this.random.pick(this.#acceptors);
+    const others = this.#acceptors.filter((other) => other !== acceptor);
+    if (!others.every((other) => other.isWhole)) return;
+    // Whoever may still make the log believes that it was never used, and disks are not lost before it is.
+    if (!this.#wasEstablished) return;
+    if ([...this.#proposers.values()].some((proposer) => proposer.mayStillCreate)) return;
+    this.#wipeCount++;
+    if (acceptor.isUp) {
+      acceptor.crash(false);
+      this.#restartLater(acceptor, false);
+    }
+    acceptor.wipe();
   }
 
   #restartLater(acceptor: SimulatedAcceptor, crashFirst: boolean): void {
@@ -277,6 +298,7 @@ function drawFaults(random: Random): Faults {
     isReordering: random.chance(0.4),
     maxDelayMs: random.pick([2, 5, 20]),
     crashEveryMs: random.pick([Infinity, 40, 150, 400]),
+    wipeEveryMs: random.pick([Infinity, 100, 300, 800]),
     powerCutRate: random.pick([0, 0.5, 1]),
     partitionEveryMs: random.pick([Infinity, 50, 100, 300]),
     newProposerEveryMs: random.pick([40, 80, 150, 300, 900]),

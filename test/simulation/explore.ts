@@ -13,7 +13,7 @@
  * States that differ only in the names of acceptors or proposers count once. Those seen are kept as 53-bit hashes: with a million states
  * the chance that two share one is below 1 in 10,000.
  */
-import { Acceptor, type BoundaryTracker } from '../../src/consensus/acceptor.ts';
+import { Acceptor, blankState, type BoundaryTracker } from '../../src/consensus/acceptor.ts';
 import type { AcceptorMessage, ProposerMessage } from '../../src/consensus/messages.ts';
 import { type ProposerAction, ProposerState } from '../../src/consensus/proposer.ts';
 import { Violation } from './invariants.ts';
@@ -161,7 +161,7 @@ class World {
 
   static initial(bounds: Bounds, bug: ExploredBug | undefined): World {
     const world = new World(bounds, bug);
-    const state = { term: 0, history: [{ term: 0, startLsn: START }], commitLsn: START };
+    const state = blankState(START);
     world.#acceptors = Array.from({ length: bounds.acceptors }, () => ({
       machine: new Acceptor<number>({ state, flushLsn: START, trackBoundaries: (lsn) => new WholeEntries(lsn) }),
       log: [],
@@ -265,7 +265,7 @@ class World {
   }
 
   #connect(p: number, a: number): void {
-    this.#perform(p, (state) => state.greeted(a, this.#acceptors[a]!.machine.term));
+    this.#perform(p, (state) => state.greeted(a, this.#acceptors[a]!.machine));
   }
 
   #break(p: number, a: number): void {
@@ -281,7 +281,7 @@ class World {
     // With the bug, what was not written down with the log is forgotten.
     const term = this.#bug === 'vote-without-persisting' ? history[history.length - 1]!.term : machine.term;
     this.#acceptors[a]!.machine = new Acceptor<number>({
-      state: { term, history, commitLsn },
+      state: { term, history, commitLsn, generation: 0 },
       flushLsn,
       trackBoundaries: (lsn) => new WholeEntries(lsn),
     });
@@ -321,8 +321,10 @@ class World {
     const message = this.#proposers[p]!.requests[a]!.shift()!;
     const { machine, log } = this.#acceptors[a]!;
     if (this.#bug === 'reuse-of-term' && message.kind === 'vote' && message.term === machine.term) {
-      const { term, flushLsn, commitLsn, history } = machine;
-      this.#proposers[p]!.replies[a]!.push({ kind: 'vote-reply', term, granted: true, flushLsn, commitLsn, history });
+      const { term, flushLsn, commitLsn, history, generation } = machine;
+      const position = { flushLsn, commitLsn, history };
+      const reply = { kind: 'vote-reply', term, granted: true, isVoter: true, generation, ...position } as const;
+      this.#proposers[p]!.replies[a]!.push(reply);
       return;
     }
     const actions = machine.receive(p, message);
@@ -372,6 +374,7 @@ class World {
           this.#commit(p, action.lsn);
           proposer.isEstablished = true;
           break;
+        case 'create': // All of them have the log from the first.
         case 'fenced':
         case 'retry':
         case 'stream':
@@ -457,7 +460,7 @@ class World {
 function newProposer(acceptors: number): ProposerSide {
   const queues = <T>(): T[][] => Array.from({ length: acceptors }, () => []);
   return {
-    machine: new ProposerState(acceptors),
+    machine: new ProposerState(acceptors, { startLsn: START, mayCreate: false }),
     log: [],
     isEstablished: false,
     requests: queues(),

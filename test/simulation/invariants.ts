@@ -17,10 +17,13 @@ export class Invariants {
   readonly #committed = Buffer.alloc(LOG_CAPACITY);
   #committedEnd = LOG_START;
   #lastStart = 0;
+  /** By term, how far its leader committed. */
+  readonly #committedIn = new Map<number, number>();
   readonly #leaders = new Map<number, string>();
   readonly #votes = new Map<string, string>();
   readonly #acknowledgedLsn = new Map<number, number>();
   readonly #checkedLsn = new Map<number, number>();
+  readonly #wipeCount = new Map<number, number>();
 
   get committedEnd(): number {
     return this.#committedEnd;
@@ -37,7 +40,7 @@ export class Invariants {
   }
 
   voted(acceptor: number, term: number, connection: string): void {
-    const key = `${acceptor}/${term}`;
+    const key = `${acceptor}/${this.#wipeCount.get(acceptor) ?? 0}/${term}`;
     const proposer = connection.split('#')[0]!;
     const other = this.#votes.get(key);
     this.check(
@@ -48,11 +51,12 @@ export class Invariants {
   }
 
   /** A leader's log, from LOG_START, is committed up to `lsn`. */
-  committed(proposer: string, log: Buffer, lsn: number, isStart: boolean): void {
-    if (isStart) {
-      const lost = `${proposer} starts at ${lsn}, ${this.#committedEnd} was committed before`;
-      this.check(lsn >= this.#committedEnd, lost);
+  committed(proposer: string, term: number, log: Buffer, lsn: number, isStart: boolean): void {
+    // A late leader of a lower term than others may still get its start committed; it will never commit more.
+    for (const [other, endLsn] of isStart ? this.#committedIn : []) {
+      this.check(other >= term || lsn >= endLsn, `${proposer} starts at ${lsn}, ${endLsn} was committed before`);
     }
+    this.#committedIn.set(term, lsn);
     const known = Math.min(lsn, this.#committedEnd) - LOG_START;
     const isSame = log.compare(this.#committed, 0, known, 0, known) === 0;
     this.check(isSame, `what ${proposer} commits up to ${lsn} is what was committed before`);
@@ -82,6 +86,12 @@ export class Invariants {
     const acknowledged = this.#acknowledgedLsn.get(acceptor) ?? LOG_START;
     this.#acknowledgedLsn.set(acceptor, Math.min(acknowledged, lsn));
     this.#checkedLsn.set(acceptor, LOG_START);
+  }
+
+  wiped(acceptor: number): void {
+    this.#wipeCount.set(acceptor, (this.#wipeCount.get(acceptor) ?? 0) + 1);
+    this.#acknowledgedLsn.delete(acceptor);
+    this.#checkedLsn.delete(acceptor);
   }
 
   restarted(acceptor: number, endLsn: number): void {

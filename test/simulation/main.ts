@@ -28,6 +28,7 @@ interface Tally {
   committedBytes: number;
   proposers: number;
   crashes: number;
+  wipes: number;
   violations: string[];
 }
 
@@ -91,7 +92,7 @@ async function main(): Promise<void> {
   const total = tallies.reduce(add, emptyTally());
   for (const violation of total.violations) console.error(violation);
   const perSeedMs = tookMs / total.seeds;
-  const work = `${total.committedBytes} bytes committed, ${total.proposers} proposers, ${total.crashes} crashes`;
+  const work = `${total.committedBytes} bytes committed, ${total.proposers} proposers, ${total.crashes} crashes, ${total.wipes} disks lost`;
   console.log(`${total.seeds} seeds in ${(tookMs / 1000).toFixed(1)} s (${perSeedMs.toFixed(2)} ms each): ${work}`);
   console.log(`${total.violations.length} violations`);
   if (total.violations.length > 0) process.exitCode = 1;
@@ -139,6 +140,7 @@ function runShare({ from, end, step, bug }: Share, report: (tally: Tally) => voi
       tally.committedBytes += result.committedBytes;
       tally.proposers += result.proposerCount;
       tally.crashes += result.crashCount;
+      tally.wipes += result.wipeCount;
     } catch (error) {
       tally.violations.push(String(error));
     }
@@ -150,7 +152,7 @@ function runShare({ from, end, step, bug }: Share, report: (tally: Tally) => voi
 }
 
 function emptyTally(): Tally {
-  return { seeds: 0, committedBytes: 0, proposers: 0, crashes: 0, violations: [] };
+  return { seeds: 0, committedBytes: 0, proposers: 0, crashes: 0, wipes: 0, violations: [] };
 }
 
 function add(a: Tally, b: Tally): Tally {
@@ -159,6 +161,7 @@ function add(a: Tally, b: Tally): Tally {
     committedBytes: a.committedBytes + b.committedBytes,
     proposers: a.proposers + b.proposers,
     crashes: a.crashes + b.crashes,
+    wipes: a.wipes + b.wipes,
     violations: [...a.violations, ...b.violations],
   };
 }

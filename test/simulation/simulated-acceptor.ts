@@ -1,6 +1,7 @@
 /** One safekeeper of the simulation: the real acceptor on a simulated disk, which crashes and comes back. */
-import { Acceptor, type AcceptorAction, type AcceptorState } from '../../src/consensus/acceptor.ts';
-import type { AcceptorMessage, ProposerMessage } from '../../src/consensus/messages.ts';
+import { Acceptor, type AcceptorAction, type AcceptorState, blankState } from '../../src/consensus/acceptor.ts';
+import type { AcceptorMessage, ProposerMessage, VoteReply } from '../../src/consensus/messages.ts';
+import type { AcceptorGreeting } from '../../src/consensus/proposer.ts';
 import type { Invariants } from './invariants.ts';
 import { findEnd, LOG_START, RecordBoundaries } from './log-records.ts';
 import type { Random } from './random.ts';
@@ -18,19 +19,28 @@ export const BUGS = [
   'reuse-of-term',
   'flush-inside-record',
   'lost-control-file-rename',
+  'recreate-when-wiped',
+  'vote-before-caught-up',
 ] as const;
 
 export type Bug = (typeof BUGS)[number];
 
 export type ToAcceptor =
   | { readonly kind: 'greeting' }
+  | { readonly kind: 'create'; readonly incarnation: string; readonly state: AcceptorState }
   | { readonly kind: 'read'; readonly fromLsn: number; readonly term: number }
   | ProposerMessage;
 
 export type FromAcceptor =
-  | { readonly kind: 'greeting-reply'; readonly term: number }
+  | ({ readonly kind: 'greeting-reply' } & AcceptorGreeting)
+  /** There is no log here. */
+  | { readonly kind: 'absent'; readonly incarnation: string }
   | { readonly kind: 'read-reply'; readonly lsn: number; readonly bytes: Buffer }
-  | AcceptorMessage;
+  /** To a read: there is no log here. A proposer of the world learns it when its connection breaks. */
+  | { readonly kind: 'read-refusal' }
+  /** A vote-reply brings the log that is voted with, which a real compute gets from the pageserver. */
+  | (VoteReply & { readonly image?: Buffer })
+  | Exclude<AcceptorMessage, VoteReply>;
 
 const MAX_IO_MS = 8;
 const READ_BYTES = 120;
@@ -52,6 +62,10 @@ export class SimulatedAcceptor {
   readonly #name: string;
   readonly #world: AcceptorWorld;
   #acceptor: Acceptor<string> | undefined;
+  #isUp = false;
+  #isCreating = false;
+  #wasWiped = false;
+  #isWhole = false;
   /** Completions of I/O that belong to an earlier life are ignored. */
   #life = 0;
 
@@ -59,16 +73,17 @@ export class SimulatedAcceptor {
     this.index = index;
     this.#name = `a${index}`;
     this.#world = world;
-    this.disk = new SimulatedDisk(world.random, {
-      term: 0,
-      history: [{ term: 0, startLsn: LOG_START }],
-      commitLsn: LOG_START,
-    });
+    this.disk = new SimulatedDisk(world.random);
     this.start();
   }
 
   get isUp(): boolean {
-    return this.#acceptor !== undefined;
+    return this.#isUp;
+  }
+
+  /** Has all that it ever acknowledged, or what makes up for it: it votes. As of the crash, when it is down. */
+  get isWhole(): boolean {
+    return this.#acceptor?.isVoter ?? this.#isWhole;
   }
 
   get flushLsn(): number {
@@ -77,7 +92,14 @@ export class SimulatedAcceptor {
 
   start(): void {
     const { bug, invariants } = this.#world;
-    const { state } = this.disk;
+    this.#isUp = true;
+    this.#isCreating = false;
+    let { state } = this.disk;
+    if (state === undefined && this.#wasWiped && bug === 'recreate-when-wiped') state = blankState(LOG_START);
+    if (state === undefined) {
+      this.#world.trace(this.#name, () => 'starts without a log');
+      return;
+    }
     const { endLsn } = findEnd(this.disk.visible, state.commitLsn, LOG_START + this.disk.visible.length);
     this.disk.settle(endLsn);
     this.#acceptor = new Acceptor({
@@ -86,25 +108,45 @@ export class SimulatedAcceptor {
       trackBoundaries: (startLsn) =>
         bug === 'flush-inside-record' ? new EveryByteABoundary(startLsn) : new RecordBoundaries(startLsn),
     });
-    this.#world.trace(this.#name, () => `starts: ${describeLog(state, endLsn)}`);
+    const found = state;
+    this.#world.trace(this.#name, () => `starts: ${describeLog(found, endLsn)}`);
     invariants.restarted(this.index, endLsn);
     invariants.committedOn(this.index, this.disk.visible, state.commitLsn);
   }
 
   crash(isPowerCut: boolean): void {
     this.#world.trace(this.#name, () => (isPowerCut ? 'loses power' : 'is killed'));
+    this.#isWhole = this.isWhole;
     this.#acceptor = undefined;
+    this.#isUp = false;
     this.#life++;
     if (isPowerCut) this.disk.cutPower();
     else this.disk.kill();
   }
 
+  /** The disk is lost. The acceptor must be down. */
+  wipe(): void {
+    this.#world.trace(this.#name, () => 'loses its disk');
+    this.#wasWiped = true;
+    this.#isWhole = false;
+    this.disk.wipe();
+    this.#world.invariants.wiped(this.index);
+  }
+
   deliver(connection: string, message: ToAcceptor): void {
-    const acceptor = this.#acceptor;
-    if (acceptor === undefined) return;
+    if (!this.#isUp) return;
     this.#world.trace(this.#name, () => `hears ${connection}: ${describe(message)}`);
-    if (message.kind === 'greeting') {
-      this.#world.reply(this, connection, { kind: 'greeting-reply', term: acceptor.term });
+    const acceptor = this.#acceptor;
+    if (acceptor === undefined) {
+      if (message.kind === 'greeting') {
+        this.#world.reply(this, connection, { kind: 'absent', incarnation: this.#incarnation });
+      } else if (message.kind === 'create' && message.incarnation === this.#incarnation) {
+        this.#create(connection, message.state);
+      } else if (message.kind === 'read') {
+        this.#world.reply(this, connection, { kind: 'read-refusal' });
+      }
+    } else if (message.kind === 'greeting' || message.kind === 'create') {
+      this.#greet(acceptor, connection);
     } else if (message.kind === 'read') {
       if (acceptor.leaderTerm !== message.term || message.fromLsn >= acceptor.flushLsn) return;
       const from = message.fromLsn - LOG_START;
@@ -121,6 +163,31 @@ export class SimulatedAcceptor {
 
   save(): void {
     if (this.#acceptor !== undefined) this.#perform(this.#acceptor.save());
+  }
+
+  get #incarnation(): string {
+    return `${this.index}.${this.#life}`;
+  }
+
+  #greet(acceptor: Acceptor<string>, connection: string): void {
+    const { term, generation, isBlank } = acceptor;
+    this.#world.reply(this, connection, { kind: 'greeting-reply', term, generation, isBlank });
+  }
+
+  #create(connection: string, told: AcceptorState): void {
+    if (this.#isCreating) return;
+    this.#isCreating = true;
+    const { votesFrom, ...others } = told;
+    const isRestricted = votesFrom !== undefined && this.#world.bug !== 'vote-before-caught-up';
+    const state = isRestricted ? { ...others, votesFrom } : others;
+    const life = this.#life;
+    this.disk.startPersist(state);
+    this.#world.scheduler.after(this.#world.random.between(0, MAX_IO_MS), () => {
+      if (this.#life !== life) return;
+      this.disk.finishPersist(state);
+      this.start();
+      this.#greet(this.#acceptor!, connection);
+    });
   }
 
   #perform(actions: readonly AcceptorAction<string>[]): void {
@@ -141,7 +208,7 @@ export class SimulatedAcceptor {
           break;
         }
         case 'persist':
-          if (this.#world.bug === 'vote-without-persisting' && action.state.term > this.disk.state.term) {
+          if (this.#world.bug === 'vote-without-persisting' && action.state.term > this.disk.state!.term) {
             this.#complete();
             break;
           }
@@ -157,7 +224,7 @@ export class SimulatedAcceptor {
           if (action.message.kind === 'vote-reply' && action.message.granted) {
             invariants.voted(this.index, action.message.term, action.to);
           }
-          this.#world.reply(this, action.to, action.message);
+          this.#world.reply(this, action.to, this.#withImage(action.message));
           break;
         case 'term-raised':
           for (const connection of this.#world.connectionsOf(this)) {
@@ -175,9 +242,22 @@ export class SimulatedAcceptor {
     }
   }
 
+  #withImage(message: AcceptorMessage): FromAcceptor {
+    if (message.kind !== 'vote-reply') return message;
+    return { ...message, image: Buffer.from(this.disk.visible.subarray(0, message.flushLsn - LOG_START)) };
+  }
+
   #voteAgain(acceptor: Acceptor<string>, connection: string): void {
-    const { term, flushLsn, commitLsn, history } = acceptor;
-    const reply: AcceptorMessage = { kind: 'vote-reply', term, granted: true, flushLsn, commitLsn, history };
+    const { term, flushLsn, commitLsn, history, generation } = acceptor;
+    const position = { flushLsn, commitLsn, history };
+    const reply: AcceptorMessage = {
+      kind: 'vote-reply',
+      term,
+      granted: true,
+      isVoter: true,
+      generation,
+      ...position,
+    };
     this.#perform([{ kind: 'send', to: connection, message: reply }]);
   }
 
@@ -201,8 +281,9 @@ function describeLog(state: AcceptorState, endLsn: number): string {
   return `log to ${endLsn}, ${describeState(state)}`;
 }
 
-function describeState({ term, history, commitLsn }: AcceptorState): string {
-  return `term ${term}, committed ${commitLsn}, history ${describeHistory(history)}`;
+function describeState({ term, history, commitLsn, generation, votesFrom }: AcceptorState): string {
+  const voter = votesFrom === undefined ? '' : `, votes from ${votesFrom.flushLsn} of term ${votesFrom.lastLogTerm}`;
+  return `term ${term}, generation ${generation}, committed ${commitLsn}, history ${describeHistory(history)}${voter}`;
 }
 
 class EveryByteABoundary {

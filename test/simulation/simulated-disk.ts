@@ -21,17 +21,16 @@ export class SimulatedDisk {
   readonly #durable = Buffer.alloc(LOG_CAPACITY);
   #highest = 0;
   #pending: PendingWrite[] = [];
-  #visibleState: AcceptorState;
-  #durableState: AcceptorState;
+  /** Undefined: there is no log here. */
+  #visibleState: AcceptorState | undefined;
+  #durableState: AcceptorState | undefined;
   #pendingState: AcceptorState | undefined;
 
-  constructor(random: Random, state: AcceptorState) {
+  constructor(random: Random) {
     this.#random = random;
-    this.#visibleState = state;
-    this.#durableState = state;
   }
 
-  get state(): AcceptorState {
+  get state(): AcceptorState | undefined {
     return this.#visibleState;
   }
 
@@ -87,6 +86,17 @@ export class SimulatedDisk {
     this.#pendingState = undefined;
     this.#durable.copy(this.visible);
     this.#visibleState = this.#durableState;
+  }
+
+  /** All is lost. */
+  wipe(): void {
+    this.visible.fill(0);
+    this.#durable.fill(0);
+    this.#highest = 0;
+    this.#pending = [];
+    this.#pendingState = undefined;
+    this.#visibleState = undefined;
+    this.#durableState = undefined;
   }
 
   /** What a restarted process does before it serves: all that it sees becomes durable, and nothing follows the end. */

@@ -1,5 +1,5 @@
 /** One proposer of the simulation: the real state machine with a memory for its log, and a Postgres that never stops writing records. */
-import type { Elected, VoteRequest } from '../../src/consensus/messages.ts';
+import type { Elected, Renew, VoteRequest } from '../../src/consensus/messages.ts';
 import { type ProposerAction, ProposerState } from '../../src/consensus/proposer.ts';
 import type { Invariants } from './invariants.ts';
 import { findEnd, LOG_START, makeRecord } from './log-records.ts';
@@ -15,6 +15,7 @@ const MAX_PENDING_BYTES = 3_000;
 const RETAINED_BYTES = 600;
 const PATIENCE_MS = 80;
 const RETRY_MS = 60;
+const NO_IMAGE = Buffer.alloc(0);
 
 export interface ProposerWorld {
   readonly scheduler: Scheduler;
@@ -27,8 +28,6 @@ export interface ProposerWorld {
   send(connection: string, acceptor: number, message: ToAcceptor): void;
   /** It leads now, or what it began with is committed. */
   advanced(proposer: SimulatedProposer): void;
-  /** The log of an acceptor as it is now: what Postgres would have got from the pageserver. */
-  logOf(acceptor: number): Buffer;
 }
 
 export class SimulatedProposer {
@@ -40,24 +39,29 @@ export class SimulatedProposer {
   readonly #connections: string[];
   readonly #heardAt: number[];
   readonly #reading: boolean[];
+  /** The logs that the last votes came with. */
+  readonly #images: Buffer[];
   /** The whole log; what is below #memoryStart would not be in a real proposer's memory and has to be read from another acceptor. */
   readonly #log = Buffer.alloc(LOG_CAPACITY);
   #memoryStart = LOG_START;
   #endLsn = LOG_START;
   #lastRecordStart = 0;
+  readonly #mayCreate: boolean;
   #stopped = false;
   #writing = true;
   /** This term's first commit is to come. */
   #isStart = true;
 
-  constructor(name: string, members: readonly number[], world: ProposerWorld) {
+  constructor(name: string, members: readonly number[], mayCreate: boolean, world: ProposerWorld) {
     this.name = name;
+    this.#mayCreate = mayCreate;
     this.#world = world;
     this.#members = members;
-    this.#state = new ProposerState(members.length);
+    this.#state = new ProposerState(members.length, { startLsn: LOG_START, mayCreate });
     this.#connections = members.map(() => '');
     this.#heardAt = members.map(() => 0);
     this.#reading = members.map(() => false);
+    this.#images = members.map(() => NO_IMAGE);
     members.forEach((_, peer) => this.#connect(peer));
     this.#watch();
     this.#write();
@@ -65,6 +69,11 @@ export class SimulatedProposer {
 
   get isFenced(): boolean {
     return this.#state.phase === 'fenced';
+  }
+
+  /** It may yet make a log where there is none. */
+  get mayStillCreate(): boolean {
+    return this.#mayCreate && !this.#stopped && this.#state.phase === 'electing';
   }
 
   get isEstablished(): boolean {
@@ -96,8 +105,11 @@ export class SimulatedProposer {
     this.#world.trace(this.name, () => `hears a${this.#members[peer]}: ${describe(message)}`);
     if (message.kind === 'read-reply') return; // deliverRead
     if (message.kind === 'greeting-reply') {
-      this.#perform(this.#state.greeted(peer, message.term));
-    } else {
+      this.#perform(this.#state.greeted(peer, message));
+    } else if (message.kind === 'absent') {
+      this.#perform(this.#state.absent(peer, message.incarnation));
+    } else if (message.kind !== 'read-refusal') {
+      if (message.kind === 'vote-reply') this.#images[peer] = message.image ?? NO_IMAGE;
       this.#perform(this.#state.receive(peer, message));
       if (this.#world.bug === 'count-old-term-acks') this.#countOldTermAcks();
       this.#pump(peer);
@@ -113,12 +125,21 @@ export class SimulatedProposer {
     this.#pump(peer);
   }
 
+  /** The acceptor that was read from has lost its log. */
+  readRefused(acceptor: number): void {
+    const peer = this.#members.indexOf(acceptor);
+    if (!this.#stopped && this.#state.peer(peer).state === 'streaming') this.#reconnect(peer);
+  }
+
   #perform(actions: readonly ProposerAction[]): void {
     const { scheduler, random, invariants } = this.#world;
     for (const action of actions) {
       switch (action.kind) {
         case 'send':
           this.#send(action.peer, action.message);
+          break;
+        case 'create':
+          this.#send(action.peer, action);
           break;
         case 'reconnect':
           this.#reconnect(action.peer);
@@ -155,11 +176,11 @@ export class SimulatedProposer {
     const lsn = acked[Math.floor(acked.length / 2)]!;
     if (lsn < LOG_START || lsn >= this.#state.startLsn) return;
     this.#world.trace(this.name, () => `commits up to ${lsn}, of an older term`);
-    this.#world.invariants.committed(this.name, this.#log, lsn, false);
+    this.#world.invariants.committed(this.name, this.#state.term, this.#log, lsn, false);
   }
 
   #begin(startLsn: number): void {
-    this.#world.logOf(this.#members[this.#state.donor]!).copy(this.#log, 0, 0, startLsn - LOG_START);
+    this.#images[this.#state.donor]!.copy(this.#log, 0, 0, startLsn - LOG_START);
     this.#memoryStart = startLsn;
     this.#endLsn = startLsn;
     this.#lastRecordStart = findEnd(this.#log, LOG_START, startLsn, 0).lastStart;
@@ -169,7 +190,7 @@ export class SimulatedProposer {
   #committed(lsn: number): void {
     const { invariants, scheduler } = this.#world;
     this.#world.trace(this.name, () => `commits up to ${lsn}`);
-    invariants.committed(this.name, this.#log, lsn, this.#isStart);
+    invariants.committed(this.name, this.#state.term, this.#log, lsn, this.#isStart);
     if (this.#isStart) this.#world.advanced(this);
     this.#isStart = false;
     this.#memoryStart = Math.max(this.#memoryStart, Math.min(lsn, lsn - RETAINED_BYTES));
@@ -219,7 +240,7 @@ export class SimulatedProposer {
     });
   }
 
-  #send(peer: number, message: VoteRequest | Elected | ToAcceptor): void {
+  #send(peer: number, message: VoteRequest | Elected | Renew | ToAcceptor): void {
     this.#world.send(this.#connections[peer]!, this.#members[peer]!, message);
   }
 

@@ -12,17 +12,25 @@ export function describe(message: ToAcceptor | FromAcceptor): string {
     case 'greeting':
       return 'greeting';
     case 'greeting-reply':
-      return `greeting-reply: term ${message.term}`;
+      return `greeting-reply: term ${message.term}, generation ${message.generation}${message.isBlank ? ', blank' : ''}`;
+    case 'absent':
+      return `there is no log here, incarnation ${message.incarnation}`;
+    case 'create':
+      return `make the log, incarnation ${message.incarnation}: ${JSON.stringify(message.state)}`;
+    case 'renew':
+      return `renew: term ${message.term}, generation ${message.generation}`;
     case 'read':
       return `read from ${message.fromLsn}, term ${message.term}`;
     case 'read-reply':
       return `read-reply ${range(message.lsn, message.bytes)}`;
+    case 'read-refusal':
+      return 'there is no log here to read';
     case 'vote':
-      return `vote for term ${message.term}?`;
+      return `vote for term ${message.term}, generation ${message.generation}?`;
     case 'vote-reply': {
-      const { granted, term, flushLsn, commitLsn, history } = message;
+      const { granted, isVoter, term, generation, flushLsn, commitLsn, history } = message;
       const log = `log to ${flushLsn}, committed ${commitLsn}, history ${describeHistory(history)}`;
-      return `vote-reply: ${granted ? 'granted' : 'not granted'}, term ${term}, ${log}`;
+      return `vote-reply: ${granted ? 'granted' : isVoter ? 'not granted' : 'no voter yet'}, term ${term}, generation ${generation}, ${log}`;
     }
     case 'elected':
       return `elected: term ${message.term}, go on from ${message.startLsn}, history ${describeHistory(message.history)}`;
