@@ -54,6 +54,10 @@ export interface SafekeeperTimelineStatus extends TimelineIdentity {
   readonly lastLogTerm: number;
   readonly flushLsn: Lsn;
   readonly commitLsn: Lsn;
+  /** False: the log was lost and given anew, and is not complete yet. */
+  readonly isVoter: boolean;
+  /** A proposer whose log this is, is connected. */
+  readonly hasLeader: boolean;
   /** Proposers that are connected now. */
   readonly proposerCount: number;
 }

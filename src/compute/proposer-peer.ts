@@ -46,6 +46,7 @@ export interface ProposerPeerOptions {
   readonly address: SafekeeperAddress;
   readonly token: string;
   readonly timeline: TimelineIdentity;
+  readonly yieldsToLeader: boolean;
   readonly state: ProposerState;
   readonly buffer: () => WalBuffer;
   readonly perform: (actions: readonly ProposerAction[]) => void;
@@ -195,6 +196,16 @@ export class ProposerPeer {
     if (frame.type === FRAME.greetingReply) {
       this.#lastError = undefined;
       const greeting = decodeGreetingReply(frame.payload);
+      if (
+        greeting.kind === 'present' &&
+        greeting.hasLeader &&
+        this.#options.yieldsToLeader &&
+        state.phase === 'electing'
+      ) {
+        this.#lastError = new StrataError('conflict', `a leader is connected to safekeeper ${this.#name}`);
+        this.#options.onRefused();
+        return;
+      }
       if (greeting.kind === 'present') {
         perform(state.greeted(index, greeting));
         return;

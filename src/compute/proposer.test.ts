@@ -341,3 +341,18 @@ test('when a quorum has lost its disks, nothing is made up in its place', async 
   assert.equal((await third.status(tenantId, timelineId)).flushLsn, wal.endLsn);
   third.close();
 });
+
+test('who yields to a leader raises no term while one is connected, and leads when it is gone', async (context) => {
+  const cluster = await Cluster.start(context);
+  const leader = await cluster.elect();
+  const wal = makeWal(MID_SEGMENT_LSN, [1_000]);
+  leader.append(MID_SEGMENT_LSN, wal.bytes);
+  await leader.waitCommitted(wal.endLsn);
+  await cluster.reaches(0, wal.endLsn);
+  await assert.rejects(cluster.elect({ yieldsToLeader: true }), { code: 'conflict' });
+  assert(!leader.fenced);
+  await leader.close();
+  const next = await cluster.elect({ yieldsToLeader: true });
+  assert.equal(next.startLsn, wal.endLsn);
+  assert.equal(next.term, leader.term + 1);
+});

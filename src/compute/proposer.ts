@@ -33,6 +33,8 @@ export interface ProposerOptions {
    * is missing otherwise was lost, and is given anew once it is certain that nothing is lost with it.
    */
   readonly mayCreate: boolean;
+  /** Rejects with `conflict`, and raises no term, when so many safekeepers have a leader connected that no quorum is free. */
+  readonly yieldsToLeader?: boolean;
 }
 
 export interface ProposerEvents {
@@ -105,6 +107,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
           address,
           token: options.token,
           timeline: options.timeline,
+          yieldsToLeader: options.yieldsToLeader ?? false,
           state: this.#state,
           buffer: () => this.#buffer,
           perform: (actions) => this.#perform(actions),

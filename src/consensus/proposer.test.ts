@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import type { AcceptorMessage, TermHistory } from './messages.ts';
 import { type AcceptorGreeting, type ProposerAction, ProposerState } from './proposer.ts';
-import { compareLogs, highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
+import { acknowledgedBound, compareLogs, highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
 
 const START: TermHistory = [{ term: 0, startLsn: 100 }];
 
@@ -147,4 +147,12 @@ test('a log is made where it is missing only when it is known to be unused and n
   assert(!used.isHopeless);
   used.absent(2, 'cc');
   assert(used.isHopeless);
+});
+
+test('what was acknowledged is bounded by reading positions, the closer the more answer', () => {
+  const at3 = [300, 200, 100].map((flushLsn) => ({ flushLsn }));
+  assert.equal(acknowledgedBound(at3, 3), 200, 'what is past 200 is on one of three');
+  assert.equal(acknowledgedBound(at3.slice(0, 2), 3), 300, 'the third may have 300 too');
+  assert.equal(acknowledgedBound(at3.slice(0, 1), 3), undefined);
+  assert.equal(acknowledgedBound(at3.slice(2), 1), 100);
 });

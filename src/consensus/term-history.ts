@@ -32,6 +32,20 @@ export function compareLogs(a: LogPosition, b: LogPosition): number {
   return a.lastLogTerm - b.lastLogTerm || a.flushLsn - b.flushLsn;
 }
 
+/**
+ * Everything acknowledged before these positions were read ends at or below this LSN: it was durable on a quorum, so on some of those that were asked, however the
+ * others stand. `voters` are positions of acceptors that vote. Undefined when they are no quorum.
+ */
+export function acknowledgedBound(
+  voters: readonly { readonly flushLsn: Lsn }[],
+  acceptorCount: number,
+): Lsn | undefined {
+  const quorum = Math.floor(acceptorCount / 2) + 1;
+  if (voters.length < quorum) return undefined;
+  const silent = acceptorCount - voters.length;
+  return voters.map((position) => position.flushLsn).sort((a, b) => b - a)[quorum - silent - 1];
+}
+
 /** The highest LSN up to which the leader's log and that of an acceptor are the same; the leader's last term has no end. */
 export function highestCommonPoint(leader: TermHistory, acceptor: TermHistory, acceptorFlushLsn: Lsn): Lsn {
   const known = historyUpTo(acceptor, acceptorFlushLsn);

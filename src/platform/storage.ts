@@ -1,13 +1,15 @@
 /**
  * Safekeepers and pageserver as the control plane sees them (api/control.ts).
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { BranchPoint, NewTimeline, Storage, TimelineStatus } from '../api/control.ts';
 import { type PageserverClient, RETENTION_MS, type TimelineSizes } from '../api/pageserver.ts';
-import { type SafekeeperAddress, SafekeeperClient } from '../api/safekeeper.ts';
+import { type SafekeeperAddress, SafekeeperClient, type SafekeeperTimelineStatus } from '../api/safekeeper.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import type { Installations, UnixUser } from '../compute/installation.ts';
 import { electProposer } from '../compute/proposer.ts';
+import { acknowledgedBound } from '../consensus/term-history.ts';
 import { DEFAULT_DATABASE_NAME, DEFAULT_ROLE_NAME } from '../control/projects.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { TEMPLATE_TENANT_ID, templateTimelineId, withFreshCluster } from './template.ts';
@@ -29,6 +31,7 @@ export interface ClusterStorageOptions {
 
 const WAIT_LSN_TIMEOUT_MS = 60_000;
 const ELECTION_TIMEOUT_MS = 30_000;
+const LEADER_WAIT_MS = 10;
 /** A verifier that no password fits: the template's role gets a real one in each project. */
 const NO_PASSWORD =
   'SCRAM-SHA-256$4096:AAAAAAAAAAAAAAAAAAAAAA==$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=';
@@ -101,32 +104,52 @@ export class ClusterStorage implements Storage {
   }
 
   /**
-   * Where a timeline's WAL ends when no compute writes it. What a quorum of safekeepers agrees on is the end; when they differ, electing
-   * a proposer settles what is committed and what is not.
+   * An LSN that is committed, with everything below it that was acknowledged before the call. Reading is enough as a rule, and disturbs nobody: only when the
+   * safekeepers that answer leave open what is committed, and no leader is there to settle it, one is elected for that.
    */
   async #committedLsn(timelineId: string): Promise<Lsn> {
     const { pageserver, safekeepers, token, log } = this.#options;
     const identity = await pageserver.timelineIdentity(timelineId);
-    const quorum = Math.floor(safekeepers.length / 2) + 1;
-    const positions = await Promise.allSettled(
-      this.#safekeepers.map(async (safekeeper) => safekeeper.status(identity.tenantId, timelineId)),
-    );
-    const known = positions.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
-    const unknown = positions.filter(
-      (result) => result.status === 'rejected' && toStrataError(result.reason).code === 'not-found',
-    ).length;
-    if (known.length === 0 && unknown >= quorum) return identity.startLsn; // never started
-    const [first] = known;
-    const isSettled =
-      first !== undefined &&
-      known.length >= quorum &&
-      known.every(({ flushLsn, commitLsn }) => flushLsn === first.flushLsn && commitLsn === first.flushLsn);
-    if (isSettled) return first.flushLsn;
     const signal = AbortSignal.timeout(ELECTION_TIMEOUT_MS);
-    const proposer = await electProposer({ safekeepers, token, timeline: identity, mayCreate: false, signal, log });
-    const { startLsn } = proposer;
-    await proposer.close();
-    return startLsn;
+    let bound: Lsn | undefined;
+    for (;;) {
+      const { known, unknownCount } = await this.#positions(identity.tenantId, timelineId);
+      const quorum = Math.floor(safekeepers.length / 2) + 1;
+      if (known.length === 0 && unknownCount >= quorum && !identity.hasWal) return identity.startLsn; // never started
+      bound ??= acknowledgedBound(
+        known.filter((status) => status.isVoter),
+        safekeepers.length,
+      );
+      const commitLsn = Math.max(...known.map((status) => status.commitLsn));
+      if (bound !== undefined && commitLsn >= bound) return commitLsn;
+      if (known.some((status) => status.hasLeader) && !signal.aborted) {
+        await sleep(LEADER_WAIT_MS); // It is about to settle it.
+        continue;
+      }
+      const election = { safekeepers, token, timeline: identity, mayCreate: false, yieldsToLeader: true, signal, log };
+      try {
+        const proposer = await electProposer(election);
+        const { startLsn } = proposer;
+        await proposer.close();
+        return startLsn;
+      } catch (error) {
+        if (toStrataError(error).code !== 'conflict' || signal.aborted) throw error;
+      }
+    }
+  }
+
+  async #positions(
+    tenantId: string,
+    timelineId: string,
+  ): Promise<{ known: SafekeeperTimelineStatus[]; unknownCount: number }> {
+    const answers = await Promise.allSettled(
+      this.#safekeepers.map(async (safekeeper) => safekeeper.status(tenantId, timelineId)),
+    );
+    const known = answers.flatMap((answer) => (answer.status === 'fulfilled' ? [answer.value] : []));
+    const unknownCount = answers.filter(
+      (answer) => answer.status === 'rejected' && toStrataError(answer.reason).code === 'not-found',
+    ).length;
+    return { known, unknownCount };
   }
 
   async #findOrMakeTemplate(pgVersion: number): Promise<BranchPoint> {

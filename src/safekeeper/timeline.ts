@@ -99,6 +99,8 @@ export class Timeline {
       lastLogTerm: lastLogTerm(this.#acceptor?.history ?? this.#state.history, this.flushLsn),
       flushLsn: this.flushLsn,
       commitLsn: this.commitLsn,
+      isVoter: this.#acceptor?.isVoter ?? false,
+      hasLeader: this.hasLeader,
       proposerCount: this.#links.size,
     };
   }
