@@ -8,6 +8,7 @@
  */
 import assert from 'node:assert/strict';
 import { EventEmitter } from 'node:events';
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
 import type { SafekeeperAddress, TimelineIdentity } from '../api/safekeeper.ts';
@@ -54,6 +55,7 @@ const RETRY_MIN_MS = 20;
 const RETRY_SPREAD_MS = 180;
 const STALL_CHECK_MS = 5_000;
 const CLOSE_TIMEOUT_MS = 1_000;
+const EQUAL_CHECK_MS = 20;
 
 /**
  * Wins an election, among those of `safekeepers` that answer. When it resolves, everything before `startLsn` is committed on a quorum and is all
@@ -199,6 +201,15 @@ export class Proposer extends EventEmitter<ProposerEvents> {
       this.#waiters.add(waiter);
       signal?.addEventListener('abort', onAbort, { once: true });
     });
+  }
+
+  /** Resolves when every safekeeper has all that is committed now; rejects by the signal. Without new WAL only: recovery of an idle log. */
+  async waitEqual(signal: AbortSignal): Promise<void> {
+    const { commitLsn } = this;
+    while (this.#peers.some((peer) => this.#state.peer(peer.index).ackedLsn < commitLsn)) {
+      if (this.fenced) throw this.#fencedError();
+      await sleep(EQUAL_CHECK_MS, undefined, { signal });
+    }
   }
 
   /** Tells the safekeepers the last commit LSN and disconnects. WAL that is not committed is forgotten. */

@@ -29,6 +29,7 @@ import {
   type Secrets,
 } from './platform-directory.ts';
 import { ClusterStorage } from './storage.ts';
+import { WalHealer } from './wal-healer.ts';
 import { rmSync } from 'node:fs';
 
 export interface Platform {
@@ -103,6 +104,13 @@ async function bringUp(
     progress,
     log,
   });
+  const healer = new WalHealer({
+    safekeepers,
+    pageserver,
+    token: await signToken(secrets.platformSecret, { scope: 'platform' }),
+    log,
+  });
+  cleanup.add(() => healer.close());
   const computes = new LocalComputes({
     directory,
     installations,

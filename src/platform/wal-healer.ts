@@ -1,0 +1,106 @@
+/**
+ * Makes safekeepers equal where no compute does: one that was down while a branch was written, or has lost its disk, is brought on from the others' disks
+ * although the branch sleeps. A running compute's proposer does that for its own branch; here a proposer is elected for the others, for as long as it
+ * takes. It yields to any leader, and so never disturbs a compute.
+ *
+ * Safekeepers tell the LSNs of all their timelines in one message, so a look at thousands of equal ones costs little.
+ */
+import type { PageserverClient } from '../api/pageserver.ts';
+import { type SafekeeperAddress, SafekeeperClient, type TimelineProgress } from '../api/safekeeper.ts';
+import { toStrataError } from '../base/errors.ts';
+import type { Logger } from '../base/log.ts';
+import { electProposer } from '../compute/proposer.ts';
+
+export interface WalHealerOptions {
+  readonly safekeepers: readonly SafekeeperAddress[];
+  readonly pageserver: Pick<PageserverClient, 'timelineIdentity'>;
+  /** Scope `platform`. */
+  readonly token: string;
+  readonly log: Logger;
+  readonly intervalMs?: number;
+}
+
+const INTERVAL_MS = 30_000;
+const HEALING_TIMEOUT_MS = 120_000;
+
+interface Unequal {
+  readonly timelineId: string;
+  /** Where the safekeepers stand; a timeline whose compute is at work moves on between two looks. */
+  readonly positions: string;
+}
+
+export class WalHealer {
+  readonly #options: WalHealerOptions;
+  readonly #clients: readonly SafekeeperClient[];
+  readonly #closing = new AbortController();
+  readonly #timer: NodeJS.Timeout;
+  #seen = new Map<string, string>();
+  #healing: Promise<void> | undefined;
+
+  constructor(options: WalHealerOptions) {
+    this.#options = options;
+    const { token, safekeepers } = options;
+    this.#clients = safekeepers.map((address) => new SafekeeperClient({ address, token }));
+    this.#timer = setInterval(() => void this.heal(), options.intervalMs ?? INTERVAL_MS);
+    this.#timer.unref();
+  }
+
+  /** Looks once, and heals what was unequal in the same way at the last look too. Never rejects. */
+  heal(): Promise<void> {
+    this.#healing ??= this.#heal().finally(() => (this.#healing = undefined));
+    return this.#healing;
+  }
+
+  async close(): Promise<void> {
+    clearInterval(this.#timer);
+    this.#closing.abort();
+    await this.#healing;
+    for (const client of this.#clients) client.close();
+  }
+
+  async #heal(): Promise<void> {
+    const lists = await Promise.all(this.#clients.map((client) => client.list().catch(() => undefined)));
+    const answers = lists.filter((list) => list !== undefined);
+    if (answers.length < lists.length) return; // What is down will be unequal when it is back.
+    const unequal = unequalTimelines(answers);
+    const stuck = unequal.filter(({ timelineId, positions }) => this.#seen.get(timelineId) === positions);
+    this.#seen = new Map(unequal.map(({ timelineId, positions }) => [timelineId, positions]));
+    for (const { timelineId } of stuck) {
+      if (this.#closing.signal.aborted) return;
+      await this.#healOne(timelineId).catch((error: unknown) => {
+        if (toStrataError(error).code === 'conflict') return; // A leader is there.
+        this.#options.log.warn({ timelineId, err: error }, 'safekeepers could not be made equal');
+      });
+    }
+  }
+
+  async #healOne(timelineId: string): Promise<void> {
+    const { safekeepers, pageserver, token, log } = this.#options;
+    const signal = AbortSignal.any([this.#closing.signal, AbortSignal.timeout(HEALING_TIMEOUT_MS)]);
+    const timeline = await pageserver.timelineIdentity(timelineId, signal);
+    const election = { safekeepers, token, timeline, mayCreate: false, yieldsToLeader: true, signal, log };
+    const proposer = await electProposer(election);
+    try {
+      await proposer.waitEqual(signal);
+      log.info({ timelineId }, 'safekeepers are equal again');
+    } finally {
+      await proposer.close();
+    }
+  }
+}
+
+function unequalTimelines(lists: readonly (readonly TimelineProgress[])[]): Unequal[] {
+  const byTimeline = new Map<string, TimelineProgress[]>();
+  for (const progress of lists.flat()) {
+    const known = byTimeline.get(progress.timelineId);
+    if (known === undefined) byTimeline.set(progress.timelineId, [progress]);
+    else known.push(progress);
+  }
+  const unequal: Unequal[] = [];
+  for (const [timelineId, all] of byTimeline) {
+    // An unopened timeline's flush LSN is only a lower bound, so commit LSNs are compared, which a clean end leaves equal.
+    const isEqual = all.length === lists.length && all.every(({ commitLsn }) => commitLsn === all[0]!.commitLsn);
+    if (!isEqual) unequal.push({ timelineId, positions: all.map(({ commitLsn }) => commitLsn).join() });
+  }
+  return unequal;
+}
