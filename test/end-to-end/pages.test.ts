@@ -154,7 +154,7 @@ describe('pages of a pgbench run', () => {
     const all = [...last.values()];
     for (let from = 0; from < all.length; from += 64) await Promise.all(all.slice(from, from + 64).map(compareOne));
     t.diagnostic(
-      `${all.length} last images, ${pastCount} earlier ones, of resource managers ${[...rmids].sort().join(' ')}`,
+      `${all.length} last images, ${pastCount} earlier ones, of resource managers ${[...rmids].sort((a, b) => a - b).join(' ')}`,
     );
     assert.deepEqual(differences.slice(0, 10), [], `${differences.length} pages differ`);
     assert(all.length > 500, `only ${all.length} pages were compared`);
