@@ -1,6 +1,7 @@
 /** WAL made for tests: valid records of any size from any LSN on, as Postgres would send them. */
 import { type Lsn, WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
 import { RM_XLOG } from '../postgres/rmgr.ts';
+import type { PgVersion } from '../postgres/version.ts';
 import { encodeRecordAt } from '../postgres/wal/writer.ts';
 
 const XLOG_NOOP = 0x20;
@@ -15,7 +16,7 @@ export interface MadeWal {
 }
 
 /** One record for each size, which is that of its content. `salt` makes records of the same sizes differ. */
-export function makeWal(startLsn: Lsn, sizes: readonly number[], salt = 0): MadeWal {
+export function makeWal(startLsn: Lsn, sizes: readonly number[], salt = 0, version: PgVersion = 17): MadeWal {
   const parts: Buffer[] = [];
   const ends: Lsn[] = [];
   let lsn = startLsn;
@@ -29,7 +30,7 @@ export function makeWal(startLsn: Lsn, sizes: readonly number[], salt = 0): Made
       info: XLOG_NOOP,
       xid: 0,
       mainData,
-      version: 17,
+      version,
       systemId: SYSTEM_ID,
     });
     parts.push(record.bytes);

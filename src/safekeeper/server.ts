@@ -1,11 +1,12 @@
 /**
- * A safekeeper's connections: proposers, readers, watchers and callers, on one port (api/safekeeper-protocol.ts).
+ * A safekeeper's connections: proposers, readers, watchers and callers (api/safekeeper-protocol.ts), and Postgres' own replication clients
+ * (replication.ts), on one port.
  *
  * Frames of a connection are handled in order. A frame whose handling must wait (checking the token, opening a timeline) holds those
  * behind it; a proposer's appends never wait.
  */
 import type { Socket } from 'node:net';
-import { type Frame, FrameReader } from '../base/frames.ts';
+import { type Frame, FRAME_HEADER_BYTES, FrameReader } from '../base/frames.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import { mayReadTimeline, type TokenClaims, verifyToken } from '../base/token.ts';
 import type { TimelineIdentity } from '../api/safekeeper.ts';
@@ -25,6 +26,7 @@ import {
   type ReadRequest,
 } from '../api/safekeeper-protocol.ts';
 import type { AcceptorMessage } from '../consensus/messages.ts';
+import { serveReplication } from './replication.ts';
 import type { ProposerLink, Timeline } from './timeline.ts';
 import { progressOf, type Timelines } from './timelines.ts';
 import { streamWal } from './wal-stream.ts';
@@ -34,6 +36,8 @@ const HELLO_TIMEOUT_MS = 10_000;
 const WATCH_INTERVAL_MS = 2;
 const WATCH_BATCH = 1_000;
 const MAX_QUEUED_FRAMES = 64;
+/** First bytes of the codes in startup packets: versions 3.x, and requests for encryption. */
+const POSTGRES_CODES: readonly number[] = [0x00, 0x04];
 
 export interface ServerContext {
   readonly nodeId: number;
@@ -41,10 +45,24 @@ export interface ServerContext {
   readonly timelines: Timelines;
 }
 
-/** Serves one accepted connection until it closes. */
+/** Serves one accepted connection until it closes. Its first bytes tell whether it is one of ours or a Postgres client's. */
 export function serveConnection(socket: Socket, context: ServerContext): void {
-  const connection = new Connection(socket, context);
-  connection.start();
+  let opening = Buffer.alloc(0);
+  const timer = setTimeout(() => socket.destroy(), HELLO_TIMEOUT_MS);
+  const onError = (): void => void socket.destroy();
+  const onData = (chunk: Buffer): void => {
+    opening = Buffer.concat([opening, chunk]);
+    if (opening.length < FRAME_HEADER_BYTES) return;
+    clearTimeout(timer);
+    socket.off('data', onData);
+    socket.off('error', onError);
+    // A frame's type, or the first byte of a code of Postgres' protocol, all of which are others.
+    if (POSTGRES_CODES.includes(opening[4]!)) serveReplication(socket, context, opening);
+    else new Connection(socket, context).start(opening);
+  };
+  socket.on('error', onError);
+  socket.on('close', () => clearTimeout(timer));
+  socket.on('data', onData);
 }
 
 class Connection implements ProposerLink {
@@ -64,7 +82,7 @@ class Connection implements ProposerLink {
     this.#context = context;
   }
 
-  start(): void {
+  start(opening: Buffer): void {
     const socket = this.#socket;
     socket.setNoDelay(true);
     const timer = setTimeout(() => {
@@ -76,7 +94,7 @@ class Connection implements ProposerLink {
       this.#gone.abort();
       this.#timeline?.detach(this);
     });
-    socket.on('data', (chunk) => {
+    const onData = (chunk: Buffer): void => {
       try {
         this.#reader.push(chunk);
         for (let frame = this.#reader.next(); frame !== undefined; frame = this.#reader.next()) {
@@ -87,7 +105,9 @@ class Connection implements ProposerLink {
       } catch (error) {
         this.fail(toStrataError(error));
       }
-    });
+    };
+    socket.on('data', onData);
+    onData(opening);
   }
 
   // ProposerLink

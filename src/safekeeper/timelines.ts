@@ -63,6 +63,12 @@ export class Timelines {
     throw new StrataError('not-found', `this safekeeper has no timeline ${timelineId} of tenant ${tenantId}`);
   }
 
+  /** Whatever its tenant. Throws `not-found`. */
+  getById(timelineId: string): Timeline {
+    for (const timeline of this.#timelines.values()) if (timeline.identity.timelineId === timelineId) return timeline;
+    throw new StrataError('not-found', `this safekeeper has no timeline ${timelineId}`);
+  }
+
   /** Undefined when it is not here. Throws `not-found` when it was deleted, `conflict` when it is another than it is said to be. */
   async find(identity: TimelineIdentity): Promise<Timeline | undefined> {
     checkIdentity(identity);

@@ -1,0 +1,356 @@
+/**
+ * A safekeeper as Postgres' own clients see it: the streaming replication protocol, for pg_receivewal and hot standbys. (Commands and formats: the
+ * chapter "Streaming Replication Protocol" of Postgres' documentation.)
+ *
+ *   user       the timeline's id
+ *   password   a token that may read the timeline (base/token.ts), in clear: this listens where the platform trusts the network
+ *   database   anything
+ *
+ *   IDENTIFY_SYSTEM, SHOW, TIMELINE_HISTORY, START_REPLICATION [SLOT s] [PHYSICAL] X/X [TIMELINE 1]
+ *
+ * What is sent is committed, never more. A timeline is always Postgres' timeline 1, whatever branch it is: a new primary is a new start, not a promotion.
+ * The segment in which it begins may be read from the segment's start, as pg_receivewal does: before the timeline's start it holds zeroes and the page
+ * headers that say so. There are no slots: nothing is kept for a reader.
+ *
+ * Inside CopyData, to the client:    'w' u64 start, u64 end of what is committed, i64 time, WAL bytes
+ *                                    'k' u64 end of what is committed, i64 time, u8 reply wanted
+ *                  from the client:  'r' … u8 reply wanted at offset 33; 'h' feedback, which nobody here needs
+ */
+import { once } from 'node:events';
+import type { Socket } from 'node:net';
+import { StrataError, toStrataError } from '../base/errors.ts';
+import { mayReadTimeline, verifyToken } from '../base/token.ts';
+import { formatLsn, type Lsn, lsnHigh, lsnLow, parseLsn, segmentStart } from '../postgres/lsn.ts';
+import {
+  cstring,
+  decodeStartupPacket,
+  encodeErrorResponse,
+  encodeMessage,
+  MessageReader,
+  ProtocolError,
+  startupPacketLength,
+  type WireMessage,
+} from '../postgres/wire.ts';
+import type { Timeline } from './timeline.ts';
+import type { Timelines } from './timelines.ts';
+import { WalFileReader } from './wal-store.ts';
+
+export interface ReplicationContext {
+  readonly secret: Uint8Array;
+  readonly timelines: Timelines;
+}
+
+const LOGIN_TIMEOUT_MS = 10_000;
+/** Shorter than half of Postgres' wal_receiver_timeout. */
+const KEEPALIVE_MS = 10_000;
+/** As Postgres' own walsender has it. */
+const MAX_SEND_BYTES = 128 * 1024;
+const MAX_MESSAGE_BYTES = 64 * 1024;
+/** Between the Unix epoch and that of Postgres' times. */
+const POSTGRES_EPOCH_US = 946_684_800_000_000n;
+const AUTHENTICATION_OK = 0;
+const AUTHENTICATION_CLEARTEXT = 3;
+const TEXT_OID = 25;
+const INT8_OID = 20;
+const STATUS_REPLY_WANTED_OFFSET = 33;
+const SQLSTATES: Readonly<Record<string, string>> = {
+  unauthorized: '28P01',
+  forbidden: '28000',
+  'not-found': '58P01',
+  'bad-request': '42601',
+};
+
+const START_REPLICATION =
+  /^START_REPLICATION(?:\s+SLOT\s+\S+)?(?:\s+PHYSICAL)?\s+([0-9A-F]{1,8}\/[0-9A-F]{1,8})(?:\s+TIMELINE\s+(\d+))?$/i;
+
+const SETTINGS: Readonly<Record<string, string>> = { wal_segment_size: '16MB', data_directory_mode: '0700' };
+
+/** Serves a connection whose first bytes were Postgres' protocol, until it closes. */
+export function serveReplication(socket: Socket, context: ReplicationContext, opening: Buffer): void {
+  new ReplicationConnection(socket, context).serve(opening).then(
+    () => socket.end(),
+    (error: unknown) => {
+      const { code, message } = toStrataError(error);
+      const sqlstate = error instanceof ProtocolError ? '08P01' : (SQLSTATES[code] ?? '58000');
+      if (!socket.destroyed) socket.end(encodeErrorResponse({ severity: 'FATAL', code: sqlstate, message }));
+      socket.destroySoon();
+    },
+  );
+}
+
+class ReplicationConnection {
+  readonly #socket: Socket;
+  readonly #context: ReplicationContext;
+  readonly #messages = new MessageReader(MAX_MESSAGE_BYTES);
+  readonly #gone = new AbortController();
+  #startup = Buffer.alloc(0);
+  #isStarted = false;
+  #wake: (() => void) | undefined;
+
+  constructor(socket: Socket, context: ReplicationContext) {
+    this.#socket = socket;
+    this.#context = context;
+  }
+
+  /** Resolves when the client has ended; rejects with what it is to be told. */
+  async serve(opening: Buffer): Promise<void> {
+    const socket = this.#socket;
+    socket.setNoDelay(true);
+    socket.on('error', () => socket.destroy());
+    const onGone = (): void => {
+      this.#gone.abort();
+      this.#wake?.();
+    };
+    socket.on('close', onGone);
+    socket.on('end', onGone);
+    socket.on('data', (chunk) => this.#received(chunk));
+    const timer = setTimeout(() => socket.destroy(), LOGIN_TIMEOUT_MS);
+    this.#received(opening);
+    let timeline: Timeline;
+    try {
+      timeline = await this.#login();
+    } finally {
+      clearTimeout(timer);
+    }
+    for (let message = await this.#next(); message !== undefined; message = await this.#next()) {
+      if (message.type === 'X') return;
+      if (message.type !== 'Q')
+        throw new ProtocolError(`message ${JSON.stringify(message.type)} where a command is due`);
+      const command = message.payload
+        .toString('utf8', 0, message.payload.length - 1)
+        .trim()
+        .replace(/;$/, '');
+      await this.#execute(timeline, command);
+      this.#socket.write(readyForQuery());
+    }
+  }
+
+  #received(chunk: Buffer): void {
+    if (this.#isStarted) this.#messages.push(chunk);
+    else this.#startup = Buffer.concat([this.#startup, chunk]);
+    this.#wake?.();
+  }
+
+  async #login(): Promise<Timeline> {
+    let parameters: ReadonlyMap<string, string> | undefined;
+    while (parameters === undefined) {
+      const packet = await this.#startupPacket();
+      if (packet === undefined) throw new ProtocolError('the client left while it logged in');
+      if (packet.kind === 'cancel') throw new ProtocolError('there is nothing to cancel here');
+      if (packet.kind === 'startup') parameters = packet.parameters;
+      else this.#socket.write('N');
+    }
+    this.#isStarted = true;
+    this.#messages.push(this.#startup);
+    this.#socket.write(encodeMessage('R', u32(AUTHENTICATION_CLEARTEXT)));
+    const message = await this.#next();
+    if (message?.type !== 'p') throw new ProtocolError('a password is due');
+    const claims = await verifyToken(
+      this.#context.secret,
+      message.payload.toString('utf8', 0, message.payload.length - 1),
+    );
+    const timelineId = parameters.get('user') ?? '';
+    if (!mayReadTimeline(claims, timelineId)) {
+      throw new StrataError('forbidden', `this token is not for timeline ${timelineId}`);
+    }
+    const timeline = this.#context.timelines.getById(timelineId);
+    await timeline.open();
+    this.#socket.write(encodeMessage('R', u32(AUTHENTICATION_OK)));
+    const reported = {
+      server_version: `${timeline.identity.pgVersion}.0 (Strata)`,
+      server_encoding: 'UTF8',
+      client_encoding: 'UTF8',
+      integer_datetimes: 'on',
+      standard_conforming_strings: 'on',
+    };
+    for (const [name, value] of Object.entries(reported)) {
+      this.#socket.write(encodeMessage('S', cstring(name), cstring(value)));
+    }
+    this.#socket.write(readyForQuery());
+    return timeline;
+  }
+
+  async #startupPacket(): Promise<ReturnType<typeof decodeStartupPacket> | undefined> {
+    for (;;) {
+      const length = startupPacketLength(this.#startup);
+      if (length !== undefined && this.#startup.length >= length) {
+        const packet = decodeStartupPacket(this.#startup.subarray(0, length));
+        this.#startup = this.#startup.subarray(length);
+        return packet;
+      }
+      if (this.#gone.signal.aborted) return undefined;
+      await this.#arrival();
+    }
+  }
+
+  /** Undefined when the client is gone. */
+  async #next(): Promise<WireMessage | undefined> {
+    for (;;) {
+      const message = this.#messages.next();
+      if (message !== undefined) return message;
+      if (this.#gone.signal.aborted) return undefined;
+      await this.#arrival();
+    }
+  }
+
+  /** Something has come, from the client or to the timeline. */
+  async #arrival(timeoutMs?: number): Promise<void> {
+    let timer: NodeJS.Timeout | undefined;
+    await new Promise<void>((resolve) => {
+      this.#wake = resolve;
+      if (timeoutMs !== undefined) timer = setTimeout(resolve, timeoutMs);
+    });
+    clearTimeout(timer);
+    this.#wake = undefined;
+  }
+
+  async #execute(timeline: Timeline, command: string): Promise<void> {
+    const start = START_REPLICATION.exec(command);
+    const shown = /^SHOW\s+(\w+)$/i.exec(command)?.[1]?.toLowerCase();
+    if (start !== null) {
+      await this.#startReplication(timeline, parseLsn(start[1]!), Number(start[2] ?? 1));
+    } else if (/^IDENTIFY_SYSTEM$/i.test(command)) {
+      const { systemId } = timeline.identity;
+      this.#row('IDENTIFY_SYSTEM', [
+        ['systemid', TEXT_OID, systemId],
+        ['timeline', INT8_OID, '1'],
+        ['xlogpos', TEXT_OID, formatLsn(timeline.commitLsn)],
+        ['dbname', TEXT_OID, undefined],
+      ]);
+    } else if (shown !== undefined && Object.hasOwn(SETTINGS, shown)) {
+      this.#row('SHOW', [[shown, TEXT_OID, SETTINGS[shown]]]);
+    } else if (/^TIMELINE_HISTORY\s+\d+$/i.test(command)) {
+      this.#refuse('58P01', 'there is no timeline history: a branch is always timeline 1');
+    } else if (/^(CREATE|DROP|READ)_REPLICATION_SLOT\b/i.test(command)) {
+      this.#refuse('0A000', 'a safekeeper has no replication slots');
+    } else {
+      this.#refuse('42601', `not a command of a safekeeper: ${command.slice(0, 100)}`);
+    }
+  }
+
+  async #startReplication(timeline: Timeline, fromLsn: Lsn, timelineNumber: number): Promise<void> {
+    const { startLsn } = timeline.identity;
+    if (timelineNumber !== 1) {
+      this.#refuse('58P01', `requested timeline ${timelineNumber} is not 1`);
+      return;
+    }
+    if (fromLsn < segmentStart(startLsn)) {
+      this.#refuse('58P01', `the WAL of this branch begins at ${formatLsn(startLsn)}, not ${formatLsn(fromLsn)}`);
+      return;
+    }
+    if (fromLsn > timeline.commitLsn) {
+      const end = formatLsn(timeline.commitLsn);
+      this.#refuse('58P01', `requested starting point ${formatLsn(fromLsn)} is ahead of what is committed, ${end}`);
+      return;
+    }
+    this.#socket.write(encodeMessage('W', Buffer.from([0, 0, 0])));
+    const stop = timeline.listen(() => this.#wake?.());
+    const files = new WalFileReader(timeline.directory);
+    try {
+      if (!(await this.#stream(timeline, files, fromLsn))) return;
+    } finally {
+      stop();
+      await files.close();
+    }
+    this.#socket.write(encodeMessage('c'));
+    this.#socket.write(encodeMessage('C', cstring('START_STREAMING')));
+  }
+
+  /** True when the client has ended the stream, false when it is gone. */
+  async #stream(timeline: Timeline, files: WalFileReader, fromLsn: Lsn): Promise<boolean> {
+    let lsn = fromLsn;
+    let toldLsn = -1;
+    let toldAtMs = 0;
+    while (!this.#gone.signal.aborted) {
+      timeline.throwIfFailed();
+      const { commitLsn } = timeline;
+      for (let message = this.#messages.next(); message !== undefined; message = this.#messages.next()) {
+        if (message.type === 'c') return true;
+        if (message.type === 'X') return false;
+        if (isReplyWanted(message)) toldLsn = -1;
+      }
+      if (lsn < commitLsn) {
+        const bytes = await files.read(lsn, Math.min(commitLsn, lsn + MAX_SEND_BYTES));
+        const hasRoom = this.#socket.write(encodeMessage('d', walHead(lsn, commitLsn), bytes));
+        lsn += bytes.length;
+        toldLsn = commitLsn;
+        toldAtMs = performance.now();
+        if (!hasRoom) await once(this.#socket, 'drain', { signal: this.#gone.signal }).catch(() => {});
+      } else if (toldLsn < commitLsn || performance.now() - toldAtMs >= KEEPALIVE_MS) {
+        this.#socket.write(encodeMessage('d', keepalive(commitLsn)));
+        toldLsn = commitLsn;
+        toldAtMs = performance.now();
+      } else {
+        await this.#arrival(KEEPALIVE_MS);
+      }
+    }
+    return false;
+  }
+
+  #row(tag: string, columns: readonly (readonly [name: string, oid: number, value: string | undefined])[]): void {
+    const fields = columns.map(([name, oid]) => {
+      const rest = Buffer.alloc(18);
+      rest.writeUInt32BE(oid, 6);
+      rest.writeInt16BE(oid === INT8_OID ? 8 : -1, 10);
+      rest.writeInt32BE(-1, 12);
+      return Buffer.concat([cstring(name), rest]);
+    });
+    const values = columns.map(([, , value]) => {
+      if (value === undefined) return u32(0xffffffff);
+      return Buffer.concat([u32(Buffer.byteLength(value)), Buffer.from(value)]);
+    });
+    this.#socket.write(encodeMessage('T', u16(columns.length), ...fields));
+    this.#socket.write(encodeMessage('D', u16(columns.length), ...values));
+    this.#socket.write(encodeMessage('C', cstring(tag)));
+  }
+
+  #refuse(code: string, message: string): void {
+    this.#socket.write(encodeErrorResponse({ severity: 'ERROR', code, message }));
+  }
+}
+
+function isReplyWanted({ type, payload }: WireMessage): boolean {
+  return type === 'd' && payload[0] === 0x72 && payload[STATUS_REPLY_WANTED_OFFSET] === 1;
+}
+
+function walHead(lsn: Lsn, commitLsn: Lsn): Buffer {
+  const head = Buffer.alloc(25);
+  head.write('w', 0, 'latin1');
+  writeLsnBE(head, lsn, 1);
+  writeLsnBE(head, commitLsn, 9);
+  head.writeBigInt64BE(postgresTimeUs(), 17);
+  return head;
+}
+
+function keepalive(commitLsn: Lsn): Buffer {
+  const bytes = Buffer.alloc(18);
+  bytes.write('k', 0, 'latin1');
+  writeLsnBE(bytes, commitLsn, 1);
+  bytes.writeBigInt64BE(postgresTimeUs(), 9);
+  return bytes;
+}
+
+function writeLsnBE(bytes: Buffer, lsn: Lsn, offset: number): void {
+  bytes.writeUInt32BE(lsnHigh(lsn), offset);
+  bytes.writeUInt32BE(lsnLow(lsn), offset + 4);
+}
+
+function postgresTimeUs(): bigint {
+  return BigInt(Date.now()) * 1_000n - POSTGRES_EPOCH_US;
+}
+
+function readyForQuery(): Buffer {
+  return encodeMessage('Z', 'I');
+}
+
+function u32(value: number): Buffer {
+  const bytes = Buffer.alloc(4);
+  bytes.writeUInt32BE(value);
+  return bytes;
+}
+
+function u16(value: number): Buffer {
+  const bytes = Buffer.alloc(2);
+  bytes.writeUInt16BE(value);
+  return bytes;
+}
