@@ -52,7 +52,9 @@ const RETAINED_BYTES = 8 * 1024 * 1024;
 /** How long the safekeepers may wait for a new commit LSN when no WAL follows that would carry it. */
 const COMMIT_NOTICE_MS = 5;
 const RETRY_MIN_MS = 20;
+/** Doubled with each election that fails: of several candidates one gets the time to bring the others' logs on. */
 const RETRY_SPREAD_MS = 180;
+const MAX_RETRY_DOUBLINGS = 5;
 const STALL_CHECK_MS = 5_000;
 const CLOSE_TIMEOUT_MS = 1_000;
 const EQUAL_CHECK_MS = 20;
@@ -87,6 +89,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
   #buffer = new WalBuffer(0);
   #pumpScheduled = false;
   #full = false;
+  #retryCount = 0;
   #commitTimer: NodeJS.Timeout | undefined;
   #retryTimer: NodeJS.Timeout | undefined;
   #closing: Promise<void> | undefined;
@@ -259,7 +262,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
           if (this.#closing !== undefined) break;
           this.#retryTimer = setTimeout(
             () => this.#perform(this.#state.elect()),
-            RETRY_MIN_MS + Math.random() * RETRY_SPREAD_MS,
+            RETRY_MIN_MS + Math.random() * RETRY_SPREAD_MS * 2 ** Math.min(this.#retryCount++, MAX_RETRY_DOUBLINGS),
           );
           break;
         case 'committed':

@@ -15,6 +15,7 @@ const MAX_PENDING_BYTES = 3_000;
 const RETAINED_BYTES = 600;
 const PATIENCE_MS = 80;
 const RETRY_MS = 60;
+const MAX_DOUBLINGS = 4;
 const NO_IMAGE = Buffer.alloc(0);
 
 export interface ProposerWorld {
@@ -47,6 +48,7 @@ export class SimulatedProposer {
   #endLsn = LOG_START;
   #lastRecordStart = 0;
   readonly #mayCreate: boolean;
+  #retryCount = 0;
   #stopped = false;
   #writing = true;
   /** This term's first commit is to come. */
@@ -109,7 +111,8 @@ export class SimulatedProposer {
     } else if (message.kind === 'absent') {
       this.#perform(this.#state.absent(peer, message.incarnation));
     } else if (message.kind !== 'read-refusal') {
-      if (message.kind === 'vote-reply') this.#images[peer] = message.image ?? NO_IMAGE;
+      const isVote = message.kind === 'vote-reply' && message.term === this.#state.term;
+      if (isVote) this.#images[peer] = message.image ?? NO_IMAGE;
       this.#perform(this.#state.receive(peer, message));
       if (this.#world.bug === 'count-old-term-acks') this.#countOldTermAcks();
       this.#pump(peer);
@@ -148,7 +151,7 @@ export class SimulatedProposer {
           this.#members.forEach((_, peer) => this.#pump(peer));
           break;
         case 'retry':
-          scheduler.after(random.between(1, RETRY_MS), () => {
+          scheduler.after(random.between(1, RETRY_MS * 2 ** Math.min(this.#retryCount++, MAX_DOUBLINGS)), () => {
             if (!this.#stopped) this.#perform(this.#state.elect());
           });
           break;
