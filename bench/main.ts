@@ -6,6 +6,7 @@
  *   --json                the rows as JSON instead of a table
  */
 import { parseArgs } from 'node:util';
+import { append } from './append.ts';
 import { branchCreation } from './branch-creation.ts';
 import { coldScan } from './cold-scan.ts';
 import { decode } from './decode.ts';
@@ -42,6 +43,7 @@ const QUESTIONS: Readonly<Record<string, (contenders: Contenders) => Promise<Row
 
 /** Questions to parts of Strata, for which no platform is started. */
 const PART_QUESTIONS: Readonly<Record<string, (options: { readonly quick: boolean }) => Promise<Row[]>>> = {
+  append,
   decode,
   redo,
   ingest,

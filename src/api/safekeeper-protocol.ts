@@ -69,7 +69,8 @@ export const MAX_FRAME_BYTES = 4 * 1024 * 1024;
 export const MAX_WAL_BYTES = 512 * 1024;
 
 const HELLO_FIXED_BYTES = 6;
-const APPEND_FIXED_BYTES = 24;
+/** Of an append's payload, before its WAL. */
+export const APPEND_FIXED_BYTES = 24;
 const APPEND_REPLY_BYTES = 36;
 const GREETING_REPLY_BYTES = 25;
 const VOTE_BYTES = 12;

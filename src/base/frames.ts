@@ -69,6 +69,34 @@ export class FrameReader {
     return { type, payload: bytes.subarray(FRAME_HEADER_BYTES, whole) };
   }
 
+  /**
+   * Takes what is here of a frame that is not whole yet, when it has this type and at least `leastBytes` of its payload are here: large frames then need not be
+   * joined. The rest of the payload must be taken with `rest` before the next frame.
+   */
+  nextPartial(type: number, leastBytes: number): { readonly payload: Buffer; readonly leftBytes: number } | undefined {
+    if (this.#bufferedBytes < FRAME_HEADER_BYTES + leastBytes) return undefined;
+    const bytes = this.#first(FRAME_HEADER_BYTES + leastBytes);
+    const length = bytes.readUInt32LE(0);
+    if (bytes[4] !== type || length > this.maxPayloadBytes || FRAME_HEADER_BYTES + length <= this.#bufferedBytes) {
+      return undefined;
+    }
+    this.#chunks.shift();
+    this.#bufferedBytes -= bytes.length;
+    const payload = bytes.subarray(FRAME_HEADER_BYTES);
+    return { payload, leftBytes: length - payload.length };
+  }
+
+  /** Bytes of a payload that `nextPartial` began, at most `maxBytes` and as they came; undefined until there are more. */
+  rest(maxBytes: number): Buffer | undefined {
+    const first = this.#chunks[0];
+    if (first === undefined) return undefined;
+    const bytes = first.subarray(0, maxBytes);
+    if (bytes.length === first.length) this.#chunks.shift();
+    else this.#chunks[0] = first.subarray(bytes.length);
+    this.#bufferedBytes -= bytes.length;
+    return bytes;
+  }
+
   /** Makes the first chunk hold at least `bytes` bytes; joins chunks only when needed. */
   #first(bytes: number): Buffer {
     const first = this.#chunks[0];

@@ -11,6 +11,7 @@ import { StrataError, toStrataError } from '../base/errors.ts';
 import { mayReadTimeline, type TokenClaims, verifyToken } from '../base/token.ts';
 import type { TimelineIdentity } from '../api/safekeeper.ts';
 import {
+  APPEND_FIXED_BYTES,
   decodeHello,
   decodeJson,
   decodeProposerMessage,
@@ -25,7 +26,7 @@ import {
   MAX_FRAME_BYTES,
   type ReadRequest,
 } from '../api/safekeeper-protocol.ts';
-import type { AcceptorMessage } from '../consensus/messages.ts';
+import type { AcceptorMessage, Append, ProposerMessage } from '../consensus/messages.ts';
 import { serveReplication } from './replication.ts';
 import type { ProposerLink, Timeline } from './timeline.ts';
 import { progressOf, type Timelines } from './timelines.ts';
@@ -75,6 +76,8 @@ class Connection implements ProposerLink {
   #timeline: Timeline | undefined;
   /** Greeted for, and not there. */
   #offered: TimelineIdentity | undefined;
+  /** The piece of a large append that was taken last, and how much of it is still to come. */
+  #append: (Append & { readonly leftBytes: number }) | undefined;
   #busy = false;
 
   constructor(socket: Socket, context: ServerContext) {
@@ -97,10 +100,12 @@ class Connection implements ProposerLink {
     const onData = (chunk: Buffer): void => {
       try {
         this.#reader.push(chunk);
+        this.#readAppend();
         for (let frame = this.#reader.next(); frame !== undefined; frame = this.#reader.next()) {
           if (this.#busy) this.#frames.push(frame);
           else this.#handle(frame);
         }
+        if (this.#timeline !== undefined && this.#frames.length === 0) this.#beginAppend(this.#timeline);
         if (this.#frames.length > MAX_QUEUED_FRAMES) socket.pause();
       } catch (error) {
         this.fail(toStrataError(error));
@@ -120,6 +125,35 @@ class Connection implements ProposerLink {
     if (this.#socket.destroyed) return;
     this.#socket.end(encodeJson(FRAME.error, { code: error.code, message: error.message }));
     this.#socket.destroySoon();
+  }
+
+  /** A large append is taken piece by piece, as if it were several: joining its pieces would cost more than all else. */
+  #beginAppend(timeline: Timeline): void {
+    const part = this.#reader.nextPartial(FRAME.append, APPEND_FIXED_BYTES);
+    if (part === undefined) return;
+    const append = decodeProposerMessage(FRAME.append, part.payload) as Append;
+    this.#append = { ...append, leftBytes: part.leftBytes };
+    this.#take(timeline, append);
+  }
+
+  /** The rest of a large append, as much as is here. */
+  #readAppend(): void {
+    while (this.#append !== undefined) {
+      const bytes = this.#reader.rest(this.#append.leftBytes);
+      if (bytes === undefined) return;
+      const beginLsn = this.#append.beginLsn + this.#append.bytes.length;
+      const leftBytes = this.#append.leftBytes - bytes.length;
+      const append: Append = { ...this.#append, beginLsn, bytes };
+      this.#append = leftBytes === 0 ? undefined : { ...append, leftBytes };
+      this.#take(this.#timeline!, append);
+    }
+  }
+
+  #take(timeline: Timeline, message: ProposerMessage): void {
+    if (this.#socket.writableEnded) return; // It has failed.
+    if (timeline.receive(this, message)) return;
+    this.#socket.pause();
+    timeline.onWritable(() => this.#socket.resume());
   }
 
   #handle(frame: Frame): void {
@@ -152,10 +186,7 @@ class Connection implements ProposerLink {
     if (this.#timeline !== undefined) {
       const message = decodeProposerMessage(type, payload);
       if (message === undefined) throw new StrataError('bad-request', `frame type ${type} from a proposer`);
-      if (!this.#timeline.receive(this, message)) {
-        this.#socket.pause();
-        this.#timeline.onWritable(() => this.#socket.resume());
-      }
+      this.#take(this.#timeline, message);
       return undefined;
     }
     if (type === FRAME.hello) return this.#hello(payload);
