@@ -17,8 +17,9 @@ import { type ProposerWorld, SimulatedProposer } from './simulated-proposer.ts';
 
 const ACCEPTOR_COUNT = 3;
 const FAULTS_MS = 2_500;
-const HEALING_MS = 4_000;
-const HEALING_ROUNDS = 4;
+const HEALING_ROUND_MS = 500;
+const MAX_HEALING_ROUNDS = 20;
+const CATCHING_UP_MS = 2_000;
 const MAX_PROPOSERS = 3;
 
 /** What goes wrong in a run, and how often. */
@@ -266,10 +267,13 @@ class Cluster implements AcceptorWorld, ProposerWorld {
       this.#proposers.clear();
     }
     const before = this.invariants.committedEnd;
-    for (let round = 0; round < HEALING_ROUNDS; round++) {
+    for (let round = 0; round < MAX_HEALING_ROUNDS; round++) {
       // Whoever runs computes starts another when one was fenced, as by a term that a candidate left and never led.
       if ([...this.#proposers.values()].every((proposer) => proposer.isFenced)) this.#startProposer();
-      this.scheduler.runUntil(this.now + HEALING_MS / 2 / HEALING_ROUNDS);
+      this.scheduler.runUntil(this.now + HEALING_ROUND_MS);
+      // Candidates that are left take over from each other, once each.
+      const [first, ...others] = [...this.#proposers.values()].filter((proposer) => !proposer.isFenced);
+      if (first?.isEstablished === true && others.length === 0) break;
     }
     const established = [...this.#proposers.values()].filter((proposer) => proposer.isEstablished);
     if (this.bug !== 'quorum-of-one') {
@@ -278,7 +282,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
     const last = established.at(-1);
     this.invariants.check(last !== undefined && last.commitLsn > before, 'commits go on once faults have stopped');
     last!.quiesce();
-    this.scheduler.runUntil(this.now + HEALING_MS / 2);
+    this.scheduler.runUntil(this.now + CATCHING_UP_MS);
     if (this.bug === 'quorum-of-one') return;
     this.invariants.check(last!.isQuiet, 'everything that was written is committed once faults have stopped');
     for (const acceptor of this.#acceptors) {
