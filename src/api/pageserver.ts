@@ -43,6 +43,8 @@ export interface PageserverTimelineStatus {
   readonly lastRecordStartLsn: Lsn;
   /** What is in layers, and need not be pulled from the safekeepers again. */
   readonly diskConsistentLsn: Lsn;
+  /** What is in the object store for good: no pageserver will need this timeline's WAL below it again. startLsn while nothing is known to be there. */
+  readonly remoteConsistentLsn: Lsn;
   /** The highest commit LSN that a safekeeper has told of; absent when none did. */
   readonly commitLsn?: Lsn;
   readonly layerCount: number;

@@ -261,6 +261,7 @@ function statusOf(timeline: Timeline, receiver: WalReceiver): PageserverTimeline
     lastRecordLsn: timeline.lastRecordLsn,
     lastRecordStartLsn: timeline.lastRecordStartLsn,
     diskConsistentLsn: timeline.diskConsistentLsn,
+    remoteConsistentLsn: timeline.remoteConsistentLsn,
     ...(commitLsn === undefined ? {} : { commitLsn }),
     layerCount: index.layers.length,
     layerBytes: index.layers.reduce((sum, layer) => sum + layer.sizeBytes, 0),

@@ -45,7 +45,8 @@ export interface TimelineIndex {
   readonly layers: readonly LayerDescription[];
 }
 
-interface TimelineIndexJson {
+/** The index as JSON; remote/remote-index.ts has it as well. */
+export interface TimelineIndexJson {
   tenantId: string;
   timelineId: string;
   pgVersion: number;
@@ -60,8 +61,19 @@ interface TimelineIndexJson {
 }
 
 export function encodeTimelineIndex(index: TimelineIndex): Buffer {
+  return encodeChecked(MAGIC, VERSION, timelineIndexToJson(index));
+}
+
+/** Throws `internal`, naming the file, when the bytes are not a whole index of a known version. */
+export function decodeTimelineIndex(bytes: Buffer, file: string): TimelineIndex {
+  const damaged = (reason: string): StrataError =>
+    new StrataError('internal', `timeline index ${file} is damaged: ${reason}`);
+  return timelineIndexFromJson(decodeChecked(bytes, MAGIC, VERSION, damaged) as TimelineIndexJson, damaged);
+}
+
+export function timelineIndexToJson(index: TimelineIndex): TimelineIndexJson {
   const { ancestor, horizon } = index;
-  const json: TimelineIndexJson = {
+  return {
     tenantId: index.tenantId,
     timelineId: index.timelineId,
     pgVersion: index.pgVersion,
@@ -74,24 +86,37 @@ export function encodeTimelineIndex(index: TimelineIndex): Buffer {
     isDeleted: index.isDeleted,
     layers: index.layers.map((layer) => [layerFileName(layer), layer.sizeBytes]),
   };
-  const rest = Buffer.from(`${JSON.stringify(json)}\n`);
-  const checksum = crc32c(rest).toString(16).padStart(8, '0');
-  return Buffer.concat([Buffer.from(`${MAGIC} ${VERSION} ${rest.length} ${checksum}\n`), rest]);
 }
 
-/** Throws `internal`, naming the file, when the bytes are not a whole index of a known version. */
-export function decodeTimelineIndex(bytes: Buffer, file: string): TimelineIndex {
-  const damaged = (reason: string): StrataError =>
-    new StrataError('internal', `timeline index ${file} is damaged: ${reason}`);
+/** JSON after a line that says what it is, its length and its CRC32C. */
+export function encodeChecked(magic: string, version: number, json: unknown): Buffer {
+  const rest = Buffer.from(`${JSON.stringify(json)}\n`);
+  const checksum = crc32c(rest).toString(16).padStart(8, '0');
+  return Buffer.concat([Buffer.from(`${magic} ${version} ${rest.length} ${checksum}\n`), rest]);
+}
+
+/** Throws what `damaged` makes of the reason when the bytes are not what encodeChecked makes. */
+export function decodeChecked(
+  bytes: Buffer,
+  magic: string,
+  version: number,
+  damaged: (reason: string) => StrataError,
+): unknown {
   const lineEnd = bytes.indexOf(0x0a);
   const head = /^([a-z-]+) (\d+) (\d+) ([0-9a-f]{8})$/.exec(bytes.toString('latin1', 0, Math.max(0, lineEnd)));
-  if (head === null || head[1] !== MAGIC) throw damaged('it does not begin as an index');
-  if (Number(head[2]) !== VERSION) throw damaged(`format version ${head[2]} is not known`);
+  if (head === null || head[1] !== magic) throw damaged('it does not begin as an index');
+  if (Number(head[2]) !== version) throw damaged(`format version ${head[2]} is not known`);
   const rest = bytes.subarray(lineEnd + 1);
   if (rest.length !== Number(head[3])) throw damaged(`it has ${rest.length} bytes, its first line says ${head[3]}`);
   const checksum = crc32c(rest);
   if (checksum !== parseInt(head[4]!, 16)) throw damaged(`checksum is ${checksum.toString(16)}, not ${head[4]}`);
-  const json = JSON.parse(rest.toString('utf8')) as TimelineIndexJson;
+  return JSON.parse(rest.toString('utf8'));
+}
+
+export function timelineIndexFromJson(
+  json: TimelineIndexJson,
+  damaged: (reason: string) => StrataError,
+): TimelineIndex {
   return {
     tenantId: json.tenantId,
     timelineId: json.timelineId,
@@ -112,7 +137,12 @@ export function decodeTimelineIndex(bytes: Buffer, file: string): TimelineIndex 
 
 const LAYER_NAME = /^([0-9a-f]{36})-([0-9a-f]{36})__([0-9A-F]{16})(?:-([0-9A-F]{16}))?(?:\.(\d+))?$/;
 
-function parseLayer(name: string, sizeBytes: number, damaged: (reason: string) => StrataError): LayerDescription {
+/** The layer that has this file name. */
+export function parseLayer(
+  name: string,
+  sizeBytes: number,
+  damaged: (reason: string) => StrataError,
+): LayerDescription {
   const match = LAYER_NAME.exec(name);
   if (match === null) throw damaged(`"${name}" is not the name of a layer`);
   const lsnStart = lsnFromHex(match[3]!);

@@ -98,6 +98,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   #stopped: 'closed' | 'deleted' | undefined;
   /** In force at once; in the index a little later. */
   #horizon: Horizon | undefined;
+  #remoteConsistentLsn: Lsn;
 
   constructor(directory: string, index: TimelineIndex, ancestor: Timeline | undefined, options: TimelineOptions) {
     this.directory = directory;
@@ -106,6 +107,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#index = index;
     this.#horizon = index.horizon;
     this.#waiters = new LsnWaiters(`timeline ${index.timelineId}`);
+    this.#remoteConsistentLsn = index.startLsn;
     this.#lastRecordLsn = index.diskConsistentLsn;
     this.#lastRecordStartLsn = index.diskConsistentRecordLsn;
     this.#open = new MemoryLayer(this.#lastRecordLsn + 1, options.now());
@@ -140,6 +142,11 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   get diskConsistentLsn(): Lsn {
     return this.#index.diskConsistentLsn;
+  }
+
+  /** What is in the object store for good: no pageserver will need this timeline's WAL below it again. */
+  get remoteConsistentLsn(): Lsn {
+    return this.#remoteConsistentLsn;
   }
 
   get memoryLayers(): readonly MemoryLayer[] {
