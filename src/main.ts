@@ -14,7 +14,7 @@ import { runPageserver } from './pageserver/main.ts';
 import { openWalDirectory, openWalDirectoryAtCheckpoint } from './pageserver/wal-directory.ts';
 import { dumpWal } from './pageserver/wal-dump.ts';
 import { verifyWal } from './pageserver/wal-verify.ts';
-import { openBranchWal } from './platform/branch-wal.ts';
+import { branchWalConnection, openBranchWal } from './platform/branch-wal.ts';
 import { startPlatform } from './platform/platform.ts';
 import { WalError } from './postgres/wal/error.ts';
 import { runSafekeeper } from './safekeeper/main.ts';
@@ -57,7 +57,11 @@ if (role === 'safekeeper') {
   process.exitCode = await runCli(process.argv.slice(2), {
     version: packageVersion(),
     start,
-    wal: { verify: verifyDirectory, dump },
+    wal: {
+      verify: verifyDirectory,
+      dump,
+      connection: ({ platform, timelineId }) => branchWalConnection({ ...platform, timelineId }),
+    },
   });
 }
 

@@ -1,13 +1,16 @@
 /**
- * `strata wal verify | dump`: what WAL says, for people. The work is the caller's of the program; here are its options and its output.
+ * `strata wal verify | dump | connection-string`: what WAL says, for people, and how others read it. The work is the caller's of the program; here are its
+ * options and its output.
  *
  * `dump` prints a record in a line, as pg_waldump does, or a JSON object in a line.
  */
 import { statSync } from 'node:fs';
+import { resolve } from 'node:path';
 import { Command, InvalidArgumentError, Option } from 'commander';
+import { writeFileDurably } from '../base/durable-file.ts';
 import { formatLsn, type Lsn, parseLsn } from '../postgres/lsn.ts';
 import { RM_MAX_BUILTIN, rmgrName } from '../postgres/rmgr.ts';
-import { type CliContext, openProject, projectCommand, type ProjectOptions } from './context.ts';
+import { type CliContext, openProject, projectCommand, type ProjectOptions, show } from './context.ts';
 import { findBranch, listBranches } from './entities.ts';
 import { CliError } from './errors.ts';
 import { formatFields, formatTable } from './format.ts';
@@ -106,6 +109,15 @@ export interface WalTools {
     filter: DumpFilter,
     onRecords: (records: readonly DumpedRecord[]) => void,
   ) => Promise<string | undefined>;
+  readonly connection: (place: DumpPlace & { readonly kind: 'branch' }) => Promise<WalConnection>;
+}
+
+/** How a reader of Postgres' replication protocol gets a branch's WAL. */
+export interface WalConnection {
+  readonly safekeepers: readonly { readonly host: string; readonly port: number }[];
+  readonly user: string;
+  /** A token that may read this one timeline, and nothing else. */
+  readonly password: string;
 }
 
 interface VerifyOptions {
@@ -171,10 +183,28 @@ export function walCommand(context: CliContext, tools: WalTools, setExitCode: (c
       if (end !== undefined) context.printError(end);
     });
 
+  const connectionString = projectCommand(
+    'connection-string',
+    'print how a hot standby or pg_receivewal reads the WAL of a branch',
+    'wal connection-string main',
+  )
+    .argument('[branch]', 'name or id (default: the default branch)')
+    .option('--passfile <file>', 'write the password there, for libpq’s passfile, and leave it out of the string')
+    .addHelpText('after', '\nIts password reads this one branch’s WAL: treat it as a secret.')
+    .action(async (branch: string | undefined, options: ProjectOptions & { readonly passfile?: string }) => {
+      const place = await findBranchPlace(context, branch, options);
+      const connection = await tools.connection(place);
+      const { passfile } = options;
+      if (passfile !== undefined) writePassfile(passfile, connection);
+      const text = conninfo(connection, passfile === undefined ? undefined : resolve(passfile));
+      show(context, options, { connection_string: text }, () => text);
+    });
+
   return new Command('wal')
     .description('look into WAL: of any Postgres 15 to 18, or of a branch')
     .addCommand(verify)
     .addCommand(dump)
+    .addCommand(connectionString)
     .addHelpText('after', '\nExample:\n  $ strata wal dump main --limit 20');
 }
 
@@ -183,9 +213,39 @@ async function findPlace(context: CliContext, place: string | undefined, options
     return { kind: 'directory', path: place };
   }
   if (place?.includes('/') === true) throw new CliError(`there is no directory ${place}`);
+  return findBranchPlace(context, place, options);
+}
+
+async function findBranchPlace(
+  context: CliContext,
+  place: string | undefined,
+  options: ProjectOptions,
+): Promise<DumpPlace & { readonly kind: 'branch' }> {
   const { project, ...platform } = await openProject(context, options);
   const branch = findBranch(await listBranches(platform.api, project), place);
   return { kind: 'branch', platform, timelineId: branch.timeline_id };
+}
+
+/** A line for each safekeeper, 0600: libpq reads it only so. */
+function writePassfile(path: string, { safekeepers, user, password }: WalConnection): void {
+  const lines = safekeepers.map(({ host, port }) => `${host.replaceAll(':', '\\:')}:${port}:*:${user}:${password}\n`);
+  try {
+    writeFileDurably(path, lines.join(''), 0o600);
+  } catch (error) {
+    throw new CliError(`${path} cannot be written: ${(error as Error).message}`, 1, { cause: error });
+  }
+}
+
+/** Keywords and values, as primary_conninfo and pg_receivewal --dbname take them: of several hosts the next is tried when one does not answer. */
+function conninfo({ safekeepers, user, password }: WalConnection, passfile: string | undefined): string {
+  const hosts = safekeepers.map(({ host }) => host).join(',');
+  const ports = safekeepers.map(({ port }) => port).join(',');
+  const secret = passfile === undefined ? `password=${password}` : `passfile=${quoted(passfile)}`;
+  return `host=${hosts} port=${ports} user=${user} ${secret} dbname=replication sslmode=disable connect_timeout=10`;
+}
+
+function quoted(value: string): string {
+  return `'${value.replaceAll('\\', '\\\\').replaceAll("'", "\\'")}'`;
 }
 
 function progressPrinter(context: CliContext): (progress: WalProgress) => void {

@@ -15,6 +15,7 @@ import {
 } from '../api/safekeeper.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import { signToken } from '../base/token.ts';
+import type { WalConnection } from '../cli/wal.ts';
 import type { WalChunk, WalSource } from '../pageserver/wal-directory.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { toPgVersion } from '../postgres/version.ts';
@@ -62,6 +63,16 @@ export async function openBranchWal(options: BranchWalOptions): Promise<WalSourc
   } finally {
     await pageserver.close();
   }
+}
+
+/** How readers that are not ours get the WAL of a branch: with a token for it alone. */
+export async function branchWalConnection(
+  options: Pick<BranchWalOptions, 'dataDirectory' | 'file' | 'timelineId'>,
+): Promise<WalConnection> {
+  const { dataDirectory, file, timelineId } = options;
+  const { platformSecret } = readSecrets(dataDirectory);
+  const password = await signToken(platformSecret, { scope: 'timeline', timelineId });
+  return { safekeepers: file.safekeepers, user: timelineId, password };
 }
 
 async function recordBoundary(

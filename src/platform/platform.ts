@@ -28,6 +28,7 @@ import {
   type PlatformDirectory,
   type Secrets,
 } from './platform-directory.ts';
+import { servicePorts } from './ports.ts';
 import { ClusterStorage } from './storage.ts';
 import { WalHealer } from './wal-healer.ts';
 import { rmSync } from 'node:fs';
@@ -203,8 +204,8 @@ async function startServices(
   log: Logger,
   cleanup: Cleanup,
 ): Promise<Services> {
-  // The ports are the services' own for as long as the platform runs, so that one that died is found again at its address.
-  const [rpcPort, pagePort, ...safekeeperPorts] = await freePorts(2 + options.safekeeperCount);
+  const ports = await servicePorts(directory.path, LOOPBACK, options.safekeeperCount);
+  const { rpcPort, pagePort, safekeeperPorts } = ports;
   const safekeepers = safekeeperPorts.map((port) => ({ host: LOOPBACK, port }));
   const secret = secrets.platformSecret.toString('hex');
   const start = async (name: string, command: string[], config: Record<string, unknown>): Promise<ChildService> => {
@@ -234,7 +235,7 @@ async function startServices(
       safekeepers,
     }),
   ]);
-  const pageserverAddress = { host: LOOPBACK, port: rpcPort ?? 0 };
+  const pageserverAddress = { host: LOOPBACK, port: rpcPort };
   const pageserver = new PageserverClient({
     ...pageserverAddress,
     token: await signToken(secrets.platformSecret, { scope: 'platform' }),
@@ -244,7 +245,7 @@ async function startServices(
     safekeepers,
     pageserver,
     pageserverAddress,
-    pageAddress: { host: LOOPBACK, port: pagePort ?? 0 },
+    pageAddress: { host: LOOPBACK, port: pagePort },
     services,
   };
 }
@@ -273,18 +274,6 @@ async function assertPortFree(port: number, option: string): Promise<void> {
   } finally {
     server.close();
   }
-}
-
-/** Free ports, all different. */
-async function freePorts(count: number): Promise<number[]> {
-  const servers = Array.from({ length: count }, () => createServer());
-  await Promise.all(servers.map((server) => listen(server, LOOPBACK, 0)));
-  const ports = servers.map((server) => {
-    const address = server.address();
-    return typeof address === 'object' && address !== null ? address.port : 0;
-  });
-  await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
-  return ports;
 }
 
 /** What was started, to be stopped in the opposite order; each step is tried whatever the others do. */

@@ -16,6 +16,8 @@ export interface SafekeeperConfig {
   /** Of the platform; signs tokens. */
   readonly secret: Uint8Array;
   readonly log: Logger;
+  /** After which a silent reader of the replication protocol is gone; a minute when absent. */
+  readonly readerTimeoutMs?: number;
 }
 
 export interface Safekeeper {
@@ -29,7 +31,7 @@ const LOCK_WAIT_MS = 5_000;
 
 /** Resolves when the safekeeper accepts connections. Throws `conflict` when another process has the data directory. */
 export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeeper> {
-  const { nodeId, dataDir, host, secret, log } = config;
+  const { nodeId, dataDir, host, secret, log, readerTimeoutMs } = config;
   const lock = await lockDirectory(dataDir, LOCK_WAIT_MS);
   try {
     const timelines = await Timelines.load(dataDir, log);
@@ -37,7 +39,7 @@ export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeepe
     const server = createServer((socket) => {
       sockets.add(socket);
       socket.once('close', () => sockets.delete(socket));
-      serveConnection(socket, { nodeId, secret, timelines });
+      serveConnection(socket, { nodeId, secret, timelines, readerTimeoutMs });
     });
     await listen(server, host, config.port);
     const address = server.address();

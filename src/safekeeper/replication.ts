@@ -12,6 +12,10 @@
  * The segment in which it begins may be read from the segment's start, as pg_receivewal does: before the timeline's start it holds zeroes and the page
  * headers that say so. There are no slots: nothing is kept for a reader.
  *
+ * A reader that knows several safekeepers is sent to the next one, by an SQLSTATE that says so to libpq, when this one cannot serve it at all. A start beyond
+ * what is committed here is waited for a little: this safekeeper may just have begun, and hear of it soon. A reader that has not been
+ * heard of for a minute is gone; it is asked for a sign of life before. Whoever does not read is sent no more than a message or two.
+ *
  * Inside CopyData, to the client:    'w' u64 start, u64 end of what is committed, i64 time, WAL bytes
  *                                    'k' u64 end of what is committed, i64 time, u8 reply wanted
  *                  from the client:  'r' … u8 reply wanted at offset 33; 'h' feedback, which nobody here needs
@@ -33,11 +37,12 @@ import {
 } from '../postgres/wire.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
-import { WalFileReader } from './wal-store.ts';
+import { WalCursor } from './wal-cursor.ts';
 
 export interface ReplicationContext {
   readonly secret: Uint8Array;
   readonly timelines: Timelines;
+  readonly readerTimeoutMs: number | undefined;
 }
 
 const LOGIN_TIMEOUT_MS = 10_000;
@@ -46,6 +51,11 @@ const KEEPALIVE_MS = 10_000;
 /** As Postgres' own walsender has it. */
 const MAX_SEND_BYTES = 128 * 1024;
 const MAX_MESSAGE_BYTES = 64 * 1024;
+/** What a client has said and we have not looked at; beyond it we do not listen. */
+const MAX_INPUT_BYTES = 256 * 1024;
+/** As wal_sender_timeout. */
+const READER_TIMEOUT_MS = 60_000;
+const AHEAD_WAIT_MS = 5_000;
 /** Between the Unix epoch and that of Postgres' times. */
 const POSTGRES_EPOCH_US = 946_684_800_000_000n;
 const AUTHENTICATION_OK = 0;
@@ -59,6 +69,8 @@ const SQLSTATES: Readonly<Record<string, string>> = {
   'not-found': '58P01',
   'bad-request': '42601',
 };
+/** cannot_connect_now: libpq goes on with the next of several hosts. */
+const TRY_NEXT_HOST = '57P03';
 
 const START_REPLICATION =
   /^START_REPLICATION(?:\s+SLOT\s+\S+)?(?:\s+PHYSICAL)?\s+([0-9A-F]{1,8}\/[0-9A-F]{1,8})(?:\s+TIMELINE\s+(\d+))?$/i;
@@ -67,11 +79,13 @@ const SETTINGS: Readonly<Record<string, string>> = { wal_segment_size: '16MB', d
 
 /** Serves a connection whose first bytes were Postgres' protocol, until it closes. */
 export function serveReplication(socket: Socket, context: ReplicationContext, opening: Buffer): void {
-  new ReplicationConnection(socket, context).serve(opening).then(
+  const connection = new ReplicationConnection(socket, context);
+  connection.serve(opening).then(
     () => socket.end(),
     (error: unknown) => {
       const { code, message } = toStrataError(error);
-      const sqlstate = error instanceof ProtocolError ? '08P01' : (SQLSTATES[code] ?? '58000');
+      const isHere = connection.isLoggedIn || code === 'unauthorized' || code === 'forbidden';
+      const sqlstate = error instanceof ProtocolError ? '08P01' : isHere ? (SQLSTATES[code] ?? '58000') : TRY_NEXT_HOST;
       if (!socket.destroyed) socket.end(encodeErrorResponse({ severity: 'FATAL', code: sqlstate, message }));
       socket.destroySoon();
     },
@@ -85,11 +99,17 @@ class ReplicationConnection {
   readonly #gone = new AbortController();
   #startup = Buffer.alloc(0);
   #isStarted = false;
+  #isLoggedIn = false;
+  #heardAtMs = 0;
   #wake: (() => void) | undefined;
 
   constructor(socket: Socket, context: ReplicationContext) {
     this.#socket = socket;
     this.#context = context;
+  }
+
+  get isLoggedIn(): boolean {
+    return this.#isLoggedIn;
   }
 
   /** Resolves when the client has ended; rejects with what it is to be told. */
@@ -112,6 +132,7 @@ class ReplicationConnection {
     } finally {
       clearTimeout(timer);
     }
+    this.#isLoggedIn = true;
     for (let message = await this.#next(); message !== undefined; message = await this.#next()) {
       if (message.type === 'X') return;
       if (message.type !== 'Q')
@@ -126,9 +147,17 @@ class ReplicationConnection {
   }
 
   #received(chunk: Buffer): void {
+    this.#heardAtMs = performance.now();
     if (this.#isStarted) this.#messages.push(chunk);
     else this.#startup = Buffer.concat([this.#startup, chunk]);
+    if (this.#messages.bufferedBytes > MAX_INPUT_BYTES) this.#socket.pause();
     this.#wake?.();
+  }
+
+  #taken(): WireMessage | undefined {
+    const message = this.#messages.next();
+    if (message === undefined && this.#socket.isPaused()) this.#socket.resume();
+    return message;
   }
 
   async #login(): Promise<Timeline> {
@@ -186,21 +215,18 @@ class ReplicationConnection {
   /** Undefined when the client is gone. */
   async #next(): Promise<WireMessage | undefined> {
     for (;;) {
-      const message = this.#messages.next();
+      const message = this.#taken();
       if (message !== undefined) return message;
       if (this.#gone.signal.aborted) return undefined;
       await this.#arrival();
     }
   }
 
-  /** Something has come, from the client or to the timeline. */
-  async #arrival(timeoutMs?: number): Promise<void> {
-    let timer: NodeJS.Timeout | undefined;
+  /** Something has come from the client. */
+  async #arrival(): Promise<void> {
     await new Promise<void>((resolve) => {
       this.#wake = resolve;
-      if (timeoutMs !== undefined) timer = setTimeout(resolve, timeoutMs);
     });
-    clearTimeout(timer);
     this.#wake = undefined;
   }
 
@@ -238,50 +264,68 @@ class ReplicationConnection {
       this.#refuse('58P01', `the WAL of this branch begins at ${formatLsn(startLsn)}, not ${formatLsn(fromLsn)}`);
       return;
     }
-    if (fromLsn > timeline.commitLsn) {
-      const end = formatLsn(timeline.commitLsn);
-      this.#refuse('58P01', `requested starting point ${formatLsn(fromLsn)} is ahead of what is committed, ${end}`);
-      return;
-    }
-    this.#socket.write(encodeMessage('W', Buffer.from([0, 0, 0])));
-    const stop = timeline.listen(() => this.#wake?.());
-    const files = new WalFileReader(timeline.directory);
+    const cursor = new WalCursor({ timeline, fromLsn, signal: this.#gone.signal });
+    this.#wake = () => cursor.poke();
+    const watchdog = this.#watchReader();
     try {
-      if (!(await this.#stream(timeline, files, fromLsn))) return;
+      const deadlineMs = performance.now() + AHEAD_WAIT_MS;
+      while (fromLsn > timeline.commitLsn && performance.now() < deadlineMs && !this.#gone.signal.aborted) {
+        await cursor.arrival(deadlineMs - performance.now());
+        timeline.throwIfFailed();
+      }
+      if (fromLsn > timeline.commitLsn) {
+        const end = formatLsn(timeline.commitLsn);
+        this.#refuse('58P01', `requested starting point ${formatLsn(fromLsn)} is ahead of what is committed, ${end}`);
+        return;
+      }
+      this.#socket.write(encodeMessage('W', Buffer.from([0, 0, 0])));
+      if (!(await this.#stream(timeline, cursor))) return;
     } finally {
-      stop();
-      await files.close();
+      this.#wake = undefined;
+      clearInterval(watchdog);
+      await cursor.close();
     }
     this.#socket.write(encodeMessage('c'));
     this.#socket.write(encodeMessage('C', cstring('START_STREAMING')));
   }
 
+  /** Ends the connection of a reader that is silent for too long, whatever is under way. */
+  #watchReader(): NodeJS.Timeout {
+    const timeoutMs = this.#context.readerTimeoutMs ?? READER_TIMEOUT_MS;
+    const look = (): void => {
+      if (performance.now() - this.#heardAtMs > timeoutMs) this.#socket.destroy();
+    };
+    return setInterval(look, timeoutMs / 4);
+  }
+
   /** True when the client has ended the stream, false when it is gone. */
-  async #stream(timeline: Timeline, files: WalFileReader, fromLsn: Lsn): Promise<boolean> {
-    let lsn = fromLsn;
+  async #stream(timeline: Timeline, cursor: WalCursor): Promise<boolean> {
+    const silenceMs = (this.#context.readerTimeoutMs ?? READER_TIMEOUT_MS) / 3;
+    const keepaliveMs = Math.min(KEEPALIVE_MS, silenceMs);
     let toldLsn = -1;
     let toldAtMs = 0;
     while (!this.#gone.signal.aborted) {
-      timeline.throwIfFailed();
-      const { commitLsn } = timeline;
-      for (let message = this.#messages.next(); message !== undefined; message = this.#messages.next()) {
+      for (let message = this.#taken(); message !== undefined; message = this.#taken()) {
         if (message.type === 'c') return true;
         if (message.type === 'X') return false;
+        if (message.type !== 'd')
+          throw new ProtocolError(`message ${JSON.stringify(message.type)} while WAL is streamed`);
         if (isReplyWanted(message)) toldLsn = -1;
       }
-      if (lsn < commitLsn) {
-        const bytes = await files.read(lsn, Math.min(commitLsn, lsn + MAX_SEND_BYTES));
+      const { lsn } = cursor;
+      const bytes = await cursor.read(MAX_SEND_BYTES);
+      const { commitLsn } = timeline;
+      if (bytes !== undefined) {
         const hasRoom = this.#socket.write(encodeMessage('d', walHead(lsn, commitLsn), bytes));
-        lsn += bytes.length;
         toldLsn = commitLsn;
         toldAtMs = performance.now();
         if (!hasRoom) await once(this.#socket, 'drain', { signal: this.#gone.signal }).catch(() => {});
-      } else if (toldLsn < commitLsn || performance.now() - toldAtMs >= KEEPALIVE_MS) {
-        this.#socket.write(encodeMessage('d', keepalive(commitLsn)));
+      } else if (toldLsn < commitLsn || performance.now() - toldAtMs >= keepaliveMs) {
+        this.#socket.write(encodeMessage('d', keepalive(commitLsn, performance.now() - this.#heardAtMs > silenceMs)));
         toldLsn = commitLsn;
         toldAtMs = performance.now();
       } else {
-        await this.#arrival(KEEPALIVE_MS);
+        await cursor.arrival(keepaliveMs);
       }
     }
     return false;
@@ -322,11 +366,12 @@ function walHead(lsn: Lsn, commitLsn: Lsn): Buffer {
   return head;
 }
 
-function keepalive(commitLsn: Lsn): Buffer {
+function keepalive(commitLsn: Lsn, isReplyWanted: boolean): Buffer {
   const bytes = Buffer.alloc(18);
   bytes.write('k', 0, 'latin1');
   writeLsnBE(bytes, commitLsn, 1);
   bytes.writeBigInt64BE(postgresTimeUs(), 9);
+  bytes[17] = isReplyWanted ? 1 : 0;
   return bytes;
 }
 

@@ -44,6 +44,7 @@ export interface ServerContext {
   readonly nodeId: number;
   readonly secret: Uint8Array;
   readonly timelines: Timelines;
+  readonly readerTimeoutMs: number | undefined;
 }
 
 /** Serves one accepted connection until it closes. Its first bytes tell whether it is one of ours or a Postgres client's. */

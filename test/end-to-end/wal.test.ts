@@ -3,10 +3,11 @@
  */
 import assert from 'node:assert/strict';
 import { execFile } from 'node:child_process';
-import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { after, before, describe, test } from 'node:test';
+import { promisify } from 'node:util';
 import { parseLsn, segmentStart } from '../../src/postgres/lsn.ts';
 import { recordWal } from '../redo/recorded-wal.ts';
 import { TestPlatform } from './platform.ts';
@@ -45,6 +46,26 @@ describe('strata wal dump', () => {
       .filter((line) => line !== '')
       .map((line) => JSON.parse(line) as DumpedRecord);
   }
+
+  test('a connection string opens the WAL of its branch, the same one after a restart, and nothing else', async () => {
+    const text = async (...args: string[]): Promise<string> =>
+      (await platform.cli(['wal', 'connection-string', ...args])).stdout.trim();
+    const conninfo = await text();
+    const identify = (target: string): Promise<{ stdout: string }> =>
+      promisify(execFile)('psql', ['-X', '-At', '-c', 'IDENTIFY_SYSTEM', `${target} replication=true`]);
+    assert.match((await identify(conninfo)).stdout, /^\d+\|1\|[0-9A-F]+\/[0-9A-F]+\|$/m);
+    const passfile = join(platform.dataDir, 'wal.pgpass');
+    const withoutSecret = await text('main', '--passfile', passfile);
+    assert.doesNotMatch(withoutSecret, /password=/);
+    assert.equal(statSync(passfile).mode & 0o777, 0o600);
+    assert.match((await identify(withoutSecret)).stdout, /\|1\|/);
+    await platform.cli(['branches', 'create', '--name', 'other']);
+    const other = /user=(\S+)/.exec(await text('other'))![1]!;
+    await assert.rejects(identify(conninfo.replace(/user=\S+/, `user=${other}`)), /not for timeline/);
+    await platform.stop();
+    await platform.start();
+    assert.match((await identify(conninfo)).stdout, /\|1\|/, 'the ports are kept');
+  });
 
   test("shows a branch's records in order, filtered by relation, resource manager and count", async () => {
     const all = await dump();

@@ -1,0 +1,59 @@
+/**
+ * The ports of the services: chosen free at the first start and kept in `ports.json`, so that who reads a branch's WAL (a hot standby, pg_receivewal) finds
+ * the safekeepers again after a restart of the platform. A port that somebody else has taken meanwhile is replaced.
+ */
+import { readFileSync } from 'node:fs';
+import { createServer, type Server } from 'node:net';
+import { join } from 'node:path';
+import { writeFileDurably } from '../base/durable-file.ts';
+import { listen } from '../base/rpc.ts';
+
+const FILE_NAME = 'ports.json';
+
+export interface ServicePorts {
+  readonly rpcPort: number;
+  readonly pagePort: number;
+  readonly safekeeperPorts: readonly number[];
+}
+
+/** All different, and free when this resolves. */
+export async function servicePorts(dataDir: string, host: string, safekeeperCount: number): Promise<ServicePorts> {
+  const path = join(dataDir, FILE_NAME);
+  const kept = readKept(path);
+  const servers: Server[] = [];
+  const ports: number[] = [];
+  try {
+    for (let index = 0; index < 2 + safekeeperCount; index++) {
+      const server = await listenOn(host, kept[index] ?? 0).catch(() => listenOn(host, 0));
+      servers.push(server);
+      const address = server.address();
+      ports.push(typeof address === 'object' && address !== null ? address.port : 0);
+    }
+  } finally {
+    await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
+  }
+  if (ports.some((port, index) => port !== kept[index])) {
+    writeFileDurably(path, `${JSON.stringify({ version: 1, ports })}\n`, 0o600);
+  }
+  const [rpcPort, pagePort, ...safekeeperPorts] = ports;
+  return { rpcPort: rpcPort!, pagePort: pagePort!, safekeeperPorts };
+}
+
+async function listenOn(host: string, port: number): Promise<Server> {
+  const server = createServer();
+  await listen(server, host, port);
+  return server;
+}
+
+/** Of the pageserver's calls, its pages, and of each safekeeper. */
+function readKept(path: string): readonly (number | undefined)[] {
+  try {
+    const { ports } = JSON.parse(readFileSync(path, 'utf8')) as { ports?: unknown };
+    if (!Array.isArray(ports)) return [];
+    return ports.map((port: unknown) =>
+      Number.isInteger(port) && (port as number) > 0 ? (port as number) : undefined,
+    );
+  } catch {
+    return []; // None yet, or not readable: new ones are as good.
+  }
+}

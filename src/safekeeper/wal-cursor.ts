@@ -1,0 +1,88 @@
+/**
+ * One reader's place in a timeline's WAL: what is there from its position on, then what comes. What it is framed in, and for whom, is the
+ * caller's: wal-stream.ts for our own readers, replication.ts for Postgres' own.
+ *
+ * Readers get what is committed, never more. The leader's recovery of another safekeeper names its term and gets what is flushed here, as long as
+ * this log is that leader's; the term is looked at again after each read, as a new leader may have cut the log meanwhile.
+ */
+import { StrataError } from '../base/errors.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import type { Timeline } from './timeline.ts';
+import { WalFileReader } from './wal-store.ts';
+
+export interface WalCursorOptions {
+  readonly timeline: Timeline;
+  readonly fromLsn: Lsn;
+  /** Ends what waits. */
+  readonly signal: AbortSignal;
+  readonly term?: number | undefined;
+}
+
+export class WalCursor {
+  readonly #timeline: Timeline;
+  readonly #term: number | undefined;
+  readonly #signal: AbortSignal;
+  readonly #files: WalFileReader;
+  readonly #stopListening: () => void;
+  readonly #poke = (): void => this.#wake?.();
+  #lsn: Lsn;
+  #wake: (() => void) | undefined;
+
+  constructor(options: WalCursorOptions) {
+    const { timeline, fromLsn, signal, term } = options;
+    this.#timeline = timeline;
+    this.#term = term;
+    this.#signal = signal;
+    this.#lsn = fromLsn;
+    this.#files = new WalFileReader(timeline.directory);
+    this.#stopListening = timeline.listen(this.#poke);
+    signal.addEventListener('abort', this.#poke, { once: true });
+  }
+
+  /** Where the next bytes begin. */
+  get lsn(): Lsn {
+    return this.#lsn;
+  }
+
+  /** The next bytes, within one segment; undefined when there are none yet. Throws when this log cannot be read any more. */
+  async read(maxBytes: number): Promise<Buffer | undefined> {
+    const endLsn = this.#readableEnd();
+    if (this.#lsn >= endLsn) return undefined;
+    const bytes = await this.#files.read(this.#lsn, Math.min(endLsn, this.#lsn + maxBytes));
+    this.#readableEnd();
+    this.#lsn += bytes.length;
+    return bytes;
+  }
+
+  /** Resolves when the timeline has moved, `poke` was called, the signal aborted or the time is over. */
+  async arrival(timeoutMs?: number): Promise<void> {
+    if (this.#signal.aborted) return;
+    let timer: NodeJS.Timeout | undefined;
+    await new Promise<void>((resolve) => {
+      this.#wake = resolve;
+      if (timeoutMs !== undefined) timer = setTimeout(resolve, timeoutMs);
+    });
+    clearTimeout(timer);
+    this.#wake = undefined;
+  }
+
+  poke(): void {
+    this.#poke();
+  }
+
+  async close(): Promise<void> {
+    this.#stopListening();
+    this.#signal.removeEventListener('abort', this.#poke);
+    await this.#files.close();
+  }
+
+  #readableEnd(): Lsn {
+    const timeline = this.#timeline;
+    timeline.throwIfFailed();
+    if (this.#term === undefined) return timeline.commitLsn;
+    if (timeline.leaderTerm !== this.#term) {
+      throw new StrataError('conflict', `the WAL here is not that of the leader of term ${this.#term}`);
+    }
+    return timeline.flushLsn;
+  }
+}
