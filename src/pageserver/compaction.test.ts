@@ -10,8 +10,8 @@ import { deltaRuns, planMerge, RUN_BYTES_MIN, runCountMax, RUNS_TO_MERGE } from 
 import type { LayerRun } from './compaction-plan.ts';
 import { ThreadCompactor } from './compactor.ts';
 import type { Compactor } from './compactor.ts';
-import { CHAIN_RECORDS_MAX as FLUSH_RECORDS_MAX } from './flush.ts';
 import { ALL_KEYS, databaseKey, relationBlockKey } from './key.ts';
+import { HOT_CHANGES_MAX } from './layers/memory-layer.ts';
 import { CHAIN_RECORDS_MAX, TAIL_RECORDS_MAX } from './merge.ts';
 import type { Timeline } from './timeline.ts';
 import { Timelines } from './timelines.ts';
@@ -106,7 +106,7 @@ describe('compaction', () => {
                 return collect(...args);
               };
             }
-            const recordsMax = CHAIN_RECORDS_MAX + runCount * Math.max(TAIL_RECORDS_MAX, FLUSH_RECORDS_MAX);
+            const recordsMax = CHAIN_RECORDS_MAX + runCount * Math.max(TAIL_RECORDS_MAX, HOT_CHANGES_MAX);
             for (let lsn = LSN; lsn <= root.lastRecordLsn; lsn += 8 * 7) {
               for (const key of blocks) {
                 visits = 0;

@@ -2,7 +2,7 @@
 
 import type { Lsn } from '../postgres/lsn.ts';
 import type { PgVersion } from '../postgres/version.ts';
-import type { WalRecord } from '../postgres/wal/record.ts';
+import type { WalBlock, WalRecord } from '../postgres/wal/record.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
 import type { KeyImage } from './read.ts';
 
@@ -16,8 +16,8 @@ export interface TimelineWriter {
   readonly lastRecordLsn: Lsn;
   /** Stores an encoded value (value.ts; copied) of `key` under `lsn`, the end of the record it comes from. Not visible before `advance`. */
   put(key: Key, lsn: Lsn, value: Buffer): void;
-  /** Stores a record as a change of `key`, as if it were encoded (value.ts) and put under its end. */
-  putRecord(key: Key, record: WalRecord, blockId: number, needsNoPrior: boolean): void;
+  /** Stores a record as a change of one of its blocks, as if it were encoded (value.ts) and put under its end. */
+  putRecord(record: WalRecord, block: WalBlock, needsNoPrior: boolean): void;
   /** The newest image of `key`, puts that are not yet visible included; undefined when the key does not exist. Not to be changed by the caller. */
   get(key: Key): Buffer | undefined;
   /** The keys that exist, sorted, puts that are not yet visible included. */

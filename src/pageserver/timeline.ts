@@ -19,7 +19,7 @@ import { StrataError } from '../base/errors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import type { PgVersion } from '../postgres/version.ts';
-import type { WalRecord } from '../postgres/wal/record.ts';
+import type { WalBlock, WalRecord } from '../postgres/wal/record.ts';
 import { flushMemoryLayer } from './flush.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
 import { replaceFile } from './layers/durable.ts';
@@ -38,6 +38,7 @@ import type { TimelineReader, TimelineWriter } from './timeline-access.ts';
 import { removeTimelineDirectory } from './timeline-directory.ts';
 import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
+import { encodeImage } from './value.ts';
 
 export interface TimelineOptions {
   readonly reader: HistoryReader;
@@ -254,16 +255,12 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   put(key: Key, lsn: Lsn, value: Buffer): void {
     assert(lsn >= this.#lastRecordLsn, 'a put is above what is visible');
-    const before = this.#open.sizeBytes;
-    this.#open.put(key, lsn, value);
-    this.#options.memory.bytes += this.#open.sizeBytes - before;
+    this.#options.memory.bytes += this.#open.put(key, lsn, value);
   }
 
-  putRecord(key: Key, record: WalRecord, blockId: number, needsNoPrior: boolean): void {
+  putRecord(record: WalRecord, block: WalBlock, needsNoPrior: boolean): void {
     assert(record.endLsn >= this.#lastRecordLsn, 'a put is above what is visible');
-    const before = this.#open.sizeBytes;
-    this.#open.putRecord(key, record, blockId, needsNoPrior);
-    this.#options.memory.bytes += this.#open.sizeBytes - before;
+    this.#options.memory.bytes += this.#open.putRecord(record, block, needsNoPrior);
   }
 
   get(key: Key): Buffer | undefined {
@@ -274,6 +271,8 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     assert(endLsn > this.#lastRecordLsn, 'the last record LSN rises');
     this.#lastRecordLsn = endLsn;
     this.#lastRecordStartLsn = recordStartLsn;
+    const hot = this.#open.takeHot();
+    if (hot.length > 0) this.#putImages(hot);
     this.#waiters.reached(endLsn);
   }
 
@@ -437,6 +436,22 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   // ---- inside
 
+  /**
+   * Puts images of pages under the LSN of the last record. Full page writes are off, so pages that change often would grow long chains
+   * of records; a read ends at the image, which replaces nothing. A page that cannot be read now is left as it is: whoever reads it gets the error.
+   */
+  #putImages(keys: readonly Key[]): void {
+    for (const key of keys) {
+      let image: Buffer | undefined;
+      try {
+        image = this.get(key);
+      } catch {
+        continue;
+      }
+      if (image !== undefined) this.put(key, this.#lastRecordLsn, encodeImage(image));
+    }
+  }
+
   #lastFrozenLsn(): Lsn {
     return this.#frozen.at(-1)?.lastRecordLsn ?? this.diskConsistentLsn;
   }
@@ -471,7 +486,6 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
         directory: this.directory,
         timelineId: this.timelineId,
         lsnEnd: lastRecordLsn + 1,
-        read: (key, lsn) => this.getImage(key, lsn),
       });
       this.#options.onStep?.('layer written');
     }

@@ -9,6 +9,7 @@ import { encodePoke, ModelTimeline, replayPoke } from '../../test/pageserver/his
 import { deltaRuns, RUNS_TO_MERGE } from './compaction-plan.ts';
 import { ALL_KEYS, databaseKey, KEY_KIND, prefixRange, relationBlockKey, relationSizeKey, slruPageKey } from './key.ts';
 import type { Key } from './key.ts';
+import { HOT_CHANGES_MAX } from './layers/memory-layer.ts';
 import type { Timeline } from './timeline.ts';
 import { Timelines } from './timelines.ts';
 import type { StoreLimits } from './timelines.ts';
@@ -161,14 +162,15 @@ describe('timelines', () => {
     assert.equal(root.getImage(key, LSN + 8)?.[5], 1);
   });
 
-  test('long chains get page images at flush', async () => {
+  test('a page that changes often gets images as it does, and reads end at them, flushed or not', async () => {
     const root = await importRoot();
     const key = relationBlockKey(1, 1, 1, 0, 3);
-    for (let i = 1; i <= 250; i++) {
+    const count = 2 * HOT_CHANGES_MAX + 50;
+    for (let i = 1; i <= count; i++) {
       root.put(key, LSN + 8 * i, encodePoke('record', i, i % 200));
       root.advance(LSN + 8 * i, LSN + 8 * i - 8);
     }
-    const expected = root.getImage(key, LSN + 8 * 250);
+    const expected = root.getImage(key, LSN + 8 * count);
     await timelines.close();
     const replayed: number[] = [];
     timelines = await Timelines.open(directory, {
@@ -178,7 +180,7 @@ describe('timelines', () => {
       },
       log,
     });
-    assert.deepEqual(timelines.get(id(1)).getImage(key, LSN + 8 * 250), expected);
+    assert.deepEqual(timelines.get(id(1)).getImage(key, LSN + 8 * count), expected);
     assert.equal(replayed.length, 50);
   });
 

@@ -7,6 +7,7 @@
  *   1 image         payload                     the whole value; 8192 bytes for pages
  *   2 record        u8 blockId, u48 start LSN,  a WAL record to be applied to the value as it was before
  *                   the record's bytes
+ *                                               (its xl_prev and CRC zeroed: nobody needs them, and they do not compress)
  *   3 init record   as for 2                    a WAL record that needs no prior value: it initialises the block or
  *                                               carries a full page image that is applied
  *   4 derived       u8 subtype, payload         a change that follows from a record that does not reference the block
@@ -69,7 +70,14 @@ export function encodeRecord(record: Uint8Array, startLsn: Lsn, blockId: number,
   const bytes = Buffer.allocUnsafe(RECORD_HEADER_BYTES + record.length);
   writeRecordHeader(bytes, 0, startLsn, blockId, needsNoPriorValue);
   bytes.set(record, RECORD_HEADER_BYTES);
+  clearRecordLinks(bytes, RECORD_HEADER_BYTES);
   return bytes;
+}
+
+/** Zeroes what is of no use in a stored record that begins at `offset`: where the one before it starts, and the CRC. */
+export function clearRecordLinks(bytes: Buffer, offset: number): void {
+  for (let at = offset + 8; at < offset + 16; at++) bytes[at] = 0;
+  for (let at = offset + 20; at < offset + 24; at++) bytes[at] = 0;
 }
 
 /** What goes before the bytes of a WAL record. */

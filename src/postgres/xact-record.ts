@@ -116,6 +116,18 @@ export function parseXactRecord(record: WalRecord, version: PgVersion): XactEnd 
   }
 }
 
+/** A commit without any of the optional parts: its main data is its time. */
+export function isPlainCommit(record: WalRecord): boolean {
+  const mask = XLOG_XACT_OPMASK | XLOG_XACT_HAS_INFO;
+  return (record.info & mask) === XLOG_XACT_COMMIT && record.mainLength === 8;
+}
+
+/** Microseconds since 2000-01-01, of a plain commit. Makes no view of its bytes. */
+export function plainCommitTimeUs({ source, sourceOffset, mainOffset }: WalRecord): number {
+  const at = sourceOffset + mainOffset;
+  return source.readInt32LE(at + 4) * 0x100000000 + source.readUInt32LE(at);
+}
+
 /** The bytes of a prepared transaction's file in pg_twophase: the prepare record's main data and its CRC. */
 export function twoPhaseFileBytes(record: WalRecord): Buffer {
   const bytes = Buffer.alloc(record.mainLength + 4);

@@ -7,7 +7,7 @@ import assert from 'node:assert/strict';
 import type { Lsn } from '../../src/postgres/lsn.ts';
 import { BLOCK_SIZE } from '../../src/postgres/page-size.ts';
 import type { PgVersion } from '../../src/postgres/version.ts';
-import type { WalRecord } from '../../src/postgres/wal/record.ts';
+import type { WalBlock, WalRecord } from '../../src/postgres/wal/record.ts';
 import type { ImportSink } from '../../src/pageserver/import.ts';
 import { compareKeys, formatKey, relationBlockKey, relationSizeKey } from '../../src/pageserver/key.ts';
 import type { Key, KeyRange, RelationFork } from '../../src/pageserver/key.ts';
@@ -62,8 +62,9 @@ export class MemoryTimeline implements TimelineWriter, TimelineReader, ImportSin
     if (lsn > this.lastRecordLsn) this.#pending.push(id);
   }
 
-  putRecord(key: Key, record: WalRecord, blockId: number, needsNoPrior: boolean): void {
-    this.put(key, record.endLsn, encodeRecord(record.bytes, record.startLsn, blockId, needsNoPrior));
+  putRecord(record: WalRecord, block: WalBlock, needsNoPrior: boolean): void {
+    const key = relationBlockKey(block.spc, block.db, block.rel, block.fork, block.blk);
+    this.put(key, record.endLsn, encodeRecord(record.bytes, record.startLsn, block.id, needsNoPrior));
   }
 
   drain(): Promise<void> {

@@ -53,10 +53,10 @@ export type Change =
   | { readonly kind: 'prepare'; readonly xid: number; readonly file: Buffer }
   /** A prepared transaction is committed or rolled back. */
   | { readonly kind: 'forget-prepared'; readonly xid: number }
-  /** These transactions committed at `time`; matters to commit timestamps, where they are tracked. */
+  /** These transactions committed at `timeUs`; matters to commit timestamps, where they are tracked. */
   | {
       readonly kind: 'commit-timestamps';
-      readonly time: bigint;
+      readonly timeUs: number;
       readonly origin: number;
       readonly xids: readonly number[];
     }

@@ -51,14 +51,14 @@ export function heapChanges(record: WalRecord): readonly Change[] {
 }
 
 function clearOne(record: WalRecord, flagsAt: number, bits: number): readonly Change[] {
-  if ((record.bytes[record.mainOffset + flagsAt]! & CLEARED) === 0) return NO_CHANGES;
+  if ((mainByte(record, flagsAt) & CLEARED) === 0) return NO_CHANGES;
   const block = record.blocks[0]!;
   return [clearVisibility(block, [{ heapBlock: block.blk, flags: bits }])];
 }
 
 /** The new tuple's page is block 0; the old one's is block 1, or block 0 too when the tuple stays on its page. */
 function clearForUpdate(record: WalRecord): readonly Change[] {
-  const flags = record.bytes[record.mainOffset + 7]!;
+  const flags = mainByte(record, 7);
   if ((flags & (CLEARED | CLEARED_ON_NEW_PAGE)) === 0) return NO_CHANGES;
   const newPage = record.blocks[0]!;
   const oldPage = record.blocks.find((block) => block.id === 1) ?? newPage;
@@ -66,6 +66,11 @@ function clearForUpdate(record: WalRecord): readonly Change[] {
   if ((flags & CLEARED) !== 0) clears.push({ heapBlock: oldPage.blk, flags: VISIBILITYMAP_VALID_BITS });
   if ((flags & CLEARED_ON_NEW_PAGE) !== 0) clears.push({ heapBlock: newPage.blk, flags: VISIBILITYMAP_VALID_BITS });
   return [clearVisibility(newPage, clears)];
+}
+
+/** Most records are only asked for their flags: no view of their bytes is made for that. */
+function mainByte(record: WalRecord, at: number): number {
+  return record.source[record.sourceOffset + record.mainOffset + at]!;
 }
 
 function clearVisibility(block: WalBlock, clears: readonly VisibilityClear[]): Change {

@@ -114,7 +114,6 @@ export class Ingest {
   #takeBlock(record: WalRecord, block: WalBlock): void {
     const { endLsn } = record;
     const { spc, db, rel, fork, blk } = block;
-    const key = relationBlockKey(spc, db, rel, fork, blk);
     const restores = block.hasImage && block.applyImage;
     const initialises = block.willInit || restores;
     const size = this.#sizes.get(spc, db, rel, fork) ?? -1;
@@ -122,14 +121,14 @@ export class Ingest {
       for (let skipped = Math.max(size, 0); skipped < blk; skipped++) {
         this.#writer.put(relationBlockKey(spc, db, rel, fork, skipped), endLsn, TOMBSTONE);
       }
-      if (!initialises) this.#writer.put(key, endLsn, TOMBSTONE);
+      if (!initialises) this.#writer.put(relationBlockKey(spc, db, rel, fork, blk), endLsn, TOMBSTONE);
       this.#sizes.set(spc, db, rel, fork, blk + 1, endLsn);
     }
     // Records with many images would be stored once for each of them, whole; the image alone is smaller.
     if (restores && record.totalLength + RECORD_HEADER_BYTES > BLOCK_SIZE) {
-      this.#writer.put(key, endLsn, encodeImage(this.#restore(record, block)));
+      this.#writer.put(relationBlockKey(spc, db, rel, fork, blk), endLsn, encodeImage(this.#restore(record, block)));
     } else {
-      this.#writer.putRecord(key, record, block.id, initialises);
+      this.#writer.putRecord(record, block, initialises);
     }
   }
 
@@ -175,7 +174,7 @@ export class Ingest {
         return this.#prepared.remove(change.xid, checkpoint.nextXid, lsn);
       case 'commit-timestamps':
         if (!checkpoint.trackCommitTimestamp) return;
-        return this.#slrus.setCommitTimestamps(change.time, change.origin, change.xids, lsn);
+        return this.#slrus.setCommitTimestamps(change.timeUs, change.origin, change.xids, lsn);
       case 'xids':
         for (const xid of change.xids) checkpoint.sawXid(xid);
         return;

@@ -40,8 +40,8 @@ export class SlruStore {
     this.#writer.put(slruPageKey(slru, segment, index), lsn, encodeDerived(change.subtype, change.payload));
   }
 
-  setCommitTimestamps(time: bigint, origin: number, xids: readonly number[], lsn: Lsn): void {
-    for (const change of commitTimestampChanges(time, origin, xids)) this.change(SLRU.commitTs, change, lsn);
+  setCommitTimestamps(timeUs: number, origin: number, xids: readonly number[], lsn: Lsn): void {
+    for (const change of commitTimestampChanges(timeUs, origin, xids)) this.change(SLRU.commitTs, change, lsn);
   }
 
   /** Timestamps are tracked from here on: the page of the next transaction exists, though no record says so (ActivateCommitTs). */

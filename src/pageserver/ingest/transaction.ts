@@ -9,13 +9,14 @@
 import { TRANSACTION_ABORTED, TRANSACTION_COMMITTED, transactionStatusChanges } from '../redo/derived.ts';
 import type { PgVersion } from '../../postgres/version.ts';
 import type { WalRecord } from '../../postgres/wal/record.ts';
-import { parseXactRecord, twoPhaseFileBytes } from '../../postgres/xact-record.ts';
+import { isPlainCommit, parseXactRecord, plainCommitTimeUs, twoPhaseFileBytes } from '../../postgres/xact-record.ts';
 import type { XactEnd } from '../../postgres/xact-record.ts';
 import { SLRU } from '../key.ts';
 import { NO_CHANGES } from './change.ts';
 import type { Change } from './change.ts';
 
 export function transactionChanges(record: WalRecord, version: PgVersion): readonly Change[] {
+  if (isPlainCommit(record)) return plainCommitChanges(record);
   const parsed = parseXactRecord(record, version);
   if (parsed === undefined) return NO_CHANGES;
   if (parsed.kind !== 'prepare') return endChanges(parsed, record.originId);
@@ -25,16 +26,25 @@ export function transactionChanges(record: WalRecord, version: PgVersion): reado
   ];
 }
 
+/** A commit of one transaction that says nothing but its time: most of them. */
+function plainCommitChanges(record: WalRecord): readonly Change[] {
+  const timeUs = plainCommitTimeUs(record);
+  const xids = [record.xid];
+  const status = transactionStatusChanges(TRANSACTION_COMMITTED, xids);
+  return [
+    { kind: 'commit', timeUs },
+    { kind: 'commit-timestamps', timeUs, origin: record.originId, xids },
+    { kind: 'change-slru-page', slru: SLRU.clog, change: status[0]! },
+  ];
+}
+
 function endChanges(end: XactEnd, originId: number): readonly Change[] {
   const xids = [end.xid, ...end.subxacts];
   const isCommit = end.kind === 'commit';
   const changes: Change[] = [{ kind: 'xids', xids }];
   if (isCommit) {
     const timeUs = end.originTimeUs === 0 ? end.timeUs : end.originTimeUs;
-    changes.push(
-      { kind: 'commit', timeUs: end.timeUs },
-      { kind: 'commit-timestamps', time: BigInt(timeUs), origin: originId, xids },
-    );
+    changes.push({ kind: 'commit', timeUs: end.timeUs }, { kind: 'commit-timestamps', timeUs, origin: originId, xids });
   }
   for (const change of transactionStatusChanges(isCommit ? TRANSACTION_COMMITTED : TRANSACTION_ABORTED, xids)) {
     changes.push({ kind: 'change-slru-page', slru: SLRU.clog, change });

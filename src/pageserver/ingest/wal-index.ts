@@ -83,6 +83,7 @@ export function latestTime(chunk: WalIndexChunk): number {
 export class WalIndexTail {
   #timeBefore: number;
   #latestTime: number;
+  #bucketEnd: Lsn = 0;
   #starts: Lsn[] = [];
   #ends: Lsn[] = [];
   #commits: { record: number; timeUs: number }[] = [];
@@ -95,6 +96,7 @@ export class WalIndexTail {
       this.#starts = [...chunk.starts];
       this.#ends = [...chunk.ends];
       this.#commits = [...chunk.commits];
+      this.#bucketEnd = (walIndexBucket(chunk.starts[0]!) + 1) * BUCKET_SIZE;
     }
   }
 
@@ -103,8 +105,8 @@ export class WalIndexTail {
     let complete: { bucket: number; bytes: Buffer } | undefined;
     const first = this.#starts[0];
     if (first !== undefined) {
-      assert(startLsn >= this.#ends.at(-1)!, 'records enter the index in the order of the log');
-      if (walIndexBucket(startLsn) !== walIndexBucket(first)) {
+      assert(startLsn >= this.#ends[this.#ends.length - 1]!, 'records enter the index in the order of the log');
+      if (startLsn >= this.#bucketEnd) {
         complete = this.encode();
         this.#timeBefore = this.#latestTime;
         this.#starts = [];
@@ -116,6 +118,7 @@ export class WalIndexTail {
       this.#commits.push({ record: this.#starts.length, timeUs: commitTimeUs });
       if (commitTimeUs > this.#latestTime) this.#latestTime = commitTimeUs;
     }
+    if (this.#starts.length === 0) this.#bucketEnd = (walIndexBucket(startLsn) + 1) * BUCKET_SIZE;
     this.#starts.push(startLsn);
     this.#ends.push(endLsn);
     return complete;

@@ -43,7 +43,8 @@ export class LayerDamagedError extends StrataError {
  * the processor time there.
  */
 export function encodeBlock(type: number, raw: Buffer): Buffer {
-  const compressed = zstdCompressSync(raw, ZSTD_OPTIONS);
+  // Knowing the size, zstd sets up less.
+  const compressed = zstdCompressSync(raw, { ...ZSTD_OPTIONS, pledgedSrcSize: raw.length });
   if (compressed.length < raw.length) return frame(type, COMPRESSION_ZSTD, raw.length, compressed);
   return frame(type, COMPRESSION_NONE, raw.length, raw);
 }

@@ -1,19 +1,29 @@
 /**
  * The newest part of a timeline's history, in memory until it is flushed to a delta layer.
  *
- * A put costs two map look-ups and a copy: fork → block → newest entry. Entries are rows of typed arrays, each with the row of the next
- * older entry of its key; their bytes lie in arenas. Puts come in the order of the log, so a key's LSNs never fall.
+ * A put costs two look-ups and a copy: fork, block, newest entry. Entries are rows of typed arrays, each with the row of the next older
+ * entry of its key; their bytes lie in arenas; keys are rows too, found by an open hash table (KeyRows). So the garbage collector sees a few large
+ * arrays, however many values there are. Puts come in the order of the log, so a key's LSNs never fall.
+ *
+ * Of each page it counts what has to be replayed since the last value that needs nothing before it; `takeHot` gives the pages for
+ * which an image is due.
  */
 
 import assert from 'node:assert/strict';
 import type { Lsn } from '../../postgres/lsn.ts';
-import type { WalRecord } from '../../postgres/wal/record.ts';
-import { compareKeys, makeKey } from '../key.ts';
+import type { WalBlock, WalRecord } from '../../postgres/wal/record.ts';
+import { compareKeys, KEY_KIND } from '../key.ts';
 import type { Key, KeyRange } from '../key.ts';
-import { RECORD_HEADER_BYTES, writeRecordHeader } from '../value.ts';
+import { clearRecordLinks, needsNoPrior, RECORD_HEADER_BYTES, writeRecordHeader } from '../value.ts';
 import type { Chain, ValueSource } from './chain.ts';
 import { copyBytes } from './copy-bytes.ts';
+import { KeyRows, NO_ROW } from './key-rows.ts';
 import type { LayerWriter } from './layer-writer.ts';
+
+/** An image is due after this many changes in a row, if they are as large as it is; after HOT_CHANGES_MAX whatever their size. */
+export const HOT_CHANGES = 256;
+export const HOT_CHANGES_MAX = 512;
+const HOT_BYTES = 8192;
 
 const ARENA_BYTES_MIN = 16 * 1024;
 const ARENA_BYTES_MAX = 4 * 1024 * 1024;
@@ -21,25 +31,12 @@ const ENTRIES_MIN = 16;
 const ENTRY_BYTES = 24;
 const NONE = -1;
 
-/** The newest entries of one fork's blocks. Most keys that are not relation blocks have only block 0. */
-interface ForkEntries {
-  readonly kind: number;
-  readonly spc: number;
-  readonly db: number;
-  readonly rel: number;
-  readonly fork: number;
-  newestOfBlock0: number;
-  readonly newest: Map<number, number>;
-  /** The next fork with the same hash. */
-  readonly next: ForkEntries | undefined;
-}
-
 export class MemoryLayer implements ValueSource {
   /** Every entry's LSN is at or above this. */
   readonly lsnStart: Lsn;
   readonly createdAtMs: number;
-  readonly #forks = new Map<number, ForkEntries>();
-  #lastFork: ForkEntries | undefined;
+  readonly #keys = new KeyRows();
+  #hot: number[] = [];
   #entryCount = 0;
   #discardedCount = 0;
   #lsns = new Float64Array(ENTRIES_MIN);
@@ -48,6 +45,7 @@ export class MemoryLayer implements ValueSource {
   #offsets = new Uint32Array(ENTRIES_MIN);
   #lengths = new Uint32Array(ENTRIES_MIN);
   readonly #arenaBytes: Buffer[] = [];
+  #arena: Buffer = Buffer.alloc(0);
   #arenaFree = 0;
   #newestLsn: Lsn = 0;
   #valueBytes = 0;
@@ -70,59 +68,55 @@ export class MemoryLayer implements ValueSource {
     return this.#newestLsn;
   }
 
-  put(key: Key, lsn: Lsn, value: Buffer): void {
-    const entry = this.#addEntry(key, lsn);
-    const arena = this.#reserve(entry, value.length);
-    copyBytes(value, 0, arena, this.#offsets[entry]!, value.length);
+  /** By how much `sizeBytes` has grown. */
+  put(key: Key, lsn: Lsn, value: Buffer): number {
+    const { length } = value;
+    const row = this.#keys.rowOf(key.kind, key.spc, key.db, key.rel, key.fork, key.blk);
+    const entry = this.#addEntry(row, lsn, length);
+    copyBytes(value, 0, this.#arena, this.#offsets[entry]!, length);
+    if (needsNoPrior(value[0]!)) this.#keys.restart(row);
+    else if (holdsPages(key.kind)) this.#count(row, length);
+    return length + ENTRY_BYTES;
   }
 
-  /** Puts a WAL record as a value of `key`, as encodeRecord (value.ts) would make it, without making it first. */
-  putRecord(key: Key, record: WalRecord, blockId: number, needsNoPrior: boolean): void {
-    const { bytes } = record;
-    const entry = this.#addEntry(key, record.endLsn);
-    const arena = this.#reserve(entry, RECORD_HEADER_BYTES + bytes.length);
+  /** Puts a WAL record as a value of one of its blocks, as encodeRecord (value.ts) would make it, without making it first. By how much `sizeBytes` has grown. */
+  putRecord(record: WalRecord, block: WalBlock, isBase: boolean): number {
+    const { totalLength } = record;
+    const length = RECORD_HEADER_BYTES + totalLength;
+    const row = this.#keys.rowOf(KEY_KIND.relationBlock, block.spc, block.db, block.rel, block.fork, block.blk);
+    const entry = this.#addEntry(row, record.endLsn, length);
+    const arena = this.#arena;
     const offset = this.#offsets[entry]!;
-    writeRecordHeader(arena, offset, record.startLsn, blockId, needsNoPrior);
-    copyBytes(bytes, 0, arena, offset + RECORD_HEADER_BYTES, bytes.length);
+    writeRecordHeader(arena, offset, record.startLsn, block.id, isBase);
+    copyBytes(record.source, record.sourceOffset, arena, offset + RECORD_HEADER_BYTES, totalLength);
+    clearRecordLinks(arena, offset + RECORD_HEADER_BYTES);
+    if (isBase) this.#keys.restart(row);
+    this.#count(row, length);
+    return length + ENTRY_BYTES;
   }
 
-  #addEntry(key: Key, lsn: Lsn): number {
-    assert(lsn >= this.#newestLsn && lsn >= this.lsnStart, 'puts come in the order of the log');
-    this.#newestLsn = lsn;
-    const fork = this.#forkOf(key);
-    const entry = this.#entryCount;
-    if (entry === this.#lsns.length) this.#growEntries();
-    this.#lsns[entry] = lsn;
-    if (key.blk === 0) {
-      this.#older[entry] = fork.newestOfBlock0;
-      fork.newestOfBlock0 = entry;
-    } else {
-      this.#older[entry] = fork.newest.get(key.blk) ?? NONE;
-      fork.newest.set(key.blk, entry);
-    }
-    this.#entryCount++;
-    return entry;
+  /** Pages for which an image is due; each is given once, and again when as much has come as made it due. */
+  takeHot(): readonly Key[] {
+    if (this.#hot.length === 0) return NO_KEYS;
+    const rows = this.#hot;
+    this.#hot = [];
+    for (const row of rows) this.#keys.restart(row);
+    return rows.filter((row) => this.#keys.newestOf(row) !== NONE).map((row) => this.#keys.keyOf(row));
   }
 
   /** Forgets the entries above `lsn`. */
   discardAbove(lsn: Lsn): void {
     if (this.#newestLsn <= lsn) return;
-    for (const bucket of this.#forks.values()) {
-      for (let fork: ForkEntries | undefined = bucket; fork !== undefined; fork = fork.next) {
-        fork.newestOfBlock0 = this.#atOrBelow(fork.newestOfBlock0, lsn);
-        for (const [blk, entry] of fork.newest) {
-          const kept = this.#atOrBelow(entry, lsn);
-          if (kept === NONE) fork.newest.delete(blk);
-          else if (kept !== entry) fork.newest.set(blk, kept);
-        }
-      }
+    for (let row = 0; row < this.#keys.count; row++) {
+      this.#keys.setNewest(row, this.#atOrBelow(this.#keys.newestOf(row), lsn));
     }
     this.#newestLsn = lsn;
   }
 
   collect(key: Key, lsn: Lsn, floor: Lsn, chain: Chain): boolean {
-    let entry = this.#newestEntry(key);
-    for (; entry !== NONE; entry = this.#older[entry]!) {
+    const row = this.#keys.find(key.kind, key.spc, key.db, key.rel, key.fork, key.blk);
+    if (row === NO_ROW) return false;
+    for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = this.#older[entry]!) {
       const entryLsn = this.#lsns[entry]!;
       if (entryLsn > lsn) continue;
       if (entryLsn <= floor) return chain.reachFloor();
@@ -133,11 +127,10 @@ export class MemoryLayer implements ValueSource {
 
   forEachKey(range: KeyRange, visit: (key: Key) => void): void {
     const keys: Key[] = [];
-    for (const fork of this.#sortedForks()) {
-      for (const blk of blocksOf(fork)) {
-        const key = makeKey(fork.kind, fork.spc, fork.db, fork.rel, fork.fork, blk);
-        if (compareKeys(key, range.start) >= 0 && compareKeys(key, range.end) < 0) keys.push(key);
-      }
+    for (const row of this.#keys.sorted((fork) => compareKeys({ ...fork, blk: 0 }, range.end) < 0)) {
+      if (this.#keys.newestOf(row) === NONE) continue;
+      const key = this.#keys.keyOf(row);
+      if (compareKeys(key, range.start) >= 0 && compareKeys(key, range.end) < 0) keys.push(key);
     }
     for (const key of keys) visit(key);
   }
@@ -145,24 +138,12 @@ export class MemoryLayer implements ValueSource {
   /** All keys in order, each with its entries, oldest first. The array is used again for the next key. */
   *keys(): Generator<{ readonly key: Key; readonly entries: readonly number[] }> {
     const entries: number[] = [];
-    for (const fork of this.#sortedForks()) {
-      for (const blk of blocksOf(fork)) {
-        entries.length = 0;
-        let entry = blk === 0 ? fork.newestOfBlock0 : fork.newest.get(blk)!;
-        for (; entry !== NONE; entry = this.#older[entry]!) entries.push(entry);
-        entries.reverse();
-        yield { key: makeKey(fork.kind, fork.spc, fork.db, fork.rel, fork.fork, blk), entries };
-      }
+    for (const row of this.#keys.sorted()) {
+      entries.length = 0;
+      for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = this.#older[entry]!) entries.push(entry);
+      if (entries.length === 0) continue;
+      yield { key: this.#keys.keyOf(row), entries: entries.reverse() };
     }
-  }
-
-  lsnOf(entry: number): Lsn {
-    return this.#lsns[entry]!;
-  }
-
-  /** The kind of an entry's value (VALUE_KIND). */
-  kindOf(entry: number): number {
-    return this.#arenaBytes[this.#arenas[entry]!]![this.#offsets[entry]!]!;
   }
 
   /** Adds an entry, which is one of `key`, to a layer file. */
@@ -172,39 +153,32 @@ export class MemoryLayer implements ValueSource {
     writer.add(key, this.#lsns[entry]!, this.#arenaBytes[this.#arenas[entry]!]!, offset, end);
   }
 
-  #newestEntry(key: Key): number {
-    const fork = this.#findFork(key, forkHash(key));
-    if (fork === undefined) return NONE;
-    return key.blk === 0 ? fork.newestOfBlock0 : (fork.newest.get(key.blk) ?? NONE);
+  /** A new entry, the newest of its key, with room for its value at its offset in the current arena. */
+  #addEntry(row: number, lsn: Lsn, length: number): number {
+    assert(lsn >= this.#newestLsn && lsn >= this.lsnStart, 'puts come in the order of the log');
+    this.#newestLsn = lsn;
+    const entry = this.#entryCount;
+    if (entry === this.#lsns.length) this.#growEntries();
+    if (this.#arena.length - this.#arenaFree < length) this.#addArena(length);
+    this.#lsns[entry] = lsn;
+    this.#older[entry] = this.#keys.newestOf(row);
+    this.#keys.setNewest(row, entry);
+    this.#arenas[entry] = this.#arenaBytes.length - 1;
+    this.#offsets[entry] = this.#arenaFree;
+    this.#lengths[entry] = length;
+    this.#arenaFree += length;
+    this.#valueBytes += length;
+    this.#entryCount = entry + 1;
+    return entry;
   }
 
-  #forkOf(key: Key): ForkEntries {
-    const last = this.#lastFork;
-    if (last !== undefined && isForkOf(last, key)) return last;
-    const hash = forkHash(key);
-    let fork = this.#findFork(key, hash);
-    if (fork === undefined) {
-      const { kind, spc, db, rel, fork: number } = key;
-      const next = this.#forks.get(hash);
-      fork = { kind, spc, db, rel, fork: number, newestOfBlock0: NONE, newest: new Map(), next };
-      this.#forks.set(hash, fork);
+  #count(row: number, length: number): void {
+    const changes = this.#keys.countChange(row, length);
+    if (changes < HOT_CHANGES) return;
+    if (changes >= HOT_CHANGES_MAX || this.#keys.changedBytesOf(row) >= HOT_BYTES) {
+      this.#keys.restart(row);
+      this.#hot.push(row);
     }
-    this.#lastFork = fork;
-    return fork;
-  }
-
-  #findFork(key: Key, hash: number): ForkEntries | undefined {
-    let fork = this.#forks.get(hash);
-    while (fork !== undefined && !isForkOf(fork, key)) fork = fork.next;
-    return fork;
-  }
-
-  #sortedForks(): ForkEntries[] {
-    const forks: ForkEntries[] = [];
-    for (const bucket of this.#forks.values()) {
-      for (let fork: ForkEntries | undefined = bucket; fork !== undefined; fork = fork.next) forks.push(fork);
-    }
-    return forks.sort((a, b) => a.kind - b.kind || a.spc - b.spc || a.db - b.db || a.rel - b.rel || a.fork - b.fork);
   }
 
   /** The newest entry of a key that is not to be discarded. */
@@ -222,28 +196,14 @@ export class MemoryLayer implements ValueSource {
     return this.#arenaBytes[this.#arenas[entry]!]!.subarray(offset, offset + this.#lengths[entry]!);
   }
 
-  /** Room for an entry's value, at its offset in the arena that is returned. */
-  #reserve(entry: number, length: number): Buffer {
-    let arena = this.#arenaBytes.at(-1);
-    if (arena === undefined || arena.length - this.#arenaFree < length) {
-      const size = Math.min(ARENA_BYTES_MAX, Math.max(ARENA_BYTES_MIN, (arena?.length ?? 0) * 2));
-      arena = Buffer.allocUnsafeSlow(Math.max(size, length));
-      this.#arenaBytes.push(arena);
-      this.#arenaFree = 0;
-    }
-    this.#arenas[entry] = this.#arenaBytes.length - 1;
-    this.#offsets[entry] = this.#arenaFree;
-    this.#lengths[entry] = length;
-    this.#arenaFree += length;
-    this.#valueBytes += length;
-    return arena;
+  #addArena(bytesMin: number): void {
+    const size = Math.min(ARENA_BYTES_MAX, Math.max(ARENA_BYTES_MIN, this.#arena.length * 2));
+    this.#arena = Buffer.allocUnsafeSlow(Math.max(size, bytesMin));
+    this.#arenaBytes.push(this.#arena);
+    this.#arenaFree = 0;
   }
 
   #growEntries(): void {
-    const grown = <T extends Float64Array | Int32Array | Uint32Array>(from: T, to: T): T => {
-      to.set(from);
-      return to;
-    };
     const count = this.#lsns.length * 2;
     this.#lsns = grown(this.#lsns, new Float64Array(count));
     this.#older = grown(this.#older, new Int32Array(count));
@@ -253,25 +213,13 @@ export class MemoryLayer implements ValueSource {
   }
 }
 
-function forkHash(key: Key): number {
-  let hash = Math.imul(key.rel, 0x9e3779b1) ^ Math.imul(key.db, 0x85ebca6b) ^ Math.imul(key.spc, 0xc2b2ae35);
-  hash ^= (key.kind << 8) | key.fork;
-  return hash ^ (hash >>> 15);
+const NO_KEYS: readonly Key[] = [];
+
+function holdsPages(kind: number): boolean {
+  return kind === KEY_KIND.relationBlock || kind === KEY_KIND.slruPage;
 }
 
-function isForkOf(fork: ForkEntries, key: Key): boolean {
-  return (
-    fork.rel === key.rel &&
-    fork.kind === key.kind &&
-    fork.fork === key.fork &&
-    fork.db === key.db &&
-    fork.spc === key.spc
-  );
-}
-
-function blocksOf(fork: ForkEntries): Uint32Array {
-  const blocks = new Uint32Array(fork.newest.size + (fork.newestOfBlock0 === NONE ? 0 : 1));
-  let count = blocks.length - fork.newest.size;
-  for (const blk of fork.newest.keys()) blocks[count++] = blk;
-  return blocks.sort();
+function grown<T extends Float64Array | Int32Array | Uint32Array>(from: T, to: T): T {
+  to.set(from);
+  return to;
 }

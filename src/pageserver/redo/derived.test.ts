@@ -152,7 +152,7 @@ test('members of a multixact stand in groups of four with their flags before the
 });
 
 test('commit timestamps stand in entries of ten bytes', () => {
-  const [change] = commitTimestampChanges(-5n, 9, [2, 3]);
+  const [change] = commitTimestampChanges(-5, 9, [2, 3]);
   const page = apply(Buffer.alloc(8192), change);
   assert.equal(page.readBigInt64LE(20), -5n);
   assert.equal(page.readUInt16LE(28), 9);

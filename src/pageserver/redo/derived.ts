@@ -217,15 +217,15 @@ export function multixactMemberChanges(offset: number, members: readonly Multixa
 const COMMIT_TS_ENTRY_SIZE = 10;
 export const COMMIT_TIMESTAMPS_PER_PAGE = Math.floor(PAGE_SIZE / COMMIT_TS_ENTRY_SIZE);
 
-/** The pages of commit timestamps of these transactions; only where track_commit_timestamp is on. `time` is a TimestampTz. */
-export function commitTimestampChanges(time: bigint, origin: number, xids: readonly number[]): DerivedChange[] {
+/** The pages of commit timestamps of these transactions; only where track_commit_timestamp is on. `timeUs` is a TimestampTz. */
+export function commitTimestampChanges(timeUs: number, origin: number, xids: readonly number[]): DerivedChange[] {
   return splitByPage(
     DERIVED.commitTimestamps,
     xids,
     (xid) => Math.floor(xid / COMMIT_TIMESTAMPS_PER_PAGE),
     (entries) => {
       const payload = Buffer.alloc(10 + entries.length * 4);
-      payload.writeBigInt64LE(time, 0);
+      payload.writeBigInt64LE(BigInt(timeUs), 0);
       payload.writeUInt16LE(origin, 8);
       entries.forEach((xid, index) => payload.writeUInt32LE(xid, 10 + index * 4));
       return payload;
@@ -338,6 +338,8 @@ function splitByPage<T>(
   pageOf: (entry: T) => number,
   encode: (entries: readonly T[]) => Buffer,
 ): DerivedChange[] {
+  // Nearly every record has one.
+  if (entries.length === 1) return [{ page: pageOf(entries[0]!), subtype, payload: encode(entries) }];
   const byPage = Map.groupBy(entries, pageOf);
   return [...byPage].map(([page, onPage]) => ({ page, subtype, payload: encode(onPage) }));
 }

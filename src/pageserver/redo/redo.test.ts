@@ -36,6 +36,8 @@ function makeRecord({ rmid, info, main, data = new Uint8Array(), block = {} }: S
     originId: 0,
     topLevelXid: 0,
     bytes,
+    source: bytes,
+    sourceOffset: 0,
   };
 }
 

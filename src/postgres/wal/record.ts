@@ -96,7 +96,11 @@ export interface WalRecord {
   readonly mainLength: number;
   readonly originId: number;
   readonly topLevelXid: number;
+  /** The whole record: a view, made when it is first asked for. */
   readonly bytes: Buffer;
+  /** Where the record stands: `totalLength` bytes from `sourceOffset` on of `source`. For who looks at many records and wants no views. */
+  readonly source: Buffer;
+  readonly sourceOffset: number;
 }
 
 const NO_BLOCKS: readonly WalBlock[] = [];
@@ -185,8 +189,8 @@ export function decodeWalRecordAt(bytes: Buffer, base: number, length: number, s
 
 /** A record as a place in the bytes that it came in: most of those who look at records need no view of them. */
 class DecodedRecord implements WalRecord {
-  readonly #source: Buffer;
-  readonly #base: number;
+  readonly source: Buffer;
+  readonly sourceOffset: number;
   #view: Buffer | undefined;
   readonly totalLength: number;
   readonly startLsn: Lsn;
@@ -213,8 +217,8 @@ class DecodedRecord implements WalRecord {
     originId: number,
     topLevelXid: number,
   ) {
-    this.#source = source;
-    this.#base = base;
+    this.source = source;
+    this.sourceOffset = base;
     this.#view = undefined;
     this.totalLength = totalLength;
     this.startLsn = startLsn;
@@ -231,7 +235,7 @@ class DecodedRecord implements WalRecord {
   }
 
   get bytes(): Buffer {
-    return (this.#view ??= this.#source.subarray(this.#base, this.#base + this.totalLength));
+    return (this.#view ??= this.source.subarray(this.sourceOffset, this.sourceOffset + this.totalLength));
   }
 }
 

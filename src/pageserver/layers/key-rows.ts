@@ -1,0 +1,188 @@
+/**
+ * The keys of a memory layer as rows of typed arrays: for each the newest entry, and what has come since the last image.
+ *
+ * A key is found in two steps: its fork (everything but the block number) gets a small number, looked up in a short cache and then in a
+ * map; fork number and block are looked up in an open hash table with linear probing. 24 bytes for each key, and 8 to 16 in the table.
+ */
+
+import { makeKey } from '../key.ts';
+import type { Key } from '../key.ts';
+
+export const NO_ROW = -1;
+const NONE = -1;
+const ROWS_MIN = 16;
+const FORK_CACHE_SIZE = 64;
+
+/** A key without its block number. */
+export interface ForkKey {
+  readonly kind: number;
+  readonly spc: number;
+  readonly db: number;
+  readonly rel: number;
+  readonly fork: number;
+}
+
+interface Fork extends ForkKey {
+  readonly number: number;
+  readonly hash: number;
+  /** The next fork with the same hash. */
+  readonly next: Fork | undefined;
+}
+
+export class KeyRows {
+  #count = 0;
+  #forks = new Int32Array(ROWS_MIN);
+  #blocks = new Uint32Array(ROWS_MIN);
+  #newest = new Int32Array(ROWS_MIN);
+  #changes = new Uint32Array(ROWS_MIN);
+  #changedBytes = new Uint32Array(ROWS_MIN);
+  /** Rows + 1, 0 for none; twice as many places as rows at least. */
+  #table = new Int32Array(ROWS_MIN * 2);
+  readonly #forkList: Fork[] = [];
+  readonly #forkMap = new Map<number, Fork>();
+  readonly #forkCache: (Fork | undefined)[] = Array.from({ length: FORK_CACHE_SIZE }, () => undefined);
+
+  get count(): number {
+    return this.#count;
+  }
+
+  /** The key's row; NO_ROW when it has none. */
+  find(kind: number, spc: number, db: number, rel: number, fork: number, blk: number): number {
+    const found = this.#findFork(forkHash(kind, spc, db, rel, fork), kind, spc, db, rel, fork);
+    return found === undefined ? NO_ROW : this.#table[this.#place(found.number, blk)]! - 1;
+  }
+
+  /** The key's row, a new one if need be. */
+  rowOf(kind: number, spc: number, db: number, rel: number, fork: number, blk: number): number {
+    const { number } = this.#forkOf(kind, spc, db, rel, fork);
+    const place = this.#place(number, blk);
+    const row = this.#table[place]! - 1;
+    return row === NO_ROW ? this.#add(number, blk, place) : row;
+  }
+
+  keyOf(row: number): Key {
+    const { kind, spc, db, rel, fork } = this.#forkList[this.#forks[row]!]!;
+    return makeKey(kind, spc, db, rel, fork, this.#blocks[row]!);
+  }
+
+  newestOf(row: number): number {
+    return this.#newest[row]!;
+  }
+
+  setNewest(row: number, entry: number): void {
+    this.#newest[row] = entry;
+  }
+
+  /** How many changes there are with this one since `restart`. */
+  countChange(row: number, bytes: number): number {
+    this.#changedBytes[row]! += bytes;
+    return ++this.#changes[row]!;
+  }
+
+  changedBytesOf(row: number): number {
+    return this.#changedBytes[row]!;
+  }
+
+  restart(row: number): void {
+    this.#changes[row] = 0;
+    this.#changedBytes[row] = 0;
+  }
+
+  /** The rows in the order of their keys; only of the forks that are wanted. */
+  sorted(isWanted: (fork: ForkKey) => boolean = () => true): Int32Array {
+    const forks = this.#forkList
+      .filter(isWanted)
+      .sort((a, b) => a.kind - b.kind || a.spc - b.spc || a.db - b.db || a.rel - b.rel || a.fork - b.fork);
+    const ranks = new Int32Array(this.#forkList.length).fill(NONE);
+    for (const [rank, fork] of forks.entries()) ranks[fork.number] = rank;
+    // Numbers sort as numbers, natively; which row one belongs to is looked up again.
+    const places = new Float64Array(this.#count);
+    let count = 0;
+    for (let row = 0; row < this.#count; row++) {
+      const rank = ranks[this.#forks[row]!]!;
+      if (rank !== NONE) places[count++] = rank * 2 ** 32 + this.#blocks[row]!;
+    }
+    const sorted = places.subarray(0, count).sort();
+    const rows = new Int32Array(count);
+    for (let i = 0; i < count; i++) {
+      const rank = Math.floor(sorted[i]! / 2 ** 32);
+      rows[i] = this.#table[this.#place(forks[rank]!.number, sorted[i]! - rank * 2 ** 32)]! - 1;
+    }
+    return rows;
+  }
+
+  #add(fork: number, blk: number, place: number): number {
+    const row = this.#count;
+    if (row === this.#forks.length) this.#grow();
+    this.#forks[row] = fork;
+    this.#blocks[row] = blk;
+    this.#newest[row] = NONE;
+    this.#count = row + 1;
+    if (this.#count * 2 > this.#table.length) this.#rehash();
+    else this.#table[place] = row + 1;
+    return row;
+  }
+
+  /** Where the key is in the table, or the free place where it would be. */
+  #place(fork: number, blk: number): number {
+    const table = this.#table;
+    const mask = table.length - 1;
+    let hash = Math.imul(blk ^ Math.imul(fork, 0x85ebca6b), 0x9e3779b1);
+    hash ^= hash >>> 15;
+    for (let place = hash & mask; ; place = (place + 1) & mask) {
+      const row = table[place]! - 1;
+      if (row < 0 || (this.#blocks[row] === blk && this.#forks[row] === fork)) return place;
+    }
+  }
+
+  #rehash(): void {
+    this.#table = new Int32Array(this.#table.length * 2);
+    for (let row = 0; row < this.#count; row++) {
+      this.#table[this.#place(this.#forks[row]!, this.#blocks[row]!)] = row + 1;
+    }
+  }
+
+  #forkOf(kind: number, spc: number, db: number, rel: number, fork: number): Fork {
+    const hash = forkHash(kind, spc, db, rel, fork);
+    const found = this.#findFork(hash, kind, spc, db, rel, fork);
+    if (found !== undefined) return found;
+    const next = this.#forkMap.get(hash);
+    const added: Fork = { kind, spc, db, rel, fork, number: this.#forkList.length, hash, next };
+    this.#forkMap.set(hash, added);
+    this.#forkList.push(added);
+    return added;
+  }
+
+  #findFork(hash: number, kind: number, spc: number, db: number, rel: number, fork: number): Fork | undefined {
+    const cached = this.#forkCache[hash & (FORK_CACHE_SIZE - 1)];
+    if (cached !== undefined && isFork(cached, kind, spc, db, rel, fork)) return cached;
+    let found = this.#forkMap.get(hash);
+    while (found !== undefined && !isFork(found, kind, spc, db, rel, fork)) found = found.next;
+    if (found !== undefined) this.#forkCache[hash & (FORK_CACHE_SIZE - 1)] = found;
+    return found;
+  }
+
+  #grow(): void {
+    const count = this.#forks.length * 2;
+    this.#forks = grown(this.#forks, new Int32Array(count));
+    this.#blocks = grown(this.#blocks, new Uint32Array(count));
+    this.#newest = grown(this.#newest, new Int32Array(count));
+    this.#changes = grown(this.#changes, new Uint32Array(count));
+    this.#changedBytes = grown(this.#changedBytes, new Uint32Array(count));
+  }
+}
+
+function forkHash(kind: number, spc: number, db: number, rel: number, fork: number): number {
+  let hash = Math.imul(rel, 0x9e3779b1) ^ Math.imul(db, 0x85ebca6b) ^ Math.imul(spc, 0xc2b2ae35);
+  hash ^= (kind << 8) | fork;
+  return hash ^ (hash >>> 15);
+}
+
+function isFork(found: ForkKey, kind: number, spc: number, db: number, rel: number, fork: number): boolean {
+  return found.rel === rel && found.kind === kind && found.fork === fork && found.db === db && found.spc === spc;
+}
+
+function grown<T extends Int32Array | Uint32Array>(from: T, to: T): T {
+  to.set(from);
+  return to;
+}
