@@ -8,6 +8,7 @@ import { createLog } from './base/log.ts';
 import { StrataError } from './base/errors.ts';
 import { runServiceProcess } from './base/service-process.ts';
 import { runCli } from './cli/program.ts';
+import type { ExportTool } from './cli/export.ts';
 import type { StartOptions } from './cli/start.ts';
 import type { WalTools, WalVerification } from './cli/wal.ts';
 import { runPageserver } from './pageserver/main.ts';
@@ -15,6 +16,7 @@ import { openWalDirectory, openWalDirectoryAtCheckpoint } from './pageserver/wal
 import { dumpWal } from './pageserver/wal-dump.ts';
 import { verifyWal } from './pageserver/wal-verify.ts';
 import { branchWalConnection, openBranchWal } from './platform/branch-wal.ts';
+import { exportBranch } from './platform/branch-export.ts';
 import { startPlatform } from './platform/platform.ts';
 import { WalError } from './postgres/wal/error.ts';
 import { runSafekeeper } from './safekeeper/main.ts';
@@ -62,6 +64,7 @@ if (role === 'safekeeper') {
       dump,
       connection: ({ platform, timelineId }) => branchWalConnection({ ...platform, timelineId }),
     },
+    export: exportDirectory,
   });
 }
 
@@ -87,6 +90,16 @@ async function dump(...[place, filter, onRecords]: Parameters<WalTools['dump']>)
         : await openBranchWal({ ...place.platform, timelineId: place.timelineId, startLsn });
     return dumpWal(source, filter, onRecords);
   });
+}
+
+/** `strata export`. Ctrl-C ends it, and nothing is left. */
+async function exportDirectory(...[request]: Parameters<ExportTool>): ReturnType<ExportTool> {
+  const { platform, ...rest } = request;
+  const interrupted = new AbortController();
+  const onSignal = (): void => interrupted.abort(new StrataError('unavailable', 'interrupted; nothing is left of it'));
+  process.once('SIGINT', onSignal);
+  process.once('SIGTERM', onSignal);
+  return exportBranch({ ...platform, ...rest, signal: interrupted.signal });
 }
 
 /** WAL that is not what it should be is the world's fault, to be told without a stack. */

@@ -127,6 +127,12 @@ export interface PlatformFile {
   /** Where the platform's services listen, for those who have its secret. */
   readonly pageserver: { readonly host: string; readonly port: number };
   readonly safekeepers: readonly { readonly host: string; readonly port: number }[];
+  /** The Postgres binaries that computes are started from, one for each major. */
+  readonly installations: readonly {
+    readonly binDir: string;
+    readonly pgVersion: number;
+    readonly fullVersion: string;
+  }[];
   /** Milliseconds since 1970. */
   readonly startedAtMs: number;
   readonly version: string;

@@ -10,6 +10,7 @@ import { connectionStringCommand, psqlCommand } from './connect.ts';
 import type { CliContext } from './context.ts';
 import { endpointsCommand } from './endpoints.ts';
 import { CliError } from './errors.ts';
+import { exportCommand, type ExportTool } from './export.ts';
 import { projectsCommand } from './projects.ts';
 import { type StartOptions, startCommand } from './start.ts';
 import { statusCommand } from './status.ts';
@@ -22,6 +23,8 @@ export interface CliOptions {
   readonly start: (options: StartOptions) => Promise<void>;
   /** Without them there is no command `wal`. */
   readonly wal?: WalTools;
+  /** Without it there is no command `export`. */
+  readonly export?: ExportTool;
   /** The terminal by default. */
   readonly context?: CliContext;
 }
@@ -47,6 +50,7 @@ export async function runCli(commandLine: readonly string[], options: CliOptions
     .addCommand(connectionStringCommand(context))
     .addCommand(psql);
   if (options.wal !== undefined) program.addCommand(walCommand(context, options.wal, (code) => (exitCode = code)));
+  if (options.export !== undefined) program.addCommand(exportCommand(context, options.export));
   program.addHelpText('after', '\nExample:\n  $ strata branches create --name dev\n  $ strata psql dev');
   prepare(program, context);
   try {

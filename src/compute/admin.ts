@@ -52,7 +52,7 @@ function ownerGrants(pgVersion: PgVersion): readonly string[] {
 }
 
 /** Predefined roles by which files and programs of the server are reached, and so those of every other project. */
-const SERVER_ROLES = ['pg_read_server_files', 'pg_write_server_files', 'pg_execute_server_program'];
+export const SERVER_ROLES = ['pg_read_server_files', 'pg_write_server_files', 'pg_execute_server_program'];
 
 /** The group of owners; once per template. */
 export async function createOwnerGroup(client: Client, pgVersion: PgVersion): Promise<void> {

@@ -37,7 +37,7 @@ export interface InstanceTarget {
 }
 
 /** Folders that initdb makes (src/bin/initdb/initdb.c, subdirs) and the server expects. */
-const FOLDERS = [
+export const DATA_DIRECTORY_FOLDERS = [
   ...['base', 'global', 'pg_commit_ts', 'pg_dynshmem', 'pg_logical', 'pg_logical/mappings', 'pg_logical/snapshots'],
   ...['pg_multixact', 'pg_multixact/members', 'pg_multixact/offsets', 'pg_notify', 'pg_replslot', 'pg_serial'],
   ...['pg_snapshots', 'pg_stat', 'pg_stat_tmp', 'pg_subtrans', 'pg_tblspc', 'pg_twophase', 'pg_wal'],
@@ -51,7 +51,7 @@ export function writeDataDirectory(target: InstanceTarget, basebackup: Basebacku
   const owned = new OwnedFiles(user);
   owned.adopt(instanceDir);
   owned.folder(dataDir);
-  for (const folder of FOLDERS) owned.folder(join(dataDir, folder));
+  for (const folder of DATA_DIRECTORY_FOLDERS) owned.folder(join(dataDir, folder));
   for (const { db } of basebackup.databases) if (db !== 0) owned.folder(join(dataDir, 'base', String(db)));
   for (const { path, bytes } of basebackup.files) owned.file(join(dataDir, path), bytes);
 

@@ -155,6 +155,11 @@ export class Installations {
     return [...this.#found.keys()];
   }
 
+  /** As they were found: the user who runs Postgres may not reach them. */
+  all(): readonly PostgresInstallation[] {
+    return [...this.#found.values()];
+  }
+
   /** Throws `bad-request` when there are no binaries of that major. */
   of(pgVersion: number): PostgresInstallation {
     let installation = this.#reachable.get(pgVersion);

@@ -1,6 +1,6 @@
 /**
- * A compute's lease on the LSN at which it fetches absent pages, so that garbage collection never takes what it may still ask for. Taken
- * before Postgres starts and renewed as long as it runs; a pageserver that was started anew learns of it by the next renewal, and
+ * A lease on the LSN at which a compute fetches absent pages, or an export reads, so that garbage collection never takes what it may still ask
+ * for. A compute's is taken before Postgres starts and renewed as long as it runs; a pageserver that was started anew learns of it by the next renewal, and
  * collects nothing before everybody has had the time for one.
  */
 import { randomUUID } from 'node:crypto';
@@ -17,7 +17,7 @@ export class LsnLease {
   readonly #pageserver: PageserverClient;
   readonly #timelineId: string;
   readonly #lsn: Lsn;
-  readonly #holder = `compute ${randomUUID()}`;
+  readonly #holder: string;
   readonly #log: Logger;
   #timer: NodeJS.Timeout | undefined;
   #isReleased = false;
@@ -25,21 +25,22 @@ export class LsnLease {
   /** Resolves, with why, when the pageserver no longer has what the compute may ask for. */
   readonly lost = new Promise<string>((resolve) => (this.#resolveLost = resolve));
 
-  private constructor(pageserver: PageserverClient, timelineId: string, lsn: Lsn, log: Logger) {
+  private constructor(pageserver: PageserverClient, timelineId: string, lsn: Lsn, kind: string, log: Logger) {
+    this.#holder = `${kind} ${randomUUID()}`;
     this.#pageserver = pageserver;
     this.#timelineId = timelineId;
     this.#lsn = lsn;
     this.#log = log;
   }
 
-  /** Throws `history-gone` when the LSN cannot be read any more. */
+  /** `kind` says who holds it. Throws `history-gone` when the LSN cannot be read any more. */
   static async take(
     pageserver: PageserverClient,
     timelineId: string,
     lsn: Lsn,
-    options: { readonly signal: AbortSignal; readonly log: Logger },
+    options: { readonly signal: AbortSignal; readonly log: Logger; readonly kind?: string },
   ): Promise<LsnLease> {
-    const lease = new LsnLease(pageserver, timelineId, lsn, options.log);
+    const lease = new LsnLease(pageserver, timelineId, lsn, options.kind ?? 'compute', options.log);
     await pageserver.leaseLsn(timelineId, lsn, lease.#holder, options.signal);
     lease.#renewIn(RENEW_MS);
     return lease;

@@ -116,6 +116,16 @@ export class Branches {
     return row;
   }
 
+  /** A place in the branch's history: its head, an LSN or a time. */
+  async point(
+    projectId: string,
+    branchId: string,
+    at: Pick<BranchCreateOptions, 'parent_lsn' | 'parent_timestamp'>,
+  ): Promise<{ branch: BranchRow; lsn: Lsn }> {
+    const branch = this.#readyParent(projectId, branchId);
+    return { branch, lsn: (await this.#branchPoint(branch, at)).lsn };
+  }
+
   async create(
     project: ProjectRow,
     options: BranchCreateOptions,

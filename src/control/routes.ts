@@ -4,6 +4,7 @@
  */
 import type { FastifyInstance } from 'fastify';
 import { StrataError } from '../base/errors.ts';
+import { formatLsn } from '../postgres/lsn.ts';
 import type { BranchCreateOptions, BranchSortKey, BranchUpdateOptions } from './branches.ts';
 import type { Control } from './control.ts';
 import type { EndpointOptions } from './endpoints.ts';
@@ -223,6 +224,20 @@ function registerBranches(api: FastifyInstance, control: Control): void {
       annotation: { object: { type: 'console/branch', id: row.id }, value: {} },
     };
   });
+
+  // Not Neon's: the LSN of the branch's head, or of the last record at an LSN or a time.
+  api.get<{ Params: BranchParams; Querystring: { lsn?: string; timestamp?: string } }>(
+    '/projects/:project/branches/:branch/point',
+    { schema: { querystring: schemas.pointQuery } },
+    async (request) => {
+      const { lsn, timestamp } = request.query;
+      const { branch, lsn: found } = await branches.point(request.params.project, request.params.branch, {
+        ...(lsn === undefined ? {} : { parent_lsn: lsn }),
+        ...(timestamp === undefined ? {} : { parent_timestamp: timestamp }),
+      });
+      return { branch_id: branch.id, timeline_id: branch.timeline_id, lsn: formatLsn(found) };
+    },
+  );
 
   api.patch<{ Params: BranchParams; Body: { branch: BranchUpdateOptions } }>(
     '/projects/:project/branches/:branch',

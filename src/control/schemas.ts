@@ -120,6 +120,8 @@ export const branchListQuery = {
   },
 } as const;
 
+export const pointQuery = { type: 'object', properties: { lsn: text, timestamp: text } } as const;
+
 export const connectionUriQuery = {
   type: 'object',
   required: ['database_name', 'role_name'],

@@ -78,9 +78,14 @@ export function readSecrets(dataDirectory: string): Secrets {
   return { platformSecret: Buffer.from(text.platformSecret, 'hex'), adminPassword: text.adminPassword };
 }
 
+/** The run directory of a platform whose data directory this is. */
+export function runDirectoryOf(dataDirectory: string): string {
+  const name = createHash('sha256').update(realpathSync(dataDirectory)).digest('hex').slice(0, 12);
+  return join(tmpdir(), `strata-${process.geteuid?.() ?? 0}-${name}`);
+}
+
 function openRunDirectory(dataDir: string, postgresUser: UnixUser | undefined): string {
-  const name = createHash('sha256').update(dataDir).digest('hex').slice(0, 12);
-  const path = join(tmpdir(), `strata-${process.geteuid?.() ?? 0}-${name}`);
+  const path = runDirectoryOf(dataDir);
   mkdirSync(path, { recursive: true, mode: 0o711 });
   const status = lstatSync(path);
   if (!status.isDirectory() || status.uid !== process.geteuid?.()) {

@@ -176,6 +176,7 @@ async function bringUp(
     pgPort: options.pgPort,
     pageserver: pageserverAddress,
     safekeepers,
+    installations: installations.all(),
     startedAtMs: Date.now(),
     version,
   };
