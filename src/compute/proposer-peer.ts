@@ -27,11 +27,8 @@ import type { ProposerAction, ProposerState } from '../consensus/proposer.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import type { WalBuffer } from './wal-buffer.ts';
 
-/**
- * Small appends that are not acknowledged yet: one that the safekeeper's disk works on, one that is there when it is done. More of them would only be
- * more messages; what comes meanwhile makes up a larger one.
- */
-const MAX_SMALL_APPENDS = 2;
+/** Small appends that are not acknowledged yet. More of them would only be more messages and more writes; what comes meanwhile makes up a larger one. */
+const MAX_SMALL_APPENDS = 1;
 const SMALL_APPEND_BYTES = 64 * 1024;
 /** Bytes that wait in this process for the socket. */
 const MAX_QUEUED_BYTES = 1024 * 1024;
@@ -49,6 +46,8 @@ export interface ProposerPeerOptions {
   readonly yieldsToLeader: boolean;
   readonly state: ProposerState;
   readonly buffer: () => WalBuffer;
+  /** Small appends go to it at once; otherwise only by `catchUp`. */
+  readonly isEager: () => boolean;
   readonly perform: (actions: readonly ProposerAction[]) => void;
   readonly addressOf: (peer: number) => SafekeeperAddress;
   readonly onAcknowledged: () => void;
@@ -70,6 +69,8 @@ export class ProposerPeer {
   #unacknowledged: Lsn[] = [];
   #roomWaiter: (() => void) | undefined;
   #heardAtMs = 0;
+  /** What had been sent when the last pause ended. */
+  #sentLsn: Lsn = 0;
   #lastError: StrataError | undefined;
   #closed = false;
 
@@ -113,8 +114,8 @@ export class ProposerPeer {
   }
 
   /** Sends what may be sent now. */
-  pump(): void {
-    const { state, index } = this.#options;
+  pump(isPauseOver = false): void {
+    const { state, index, isEager } = this.#options;
     const buffer = this.#options.buffer();
     const peer = state.peer(index);
     while (peer.state === 'streaming' && this.#recovery === undefined && peer.sendLsn < buffer.endLsn) {
@@ -124,9 +125,26 @@ export class ProposerPeer {
         return;
       }
       const isSmall = buffer.endLsn - peer.sendLsn < SMALL_APPEND_BYTES;
-      if (isSmall && this.#unacknowledged.length >= MAX_SMALL_APPENDS) return;
+      if (isSmall && (this.#unacknowledged.length >= MAX_SMALL_APPENDS || !(isPauseOver || isEager()))) return;
       this.#append(peer.sendLsn, buffer.view(peer.sendLsn));
     }
+  }
+
+  /** It has answered all that it had been sent when the last pause ended. */
+  get isPrompt(): boolean {
+    const peer = this.#options.state.peer(this.index);
+    return peer.state === 'streaming' && this.#recovery === undefined && peer.writtenLsn >= this.#sentLsn;
+  }
+
+  /** A pause is over: sends what was held back. True when it may have to be told of a commit LSN after another one. */
+  catchUp(): boolean {
+    this.pump(true);
+    const { state, index } = this.#options;
+    const peer = state.peer(index);
+    // As long as WAL flows, the next append carries the commit LSN.
+    if (peer.sendLsn === this.#sentLsn) this.tellCommit();
+    this.#sentLsn = peer.sendLsn;
+    return peer.state === 'streaming' && (peer.sentCommitLsn < state.commitLsn || peer.writtenLsn < peer.sendLsn);
   }
 
   /** An append without WAL, if the safekeeper does not know the commit LSN yet. */
@@ -148,6 +166,7 @@ export class ProposerPeer {
 
   async close(timeoutMs: number): Promise<void> {
     if (this.#closed) return;
+    if (timeoutMs > 0) this.pump(true);
     this.tellCommit();
     this.#closed = true;
     clearTimeout(this.#reconnectTimer);

@@ -14,6 +14,7 @@ import { StrataError } from '../base/errors.ts';
 import type { SafekeeperAddress, TimelineIdentity } from '../api/safekeeper.ts';
 import { ProposerState, type ProposerAction } from '../consensus/proposer.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+import { EagerPeers } from './eager-peers.ts';
 import { ProposerPeer } from './proposer-peer.ts';
 import { WalBuffer } from './wal-buffer.ts';
 
@@ -49,8 +50,8 @@ export interface ProposerEvents {
 
 const MAX_PENDING_BYTES = 32 * 1024 * 1024;
 const RETAINED_BYTES = 8 * 1024 * 1024;
-/** How long the safekeepers may wait for a new commit LSN when no WAL follows that would carry it. */
-const COMMIT_NOTICE_MS = 5;
+/** How long WAL is held back from safekeepers that are not needed for a quorum, and how long a new commit LSN when no WAL follows that would carry it. */
+const PAUSE_MS = 5;
 const RETRY_MIN_MS = 20;
 /** Doubled with each election that fails: of several candidates one gets the time to bring the others' logs on. */
 const RETRY_SPREAD_MS = 180;
@@ -81,6 +82,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
   readonly #maxPendingBytes: number;
   readonly #state: ProposerState;
   readonly #peers: readonly ProposerPeer[];
+  readonly #eager: EagerPeers;
   readonly #waiters = new Set<Waiter>();
   readonly #stallTimer: NodeJS.Timeout;
   readonly #onAbort = (): void => void this.close();
@@ -90,7 +92,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
   #pumpScheduled = false;
   #full = false;
   #retryCount = 0;
-  #commitTimer: NodeJS.Timeout | undefined;
+  #pauseTimer: NodeJS.Timeout | undefined;
   #retryTimer: NodeJS.Timeout | undefined;
   #closing: Promise<void> | undefined;
 
@@ -102,6 +104,10 @@ export class Proposer extends EventEmitter<ProposerEvents> {
       startLsn: options.timeline.startLsn,
       mayCreate: options.mayCreate,
     });
+    this.#eager = new EagerPeers(
+      options.safekeepers.length,
+      Number.parseInt(options.timeline.timelineId.slice(-4), 16),
+    );
     this.#elected = new Promise((resolve, reject) => {
       this.#settleElection = { resolve, reject };
     });
@@ -115,6 +121,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
           yieldsToLeader: options.yieldsToLeader ?? false,
           state: this.#state,
           buffer: () => this.#buffer,
+          isEager: () => this.#eager.has(index),
           perform: (actions) => this.#perform(actions),
           addressOf: (peer) => options.safekeepers[peer]!,
           onAcknowledged: () => this.#acknowledged(),
@@ -232,7 +239,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
 
   #stop(): void {
     clearInterval(this.#stallTimer);
-    clearTimeout(this.#commitTimer);
+    clearTimeout(this.#pauseTimer);
     clearTimeout(this.#retryTimer);
   }
 
@@ -277,6 +284,17 @@ export class Proposer extends EventEmitter<ProposerEvents> {
 
   #pump(): void {
     for (const peer of this.#peers) peer.pump();
+    this.#startPause();
+  }
+
+  #startPause(): void {
+    this.#pauseTimer ??= setTimeout(() => {
+      this.#pauseTimer = undefined;
+      this.#eager.choose((index) => this.#peers[index]!.isPrompt);
+      let isMoreToSay = false;
+      for (const peer of this.#peers) if (peer.catchUp()) isMoreToSay = true;
+      if (isMoreToSay && this.#closing === undefined && !this.fenced) this.#startPause();
+    }, PAUSE_MS);
   }
 
   #committed(lsn: Lsn): void {
@@ -288,10 +306,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     this.emit('commit', lsn);
     const ackedByAll = Math.min(...this.#peers.map((peer) => this.#state.peer(peer.index).ackedLsn));
     this.#buffer.trim(Math.min(lsn, Math.max(ackedByAll, lsn - (this.#options.retainedBytes ?? RETAINED_BYTES))));
-    this.#commitTimer ??= setTimeout(() => {
-      this.#commitTimer = undefined;
-      for (const peer of this.#peers) peer.tellCommit();
-    }, COMMIT_NOTICE_MS);
+    this.#startPause();
     this.#pump(); // One that recovers may find a source now.
   }
 

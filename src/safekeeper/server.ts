@@ -33,8 +33,8 @@ import { progressOf, type Timelines } from './timelines.ts';
 import { streamWal } from './wal-stream.ts';
 
 const HELLO_TIMEOUT_MS = 10_000;
-/** How long progress is gathered before it is sent to watchers. */
-const WATCH_INTERVAL_MS = 2;
+/** How often progress is sent to watchers, the first after a silence at once: whoever follows a timeline closely reads its WAL. */
+const WATCH_INTERVAL_MS = 20;
 const WATCH_BATCH = 1_000;
 const MAX_QUEUED_FRAMES = 64;
 /** First bytes of the codes in startup packets: versions 3.x, and requests for encryption. */
@@ -263,11 +263,13 @@ class Connection implements ProposerLink {
     const { timelines } = this.#context;
     const moved = new Set<Timeline>();
     let timer: NodeJS.Timeout | undefined;
+    let flushedAtMs = 0;
     const schedule = (): void => {
-      timer ??= setTimeout(flush, WATCH_INTERVAL_MS);
+      timer ??= setTimeout(flush, Math.max(0, flushedAtMs + WATCH_INTERVAL_MS - performance.now()));
     };
     const flush = (): void => {
       timer = undefined;
+      flushedAtMs = performance.now();
       if (this.#socket.destroyed || this.#socket.writableNeedDrain) return; // 'drain' flushes.
       const batch = Array.from(moved, progressOf);
       moved.clear();

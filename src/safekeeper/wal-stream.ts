@@ -8,8 +8,11 @@ import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import type { Timeline } from './timeline.ts';
 import { WalCursor } from './wal-cursor.ts';
 
-/** How long new WAL is gathered for a reader that has caught up: a message for each commit would cost more than the commit. */
-const GATHER_MS = 2;
+/**
+ * How often a reader that has caught up gets new WAL, the first after a silence at once: a message for each commit would cost more than the
+ * commit, here and at the reader.
+ */
+const GATHER_MS = 10;
 
 /** Streams until the signal aborts; throws when there is nothing to stream. */
 export async function streamWal(
@@ -28,6 +31,7 @@ export async function streamWal(
   }
   const cursor = new WalCursor({ timeline, fromLsn, signal, term });
   let sentCommitLsn = -1;
+  let sentAtMs = 0;
   try {
     while (!signal.aborted) {
       const { lsn } = cursor;
@@ -38,7 +42,10 @@ export async function streamWal(
         continue;
       }
       await cursor.arrival();
-      if (term === undefined && !signal.aborted) await sleep(GATHER_MS, undefined, { signal }).catch(() => {});
+      const leftMs = sentAtMs + GATHER_MS - performance.now();
+      if (term === undefined && leftMs > 0 && !signal.aborted)
+        await sleep(leftMs, undefined, { signal }).catch(() => {});
+      sentAtMs = performance.now();
     }
   } finally {
     await cursor.close();
