@@ -23,8 +23,10 @@ export interface NewTimeline {
 }
 
 export interface TimelineStatus {
-  /** Where the timeline begins, its ancestor's LSN, or later where its history is kept from. Every LSN in [oldestLsn, newestLsn] can be read. */
+  /** Where what is kept begins, in the timeline or the ancestors that it inherits from. Every LSN in [oldestLsn, newestLsn] can be read. */
   readonly oldestLsn: Lsn;
+  /** The time whose state `oldestLsn` is, when older history is gone; milliseconds since 1970. */
+  readonly oldestTimeMs?: number;
   /** The last LSN that the pageserver has ingested. */
   readonly newestLsn: Lsn;
   /** Bytes of all databases at the head; absent when not known without work. */
@@ -44,10 +46,12 @@ export interface Storage {
   /** The end of the last whole record at or below `lsn`. The caller has checked that `lsn` is in the timeline's range. */
   resolveLsn(timelineId: string, lsn: Lsn): Promise<Lsn>;
   /**
-   * The LSN whose state holds every commit at or before the time and none after it, over what is ingested. Microseconds since 1970,
-   * as commit records carry them. Undefined when the timeline itself (ancestors aside) has no commit at or before that time.
+   * The LSN of the state of a time, over what is ingested: every commit that was acknowledged by then and none that is later. Microseconds since 1970,
+   * as commit records carry them. It may lie in an ancestor. `history-gone`, naming what there is, when that state is no longer kept.
    */
-  lsnForTimestamp(timelineId: string, timestampUs: number): Promise<Lsn | undefined>;
+  lsnForTimestamp(timelineId: string, timestampUs: number): Promise<Lsn>;
+  /** When the latest commit of the state at `lsn` was made, ancestors' included; undefined when none is known. Microseconds since 1970. */
+  timestampOfLsn(timelineId: string, lsn: Lsn): Promise<number | undefined>;
   status(timelineId: string): Promise<TimelineStatus>;
   /** What each of these timelines takes; those that storage does not have are left out. */
   sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]>;

@@ -37,6 +37,8 @@ export interface PageserverTimelineStatus {
   readonly startLsn: Lsn;
   /** The oldest LSN that can be read, in the timeline or what it inherits. */
   readonly oldestLsn: Lsn;
+  /** The time whose state that is, when older history is gone; milliseconds since 1970. */
+  readonly oldestTimeMs?: number;
   /** What is ingested. */
   readonly lastRecordLsn: Lsn;
   /** Where the last ingested record starts. */
@@ -70,8 +72,8 @@ export interface ResolvedLsn {
 
 export interface LsnForTimestamp {
   /**
-   * present: `lsn` is just before the first later commit. future: no commit is later, `lsn` is the last record's end. past: every commit
-   * that is known is later, `lsn` is where history begins. nodata: no commit is known, `lsn` is the last record's end.
+   * present: `lsn` is just before the first later commit, here or in an ancestor. future: no commit is later, `lsn` is the last record's end. past:
+   * every commit that is known is later, `lsn` is where history begins. nodata: no commit is known, `lsn` is the last record's end.
    */
   readonly kind: 'present' | 'future' | 'past' | 'nodata';
   readonly lsn: Lsn;
@@ -170,9 +172,15 @@ export class PageserverClient {
     return (await this.#rpc.call('resolveLsn', { timelineId, lsn })).result as ResolvedLsn;
   }
 
-  /** Over what is ingested. `timestampUs` is microseconds since 1970. */
+  /** Over what is ingested. `timestampUs` is microseconds since 1970. `history-gone` when that state is no longer kept. */
   async lsnForTimestamp(timelineId: string, timestampUs: number): Promise<LsnForTimestamp> {
     return (await this.#rpc.call('lsnForTimestamp', { timelineId, timestampUs })).result as LsnForTimestamp;
+  }
+
+  /** When the latest commit of the state at `lsn` was made, in microseconds since 1970; undefined when none is known. */
+  async timestampOfLsn(timelineId: string, lsn: Lsn): Promise<number | undefined> {
+    const { result } = await this.#rpc.call('timestampOfLsn', { timelineId, lsn });
+    return (result as { timestampUs?: number }).timestampUs;
   }
 
   /** What a compute starts from at `lsn`, the end of a record, for whose ingest it waits; undefined: at the last record that is ingested. */

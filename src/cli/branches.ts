@@ -18,6 +18,13 @@ interface CreatedBranch {
   readonly connection_uris?: readonly { readonly connection_uri: string }[];
 }
 
+interface Point {
+  readonly branch_id: string;
+  readonly branch_name: string;
+  readonly lsn: string;
+  readonly last_commit_at?: string;
+}
+
 export function branchesCommand(context: CliContext): Command {
   const create = projectCommand(
     'create',
@@ -83,9 +90,37 @@ export function branchesCommand(context: CliContext): Command {
       show(context, options, deleted.branch, () => `deleted branch ${branch.name} (${branch.id})`);
     });
 
+  const at = projectCommand(
+    'at',
+    'show which LSN a time is, or which time an LSN is',
+    "branches at '2026-01-31 12:00:00+00'",
+  )
+    .argument('[point]', 'an LSN (0/16B3748) or a time with its zone (2026-01-31T12:00:00.5Z) (default: the head)')
+    .option('--branch <branch>', 'name or id of the branch (default: the default branch)')
+    .action(async (wanted: string | undefined, options: ProjectOptions & { readonly branch?: string }) => {
+      const { api, project } = await openProject(context, options);
+      const asked = wanted === undefined ? undefined : parsePoint(wanted, 'the point');
+      const branch = findBranch(await listBranches(api, project), options.branch);
+      const query = new URLSearchParams();
+      if (asked !== undefined && 'parent_lsn' in asked) query.set('lsn', asked.parent_lsn);
+      if (asked !== undefined && 'parent_timestamp' in asked) query.set('timestamp', asked.parent_timestamp);
+      const point = await api.get<Point>(`/projects/${project.id}/branches/${branch.id}/point?${query.toString()}`);
+      show(context, options, point, () =>
+        formatFields([
+          ['lsn', point.lsn],
+          ['last commit', point.last_commit_at ?? 'none yet'],
+          [
+            'branch',
+            point.branch_name === branch.name ? branch.name : `${point.branch_name}, which ${branch.name} comes from`,
+          ],
+        ]),
+      );
+    });
+
   return new Command('branches')
-    .description('create, list and delete branches')
+    .description('create, list and delete branches, and find points in their history')
     .addCommand(create)
+    .addCommand(at)
     .addCommand(list)
     .addCommand(remove)
     .addHelpText('after', '\nExample:\n  $ strata branches create --name dev');
@@ -96,19 +131,19 @@ const LSN = /^[0-9A-Fa-f]{1,8}\/[0-9A-Fa-f]{1,8}$/;
 const TIME = /^(\d{4}-\d{2}-\d{2})[T ](\d{2}:\d{2}(?::\d{2}(?:\.\d{1,6})?)?) ?(Z|[+-]\d{2}(?::?\d{2})?)?$/i;
 
 /** What `--at` says, in the API's words. */
-export function parsePoint(text: string): { parent_lsn: string } | { parent_timestamp: string } {
+export function parsePoint(text: string, what = '--at'): { parent_lsn: string } | { parent_timestamp: string } {
   if (LSN.test(text)) return { parent_lsn: text };
   const match = TIME.exec(text);
   const given = JSON.stringify(text);
   if (match === null) {
     throw new CliError(
-      `--at ${given} is neither an LSN (0/16B3748) nor a time with its zone (2026-01-31T12:00:00.5Z)`,
+      `${what} ${given} is neither an LSN (0/16B3748) nor a time with its zone (2026-01-31T12:00:00.5Z)`,
       2,
     );
   }
   const [, date, time, zone] = match as unknown as [string, string, string, string | undefined];
   if (zone === undefined)
-    throw new CliError(`--at ${given} has no time zone: add Z for UTC, or an offset such as +02:00`, 2);
+    throw new CliError(`${what} ${given} has no time zone: add Z for UTC, or an offset such as +02:00`, 2);
   const seconds = time.length === 5 ? `${time}:00` : time;
   return { parent_timestamp: `${date}T${seconds}${fullZone(zone)}` };
 }

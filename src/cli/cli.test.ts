@@ -188,6 +188,9 @@ test('branches are created from the head, an LSN or a time of any branch, listed
   assert.match(text, /^parent +main at 0\/1500000$/m);
   assert.match(text, /^connection +postgresql:/m);
   await terminal.ok('branches', 'create', '--name', 'leaf', '--parent', 'dev', '--at', '0/1500000', '--no-endpoint');
+  assert.match(await terminal.ok('branches', 'at'), /^lsn +0\/1500000\nlast commit +none yet\nbranch +main$/);
+  await terminal.fails(2, ['the point "soon"'], 'branches', 'at', 'soon');
+  await terminal.fails(1, ['F/0', 'newest'], 'branches', 'at', 'F/0', '--branch', 'dev');
   const at = new Date(Date.now() + 1).toISOString().replace('T', ' ').replace('Z', '+00');
   terminal.world.nowMs = Date.now() + 10;
   await terminal.ok('branches', 'create', '--name', 'past', '--at', at);

@@ -8,9 +8,8 @@
  *   4 transaction: branch `ready`, operation `finished`
  * Failing at 3 removes it again. Deleting hides the rows first, then stops computes, removes the timeline, and last the rows; a restart goes on where it stopped.
  */
-import type { Lsn } from '../postgres/lsn.ts';
-import { formatLsn, parseLsn } from '../postgres/lsn.ts';
 import { StrataError } from '../base/errors.ts';
+import { BranchPoints, type PointInHistory, type PointOptions } from './branch-points.ts';
 import type { Catalog } from './catalog.ts';
 import type { ControlContext } from './context.ts';
 import type { EndpointOptions, Endpoints } from './endpoints.ts';
@@ -18,7 +17,6 @@ import { newBranchId, newTimelineId } from './ids.ts';
 import { Lanes } from './lanes.ts';
 import { type Page, type PageRequest, decodeCursor, encodeCursor } from './pagination.ts';
 import type { BranchRow, EndpointRow, ProjectRow, State } from './state.ts';
-import { formatTimestampUs, parseTimestampUs } from './timestamps.ts';
 
 export interface BranchCreateOptions {
   readonly parent_id?: string;
@@ -55,6 +53,7 @@ export class Branches {
   readonly #context: ControlContext;
   readonly #catalog: Catalog;
   readonly #endpoints: Endpoints;
+  readonly points: BranchPoints;
   /** One lane per project: a child's timeline goes before its parent's. */
   readonly #removals = new Lanes();
 
@@ -62,6 +61,7 @@ export class Branches {
     this.#context = context;
     this.#catalog = catalog;
     this.#endpoints = endpoints;
+    this.points = new BranchPoints(context);
   }
 
   get(projectId: string, branchId: string): BranchRow {
@@ -117,13 +117,8 @@ export class Branches {
   }
 
   /** A place in the branch's history: its head, an LSN or a time. */
-  async point(
-    projectId: string,
-    branchId: string,
-    at: Pick<BranchCreateOptions, 'parent_lsn' | 'parent_timestamp'>,
-  ): Promise<{ branch: BranchRow; lsn: Lsn }> {
-    const branch = this.#readyParent(projectId, branchId);
-    return { branch, lsn: (await this.#branchPoint(branch, at)).lsn };
+  async point(projectId: string, branchId: string, at: PointOptions): Promise<PointInHistory> {
+    return this.points.find(this.#readyParent(projectId, branchId), at);
   }
 
   async create(
@@ -134,10 +129,11 @@ export class Branches {
     refuseUnsupported(options, endpointOptions);
     const { state, operations, now } = this.#context;
     this.#refuseNameInUse(project.id, options.name);
-    const parent = this.#readyParent(project.id, options.parent_id);
+    const asked = this.#readyParent(project.id, options.parent_id);
     // Read before the head is: a catalog that is applied by now is below that head.
-    const catalogApplied = parent.catalog_applied;
-    const point = await this.#branchPoint(parent, options);
+    const catalogApplied = asked.catalog_applied;
+    const point = await this.points.find(asked, { lsn: options.parent_lsn, timestamp: options.parent_timestamp });
+    const parent = point.branch;
 
     const id = newBranchId();
     const createdAt = now();
@@ -298,52 +294,6 @@ export class Branches {
       `branch ${branch.name} has child branches and cannot be deleted: delete ${names} first`,
     );
   }
-
-  async #branchPoint(
-    parent: BranchRow,
-    options: BranchCreateOptions,
-  ): Promise<{ lsn: Lsn; isHead: boolean; timestampUs?: number }> {
-    const { storage } = this.#context;
-    if (options.parent_lsn !== undefined && options.parent_timestamp !== undefined) {
-      throw new StrataError('bad-request', 'parent_lsn and parent_timestamp exclude each other: give one of them');
-    }
-    if (options.parent_lsn !== undefined)
-      return { lsn: await this.#pointAtLsn(parent, options.parent_lsn), isHead: false };
-    if (options.parent_timestamp !== undefined) {
-      const timestampUs = parseTimestampUs(options.parent_timestamp);
-      return { lsn: await this.#pointAtTime(parent, timestampUs), isHead: false, timestampUs };
-    }
-    return { lsn: await storage.headLsn(parent.timeline_id), isHead: true };
-  }
-
-  async #pointAtLsn(parent: BranchRow, text: string): Promise<Lsn> {
-    const { storage } = this.#context;
-    const lsn = readLsn(text);
-    const head = await storage.headLsn(parent.timeline_id);
-    const { oldestLsn } = await storage.status(parent.timeline_id);
-    if (lsn < oldestLsn || lsn > head) {
-      const where = lsn > head ? 'in the future' : 'before the beginning';
-      const range = `oldest ${formatLsn(oldestLsn)}, newest ${formatLsn(head)}`;
-      throw new StrataError('bad-request', `LSN ${formatLsn(lsn)} is ${where} of branch ${parent.name} (${range})`);
-    }
-    return storage.resolveLsn(parent.timeline_id, lsn);
-  }
-
-  async #pointAtTime(parent: BranchRow, timestampUs: number): Promise<Lsn> {
-    const { storage, now } = this.#context;
-    const oldestUs = parent.created_at * 1000;
-    const newestUs = (now() + 1) * 1000; // To the end of this millisecond.
-    if (timestampUs < oldestUs || timestampUs > newestUs) {
-      const where = timestampUs > newestUs ? 'in the future' : 'before the beginning';
-      const range = `oldest ${formatTimestampUs(oldestUs)}, newest ${formatTimestampUs(newestUs)}`;
-      throw new StrataError(
-        'bad-request',
-        `time ${formatTimestampUs(timestampUs)} is ${where} of branch ${parent.name} (${range})`,
-      );
-    }
-    await storage.headLsn(parent.timeline_id); // So that every commit up to now is known.
-    return (await storage.lsnForTimestamp(parent.timeline_id, timestampUs)) ?? parent.ancestor_lsn;
-  }
 }
 
 function refuseUnsupported(options: BranchCreateOptions, endpoints: readonly EndpointOptions[]): void {
@@ -365,16 +315,6 @@ function refuseExpiry(expiresAt: string | null | undefined): void {
     'not-implemented',
     `branches that expire are not supported yet (expires_at: ${JSON.stringify(expiresAt)})`,
   );
-}
-
-function readLsn(text: string): Lsn {
-  try {
-    return parseLsn(text);
-  } catch (error) {
-    throw new StrataError('bad-request', `parent_lsn ${JSON.stringify(text)} is not an LSN such as 0/16B3748`, {
-      cause: error,
-    });
-  }
 }
 
 /** Removes a deleted project's last rows once no branch of it is left. */

@@ -5,6 +5,7 @@ import { test } from 'node:test';
 import { StrataError } from '../base/errors.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import type { BranchCreateOptions } from './branches.ts';
+import { formatTimestampUs } from './timestamps.ts';
 import { TEMPLATE_LSN, World, quietSample } from './fake-world.ts';
 import type { CreatedProject } from './projects.ts';
 import type { BranchRow } from './state.ts';
@@ -117,6 +118,41 @@ test('a branch at a time holds the commits at or before it', async () => {
   assert.equal((await at('2026-01-31T12:00:00.300000Z')).ancestor_lsn, lsns[1]);
   assert.equal((await at('2026-01-31T13:00:00.300001+01:00')).ancestor_lsn, lsns[2]);
   assert.equal((await at('2026-01-31T12:00:00Z')).ancestor_lsn, TEMPLATE_LSN);
+});
+
+test('a point before a branch began is one of its parent’s history, over generations, and back again', async () => {
+  await using world = new World();
+  const created = await world.control.projects.create({ branch: { name: 'trunk' } });
+  const us = () => world.nowMs * 1000;
+  const first = world.storage.commit(created.branch.timeline_id, us());
+  const firstUs = us();
+  world.nowMs += 1000;
+  world.storage.commit(created.branch.timeline_id, us());
+  const { branch: dev } = await newBranch(world, created, { name: 'dev' });
+  world.nowMs += 1000;
+  const second = world.storage.commit(dev.timeline_id, us());
+  const secondUs = us();
+  world.nowMs += 1000;
+  world.storage.commit(dev.timeline_id, us());
+  const { branch: leaf } = await newBranch(world, created, { name: 'leaf', parent_id: dev.id });
+  world.nowMs += 1000;
+  world.storage.commit(leaf.timeline_id, us());
+  const { points } = world.control.branches;
+  const find = async (timestampUs: number) => points.find(leaf, { timestamp: formatTimestampUs(timestampUs) });
+  const inTrunk = await find(firstUs + 500);
+  assert.deepEqual([inTrunk.branch.name, inTrunk.lsn], ['trunk', first]);
+  assert.equal(await points.timestampUs(inTrunk), firstUs);
+  const inDev = await find(secondUs + 500);
+  assert.deepEqual([inDev.branch.name, inDev.lsn], ['dev', second]);
+  const byLsn = await points.find(leaf, { lsn: formatLsn(first) });
+  assert.deepEqual([byLsn.branch.name, byLsn.lsn], ['trunk', first]);
+  const { branch } = await newBranch(world, created, { parent_id: leaf.id, parent_lsn: formatLsn(first) });
+  assert.deepEqual([branch.parent_id, branch.ancestor_lsn], [created.branch.id, first]);
+  assert.equal((await points.find(leaf, {})).isHead, true);
+  assert.equal(
+    await points.timestampUs(await points.find(created.branch, { lsn: formatLsn(TEMPLATE_LSN) })),
+    undefined,
+  );
 });
 
 test('points outside of the parent’s history are refused with the range', async () => {

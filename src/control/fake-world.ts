@@ -88,13 +88,24 @@ export class FakeStorage implements Storage {
     return lsn - (lsn % 8);
   }
 
-  async lsnForTimestamp(timelineId: string, timestampUs: number): Promise<Lsn | undefined> {
-    return this.#get(timelineId).commits.findLast((commit) => commit.atUs <= timestampUs)?.lsn;
+  async lsnForTimestamp(timelineId: string, timestampUs: number): Promise<Lsn> {
+    const { ancestor, commits } = this.#get(timelineId);
+    const own = commits.findLast((commit) => commit.atUs <= timestampUs);
+    if (own !== undefined) return own.lsn;
+    if (ancestor === undefined) return 0;
+    return Math.min(ancestor.lsn, await this.lsnForTimestamp(ancestor.timelineId, timestampUs));
+  }
+
+  async timestampOfLsn(timelineId: string, lsn: Lsn): Promise<number | undefined> {
+    const { ancestor, commits } = this.#get(timelineId);
+    const own = commits.findLast((commit) => commit.lsn <= lsn)?.atUs;
+    if (own !== undefined || ancestor === undefined) return own;
+    return this.timestampOfLsn(ancestor.timelineId, Math.min(lsn, ancestor.lsn));
   }
 
   async status(timelineId: string): Promise<TimelineStatus> {
     const timeline = this.#get(timelineId);
-    return { oldestLsn: timeline.ancestor?.lsn ?? 0, newestLsn: timeline.head, logicalSizeBytes: 7_654_321 };
+    return { oldestLsn: 0, newestLsn: timeline.head, logicalSizeBytes: 7_654_321 };
   }
 
   async sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]> {

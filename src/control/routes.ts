@@ -4,7 +4,7 @@
  */
 import type { FastifyInstance } from 'fastify';
 import { StrataError } from '../base/errors.ts';
-import { formatLsn } from '../postgres/lsn.ts';
+import type { PointOptions } from './branch-points.ts';
 import type { BranchCreateOptions, BranchSortKey, BranchUpdateOptions } from './branches.ts';
 import type { Control } from './control.ts';
 import type { EndpointOptions } from './endpoints.ts';
@@ -225,17 +225,14 @@ function registerBranches(api: FastifyInstance, control: Control): void {
     };
   });
 
-  // Not Neon's: the LSN of the branch's head, or of the last record at an LSN or a time.
-  api.get<{ Params: BranchParams; Querystring: { lsn?: string; timestamp?: string } }>(
+  // Not Neon's: which LSN a time is, which time an LSN is, and in whose history it lies; without either, of the head.
+  api.get<{ Params: BranchParams; Querystring: PointOptions }>(
     '/projects/:project/branches/:branch/point',
     { schema: { querystring: schemas.pointQuery } },
     async (request) => {
-      const { lsn, timestamp } = request.query;
-      const { branch, lsn: found } = await branches.point(request.params.project, request.params.branch, {
-        ...(lsn === undefined ? {} : { parent_lsn: lsn }),
-        ...(timestamp === undefined ? {} : { parent_timestamp: timestamp }),
-      });
-      return { branch_id: branch.id, timeline_id: branch.timeline_id, lsn: formatLsn(found) };
+      const { project, branch } = request.params;
+      const point = await branches.point(project, branch, request.query);
+      return shapes.point(point, await branches.points.timestampUs(point));
     },
   );
 

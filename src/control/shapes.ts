@@ -3,6 +3,7 @@
  * What Strata does not count (billing figures) is 0; what it does not limit is shown as the largest value that clients take.
  */
 import type { TimelineSizes } from '../api/pageserver.ts';
+import type { PointInHistory } from './branch-points.ts';
 import type { BranchRow, DatabaseRow, EndpointRow, OperationRow, ProjectRow, RoleRow } from './state.ts';
 import type { ControlConfig } from './context.ts';
 import { formatLsn } from '../postgres/lsn.ts';
@@ -176,5 +177,16 @@ export function branchStorage(row: BranchRow, sizes: TimelineSizes): object {
     freed_by_deletion_size: sizes.freedByDeletionBytes,
     oldest_lsn: formatLsn(sizes.oldestLsn),
     ...(sizes.oldestTimeMs === undefined ? {} : { oldest_timestamp: new Date(sizes.oldestTimeMs).toISOString() }),
+  };
+}
+
+/** `timestampUs`: when the latest commit in it was made. */
+export function point({ branch, lsn }: PointInHistory, timestampUs: number | undefined): object {
+  return {
+    branch_id: branch.id,
+    branch_name: branch.name,
+    timeline_id: branch.timeline_id,
+    lsn: formatLsn(lsn),
+    ...(timestampUs === undefined ? {} : { last_commit_at: formatTimestampUs(timestampUs) }),
   };
 }

@@ -92,6 +92,7 @@ export async function importDataDirectory(dataDir: string, sink: ImportSink): Pr
   // Nothing is known of times before: as the first time there is, the checkpoint's own.
   const chunk = encodeChunk({
     timeBefore: (controlFile.checkPointCopy.time - UNIX_TO_POSTGRES_EPOCH_SECONDS) * 1e6,
+    setBackLsn: 0,
     starts: [cluster.recordStartLsn],
     ends: [cluster.lsn],
     commits: [],

@@ -6,33 +6,30 @@ import { lsnForTimestamp } from './ingest/wal-search.ts';
 import type { IndexedTimeline } from './ingest/wal-search.ts';
 import type { Timeline } from './timeline.ts';
 
-/** Where the part of a timeline's index is found that is in memory only. */
-export interface IndexTails {
-  indexTail(timelineId: string): WalIndexChunk | undefined;
-}
-
 const UNIX_TO_POSTGRES_EPOCH_MS = 946_684_800_000;
 
 export class Indexed implements IndexedTimeline {
   readonly reader: Timeline;
-  readonly #tails: IndexTails;
 
-  constructor(timeline: Timeline, tails: IndexTails) {
+  constructor(timeline: Timeline) {
     this.reader = timeline;
-    this.#tails = tails;
   }
 
   get startLsn(): Lsn {
     return this.reader.index.startLsn;
   }
 
+  get horizonLsn(): Lsn | undefined {
+    return this.reader.horizon?.lsn;
+  }
+
   get tail(): WalIndexChunk | undefined {
-    return this.#tails.indexTail(this.reader.timelineId);
+    return this.reader.indexTail?.();
   }
 
   get ancestor(): IndexedTimeline | undefined {
     const { ancestor } = this.reader;
-    return ancestor === undefined ? undefined : new Indexed(ancestor, this.#tails);
+    return ancestor === undefined ? undefined : new Indexed(ancestor);
   }
 }
 

@@ -7,7 +7,6 @@ import { signToken } from '../base/token.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
 import { ThreadCompactor } from './compactor.ts';
 import { Indexed, lsnAtTime } from './indexed-timeline.ts';
-import type { IndexTails } from './indexed-timeline.ts';
 import { pageserverMethods } from './methods.ts';
 import { PageService } from './page-service.ts';
 import { Repairs } from './repair.ts';
@@ -50,13 +49,12 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
   try {
     const limits = config.limits ?? {};
     const compactor = new ThreadCompactor();
-    const tails: IndexTails = { indexTail: (timelineId) => receiver.indexTail(timelineId) };
     const timelines = await Timelines.open(dataDir, {
       replay: replayValue,
       log,
       limits,
       compactor,
-      lsnAt: (timeline, timeMs) => lsnAtTime(new Indexed(timeline, tails), timeMs),
+      lsnAt: (timeline, timeMs) => lsnAtTime(new Indexed(timeline), timeMs),
     });
     const token = await signToken(secret, { scope: 'platform' });
     const receiver = new WalReceiver({ safekeepers, token, timelines, log });

@@ -21,12 +21,13 @@ import type { Lsn } from '../postgres/lsn.ts';
 import { takeBasebackup } from './basebackup.ts';
 import { ImportError, importDataDirectory, inspectDataDirectory } from './import.ts';
 import { WalIndexError } from './ingest/wal-index.ts';
-import { lsnForTimestamp, resolveLsn } from './ingest/wal-search.ts';
+import { lsnForTimestamp, resolveLsn, timestampOfLsn } from './ingest/wal-search.ts';
 import type { IndexedTimeline } from './ingest/wal-search.ts';
 import { Indexed } from './indexed-timeline.ts';
 import { CONTROL_FILE_KEY } from './key.ts';
 import { LayerDamagedError } from './layers/block.ts';
 import type { Repairs } from './repair.ts';
+import { timeGone } from './retention.ts';
 import { sizesOf } from './storage-sizes.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
@@ -68,7 +69,7 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return repairing(read, repairsLeft - 1);
     }
   };
-  const indexed = (timeline: Timeline): IndexedTimeline => new Indexed(timeline, receiver);
+  const indexed = (timeline: Timeline): IndexedTimeline => new Indexed(timeline);
 
   return {
     async createTimeline(request: CreateTimelineRequest, { signal }: RpcContext): Promise<RpcReply> {
@@ -159,12 +160,22 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result };
     },
 
-    lsnForTimestamp({ timelineId, timestampUs }: TimelineParams & { timestampUs: number }): RpcReply {
+    async lsnForTimestamp({ timelineId, timestampUs }: TimelineParams & { timestampUs: number }): Promise<RpcReply> {
       const timeline = timelines.get(timelineId);
-      const found = lsnForTimestamp(indexed(timeline), timestampUs - UNIX_TO_POSTGRES_EPOCH_US);
-      const { oldestLsn } = timeline;
-      const result: LsnForTimestamp = found.lsn < oldestLsn ? { kind: 'past', lsn: oldestLsn } : found;
+      const result: LsnForTimestamp = await repairing(() =>
+        lsnForTimestamp(indexed(timeline), timestampUs - UNIX_TO_POSTGRES_EPOCH_US),
+      );
+      if (result.lsn < timeline.oldestLsn) {
+        throw timeGone(timelineId, timestampUs / 1000, timeline.oldestLsn, timeline.oldestHorizon);
+      }
       return { result };
+    },
+
+    async timestampOfLsn({ timelineId, lsn }: LsnParams): Promise<RpcReply> {
+      const timeline = timelines.get(timelineId);
+      timeline.assertReadable(lsn);
+      const timeUs = await repairing(() => timestampOfLsn(indexed(timeline), lsn));
+      return { result: timeUs === undefined ? {} : { timestampUs: timeUs + UNIX_TO_POSTGRES_EPOCH_US } };
     },
 
     async basebackup(
@@ -258,6 +269,7 @@ function statusOf(timeline: Timeline, receiver: WalReceiver): PageserverTimeline
       : { ancestorTimelineId: index.ancestor.timelineId, ancestorLsn: index.ancestor.lsn }),
     startLsn: index.startLsn,
     oldestLsn: timeline.oldestLsn,
+    ...(timeline.oldestHorizon === undefined ? {} : { oldestTimeMs: timeline.oldestHorizon.timeMs }),
     lastRecordLsn: timeline.lastRecordLsn,
     lastRecordStartLsn: timeline.lastRecordStartLsn,
     diskConsistentLsn: timeline.diskConsistentLsn,

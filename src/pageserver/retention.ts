@@ -62,10 +62,24 @@ export class Leases {
 }
 
 export function historyGone(timelineId: string, lsn: Lsn, oldestLsn: Lsn, horizon: Horizon | undefined): StrataError {
+  return gone(timelineId, formatLsn(lsn), oldestLsn, horizon);
+}
+
+/** The same for a time, in milliseconds since 1970. */
+export function timeGone(
+  timelineId: string,
+  timeMs: number,
+  oldestLsn: Lsn,
+  horizon: Horizon | undefined,
+): StrataError {
+  return gone(timelineId, `the state of ${new Date(timeMs).toISOString()}`, oldestLsn, horizon);
+}
+
+function gone(timelineId: string, what: string, oldestLsn: Lsn, horizon: Horizon | undefined): StrataError {
   const time = horizon === undefined ? '' : `, the state of ${new Date(horizon.timeMs).toISOString()}`;
   return new StrataError(
     'history-gone',
-    `${formatLsn(lsn)} of timeline ${timelineId} is no longer kept; the oldest LSN is ${formatLsn(oldestLsn)}${time}`,
+    `${what} of timeline ${timelineId} is no longer kept; the oldest LSN is ${formatLsn(oldestLsn)}${time}`,
   );
 }
 

@@ -3,6 +3,7 @@
 import type { Lsn } from '../postgres/lsn.ts';
 import type { PgVersion } from '../postgres/version.ts';
 import type { WalBlock, WalRecord } from '../postgres/wal/record.ts';
+import type { WalIndexChunk } from './ingest/wal-index.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
 import type { KeyImage } from './read.ts';
 
@@ -31,6 +32,10 @@ export interface TimelineWriter {
    * `lastRecordLsn`, what it still gathers in memory (the last piece of the WAL index), so that the layer is complete without it.
    */
   beforeFlush?: () => void;
+  /** Set by ingest: the part of the WAL index that it still gathers in memory. To be used at once: it changes with the next record. */
+  indexTail?: () => WalIndexChunk | undefined;
+  /** For a branch that has no record of its own yet: the last chunk of the WAL index up to where it begins. Undefined for every other timeline. */
+  inheritedIndex?(): WalIndexChunk | undefined;
 }
 
 /** Reads a timeline as it was at an LSN, through its ancestors. An LSN above `lastRecordLsn` has to be waited for first. */

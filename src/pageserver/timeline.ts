@@ -21,6 +21,9 @@ import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import type { PgVersion } from '../postgres/version.ts';
 import type { WalBlock, WalRecord } from '../postgres/wal/record.ts';
 import { flushMemoryLayer } from './flush.ts';
+import { Indexed } from './indexed-timeline.ts';
+import type { WalIndexChunk } from './ingest/wal-index.ts';
+import { chunkAt } from './ingest/wal-search.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
 import { replaceFile } from './layers/durable.ts';
 import { LayerFile } from './layers/layer-file.ts';
@@ -79,6 +82,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   readonly ancestor: Timeline | undefined;
   readonly layerMap = new LayerMap();
   beforeFlush?: () => void;
+  indexTail?: () => WalIndexChunk | undefined;
   readonly #options: TimelineOptions;
   #index: TimelineIndex;
   #lastRecordLsn: Lsn;
@@ -202,6 +206,12 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     return oldestLsn;
   }
 
+  /** The horizon that `oldestLsn` is because of, if it is because of one. */
+  get oldestHorizon(): Horizon | undefined {
+    const { oldestLsn } = this;
+    return [this, ...this.ancestors()].find((timeline) => timeline.horizon?.lsn === oldestLsn)?.horizon;
+  }
+
   /** Points below the horizon that stay readable: children, leases. */
   retainedLsns(): readonly Lsn[] {
     return this.#options.retainedLsns(this);
@@ -214,7 +224,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     if (lsn >= timeline.#index.startLsn) {
       if (lsn >= (timeline.#horizon?.lsn ?? 0) || timeline.retainedLsns().includes(lsn)) return;
     }
-    throw historyGone(this.timelineId, lsn, this.oldestLsn, timeline.#horizon);
+    throw historyGone(this.timelineId, lsn, this.oldestLsn, this.oldestHorizon);
   }
 
   /** This timeline or the ancestor whose history has the state at `lsn`: below its start a timeline is what the ancestor was. */
@@ -265,6 +275,13 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   get(key: Key): Buffer | undefined {
     return this.#options.reader.read(this.lineage, key, UNCOMMITTED_LSN, this.pgVersion);
+  }
+
+  inheritedIndex(): WalIndexChunk | undefined {
+    if (this.ancestor === undefined || this.#lastRecordLsn > this.#index.startLsn) return undefined;
+    // Of a repair: it begins where a flush ended, which has left a whole chunk.
+    if (this.ancestor.timelineId === this.timelineId) return undefined;
+    return chunkAt(new Indexed(this.ancestor), this.#index.startLsn);
   }
 
   advance(endLsn: Lsn, recordStartLsn: Lsn): void {

@@ -21,7 +21,6 @@ import type { Lsn } from '../postgres/lsn.ts';
 import { WalError } from '../postgres/wal/error.ts';
 import { WalReader } from '../postgres/wal/reader.ts';
 import { Ingest } from './ingest/ingest.ts';
-import type { WalIndexChunk } from './ingest/wal-index.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
 
@@ -78,11 +77,6 @@ export class WalReceiver {
   async stop(): Promise<void> {
     this.#stopped.abort();
     await Promise.allSettled(this.#running);
-  }
-
-  /** The part of the timeline's WAL index that is in memory only. */
-  indexTail(timelineId: string): WalIndexChunk | undefined {
-    return this.#receptions.get(timelineId)?.ingest?.indexTail;
   }
 
   /** The highest commit LSN that a safekeeper has told of. */

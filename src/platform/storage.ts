@@ -82,16 +82,17 @@ export class ClusterStorage implements Storage {
     return (await this.#options.pageserver.resolveLsn(timelineId, lsn)).lsn;
   }
 
-  async lsnForTimestamp(timelineId: string, timestampUs: number): Promise<Lsn | undefined> {
-    await this.headLsn(timelineId);
-    const found = await this.#options.pageserver.lsnForTimestamp(timelineId, timestampUs);
-    return found.kind === 'present' || found.kind === 'future' ? found.lsn : undefined;
+  async lsnForTimestamp(timelineId: string, timestampUs: number): Promise<Lsn> {
+    return (await this.#options.pageserver.lsnForTimestamp(timelineId, timestampUs)).lsn;
+  }
+
+  timestampOfLsn(timelineId: string, lsn: Lsn): Promise<number | undefined> {
+    return this.#options.pageserver.timestampOfLsn(timelineId, lsn);
   }
 
   async status(timelineId: string): Promise<TimelineStatus> {
-    const status = await this.#options.pageserver.timelineStatus(timelineId);
-    const startLsn = status.ancestorLsn ?? status.lastRecordLsn;
-    return { oldestLsn: Math.max(startLsn, status.oldestLsn), newestLsn: status.lastRecordLsn };
+    const { oldestLsn, oldestTimeMs, lastRecordLsn } = await this.#options.pageserver.timelineStatus(timelineId);
+    return { oldestLsn, newestLsn: lastRecordLsn, ...(oldestTimeMs === undefined ? {} : { oldestTimeMs }) };
   }
 
   sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]> {

@@ -9,6 +9,7 @@ import { BLOCK_SIZE } from '../../src/postgres/page-size.ts';
 import type { PgVersion } from '../../src/postgres/version.ts';
 import type { WalBlock, WalRecord } from '../../src/postgres/wal/record.ts';
 import type { ImportSink } from '../../src/pageserver/import.ts';
+import type { WalIndexChunk } from '../../src/pageserver/ingest/wal-index.ts';
 import { compareKeys, formatKey, relationBlockKey, relationSizeKey } from '../../src/pageserver/key.ts';
 import type { Key, KeyRange, RelationFork } from '../../src/pageserver/key.ts';
 import { replayValue } from '../../src/pageserver/replay.ts';
@@ -27,6 +28,7 @@ export class MemoryTimeline implements TimelineWriter, TimelineReader, ImportSin
   lastRecordLsn: Lsn;
   lastRecordStartLsn: Lsn;
   beforeFlush?: () => void;
+  inheritedIndex?: () => WalIndexChunk | undefined;
   readonly #versions = new Map<string, { readonly key: Key; readonly versions: Version[] }>();
   #pending: string[] = [];
   #putBytes = 0;

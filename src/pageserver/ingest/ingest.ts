@@ -69,6 +69,7 @@ export class Ingest {
     writer.beforeFlush?.();
     this.#index = new WalIndexWriter(writer);
     writer.beforeFlush = () => this.#index.flush();
+    writer.indexTail = () => this.#index.tail;
   }
 
   /** The part of the WAL index that is not in the timeline yet, for searches at its head. To be used at once: it changes with the next record. */

@@ -17,7 +17,7 @@ export class WalIndexWriter {
 
   constructor(writer: TimelineWriter) {
     this.#writer = writer;
-    this.#tail = new WalIndexTail(lastChunk(writer));
+    this.#tail = new WalIndexTail(writer.inheritedIndex?.() ?? lastChunk(writer));
   }
 
   get tail(): WalIndexChunk | undefined {

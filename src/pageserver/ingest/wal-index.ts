@@ -9,10 +9,12 @@
  * chunk, little-endian, varint as in LEB128:
  *
  *   offset  size  field
- *        0     1  version, 1
+ *        0     1  version, 2
  *        1     6  LSN where the first record starts
- *        7     8  f64: the latest commit time before this chunk, in microseconds since 2000-01-01; NaN when there is none
- *       15     -  varint number of records, varint number of commits
+ *        7     8  f64: the latest commit time before this chunk since the clock was last set back, in microseconds since 2000-01-01;
+ *                 NaN when there is no commit
+ *       15     6  where the clock was last set back before this chunk: the LSN where that commit's record starts; 0 when it never was
+ *       21     -  varint number of records, varint number of commits
  *        -     -  each record: varint (end - end of the record before) / 8; for the first, counted from where it starts.
  *                 Where a record does not start right behind the one before (save for a page header), a 0 and
  *                 varint (start - end of the record before) / 8 come first, and its length is counted from its start.
@@ -21,14 +23,22 @@
  *
  * One byte for a record of up to 1 KiB and about five for a commit: 1 to 2 % of the WAL, less where records are large.
  *
- * Times are compared in the order of the log: the state of time t ends just before the first commit that is later than t. Where the
- * clock stepped back, a commit that comes after such a commit is left out even when its own time is before t: nothing later than
- * t is ever included. What makes this a binary search is that each chunk has the latest time before it, which never decreases.
+ * Times are compared in the order of the log, as Postgres' recovery_target_time does it: the state of time t ends just before the first commit
+ * that is later than t. Postgres reads a commit's time before it puts the commit into the log, so of commits that ran at once the log's order may
+ * not be that of their times. Then no state has every commit up to t and none after; this one has every commit that was in the log, so every
+ * one that a client was told of, at t, and none that is later than t.
+ *
+ * A commit that is SET_BACK_US or more earlier than the latest before it shows that the clock was set back. A clock that is set back was ahead:
+ * the times after it are the true ones. So the log is divided there, times are compared within a division, and t is looked up in the newest one
+ * that began at or before t. What a clock that was ahead gave a time to that came again later is reached by its LSN only.
+ *
+ * What makes this a binary search is that within a division each chunk has the latest time before it, which never decreases; each chunk says where
+ * its division began, so divisions are found from the newest to the oldest.
  *
  * Invariants: records enter in the order of the log. The chunk of the last bucket is in memory (the tail) until a record starts in a
  * later bucket or the timeline is flushed; `flush` writes it as it is, and it is written again, longer, later. A timeline's index answers for the
  * WAL after the timeline's start only: before it, its ancestor's does, since what the ancestor had in memory at the branch point is
- * not in the history that the child inherits.
+ * not in the history that the child inherits. The child's first chunk goes on from the ancestor's as it was at the branch point.
  *
  * Sources: XLogReadRecord in xlogreader.c (where a record ends), RecordTransactionCommit in xact.c (commit times).
  */
@@ -41,8 +51,12 @@ import { walIndexKey } from '../key.ts';
 import type { Key } from '../key.ts';
 
 const BUCKET_SIZE = 65536;
-const CHUNK_VERSION = 1;
-const CHUNK_HEADER_SIZE = 15;
+const CHUNK_VERSION = 2;
+const CHUNK_HEADER_SIZE = 21;
+/** Version 1 had no LSN of a clock that was set back. */
+const CHUNK_HEADER_SIZE_1 = 15;
+/** Far above the time for which a backend may be held up between reading the clock and writing its commit, below what people set clocks by. */
+export const SET_BACK_US = 10_000_000;
 /** The time before any commit: less than every time. */
 export const NO_TIME = -Infinity;
 
@@ -52,8 +66,10 @@ export class WalIndexError extends Error {
 
 /** A decoded chunk. Record i starts at `starts[i]` and ends at `ends[i]`. */
 export interface WalIndexChunk {
-  /** Latest commit time before the chunk, or NO_TIME. */
+  /** Latest commit time before the chunk since the clock was last set back, or NO_TIME. */
   readonly timeBefore: number;
+  /** Where the commit starts at which the clock was last set back before the chunk; 0 when it never was. */
+  readonly setBackLsn: Lsn;
   readonly starts: readonly Lsn[];
   readonly ends: readonly Lsn[];
   /** Index of the record and time of each commit, in order. */
@@ -72,26 +88,55 @@ export function bucketOfChunkKey(key: Key): number {
   return key.spc * 2 ** 32 + key.db;
 }
 
-/** The latest commit time up to and including the chunk's last record. */
-export function latestTime(chunk: WalIndexChunk): number {
-  let latest = chunk.timeBefore;
-  for (const commit of chunk.commits) if (commit.timeUs > latest) latest = commit.timeUs;
-  return latest;
+/** How the times of commits stand at a place in the log. */
+export interface ClockState {
+  /** The latest commit time since the clock was last set back; NO_TIME before any commit. */
+  readonly latestUs: number;
+  /** As in WalIndexChunk. */
+  readonly setBackLsn: Lsn;
+}
+
+export function isSetBack(latestUs: number, commitTimeUs: number): boolean {
+  return commitTimeUs <= latestUs - SET_BACK_US;
+}
+
+/** After the chunk's first `recordCount` records. */
+export function clockAfter(chunk: WalIndexChunk, recordCount = chunk.ends.length): ClockState {
+  let { timeBefore: latestUs, setBackLsn } = chunk;
+  for (const { record, timeUs } of chunk.commits) {
+    if (record >= recordCount) break;
+    if (isSetBack(latestUs, timeUs)) setBackLsn = chunk.starts[record]!;
+    else if (timeUs <= latestUs) continue;
+    latestUs = timeUs;
+  }
+  return { latestUs, setBackLsn };
+}
+
+/** The chunk as it was when its last record was the last that ends at or before `lsn`; undefined when there is none. */
+export function chunkUpTo(chunk: WalIndexChunk, lsn: Lsn): WalIndexChunk | undefined {
+  const count = chunk.ends.findLastIndex((end) => end <= lsn) + 1;
+  if (count === 0) return undefined;
+  return {
+    ...chunk,
+    starts: chunk.starts.slice(0, count),
+    ends: chunk.ends.slice(0, count),
+    commits: chunk.commits.filter(({ record }) => record < count),
+  };
 }
 
 /** Collects the records of the last bucket. */
 export class WalIndexTail {
-  #timeBefore: number;
-  #latestTime: number;
+  #before: ClockState;
+  #now: ClockState;
   #bucketEnd: Lsn = 0;
   #starts: Lsn[] = [];
   #ends: Lsn[] = [];
   #commits: { record: number; timeUs: number }[] = [];
 
-  /** Goes on where `chunk`, the last that was written, ends; `timeBefore` is for an index that has no chunk yet. */
-  constructor(chunk: WalIndexChunk | undefined, timeBefore = NO_TIME) {
-    this.#timeBefore = chunk?.timeBefore ?? timeBefore;
-    this.#latestTime = chunk === undefined ? timeBefore : latestTime(chunk);
+  /** Goes on where `chunk`, the last that was written, ends. */
+  constructor(chunk: WalIndexChunk | undefined) {
+    this.#before = { latestUs: chunk?.timeBefore ?? NO_TIME, setBackLsn: chunk?.setBackLsn ?? 0 };
+    this.#now = chunk === undefined ? this.#before : clockAfter(chunk);
     if (chunk !== undefined) {
       this.#starts = [...chunk.starts];
       this.#ends = [...chunk.ends];
@@ -108,7 +153,7 @@ export class WalIndexTail {
       assert(startLsn >= this.#ends[this.#ends.length - 1]!, 'records enter the index in the order of the log');
       if (startLsn >= this.#bucketEnd) {
         complete = this.encode();
-        this.#timeBefore = this.#latestTime;
+        this.#before = this.#now;
         this.#starts = [];
         this.#ends = [];
         this.#commits = [];
@@ -116,7 +161,9 @@ export class WalIndexTail {
     }
     if (commitTimeUs !== undefined) {
       this.#commits.push({ record: this.#starts.length, timeUs: commitTimeUs });
-      if (commitTimeUs > this.#latestTime) this.#latestTime = commitTimeUs;
+      const { latestUs, setBackLsn } = this.#now;
+      if (isSetBack(latestUs, commitTimeUs)) this.#now = { latestUs: commitTimeUs, setBackLsn: startLsn };
+      else if (commitTimeUs > latestUs) this.#now = { latestUs: commitTimeUs, setBackLsn };
     }
     if (this.#starts.length === 0) this.#bucketEnd = (walIndexBucket(startLsn) + 1) * BUCKET_SIZE;
     this.#starts.push(startLsn);
@@ -127,7 +174,8 @@ export class WalIndexTail {
   /** What a chunk of the records so far would decode to; undefined when there are none. To be read before the next `append`. */
   get chunk(): WalIndexChunk | undefined {
     if (this.#starts.length === 0) return undefined;
-    return { timeBefore: this.#timeBefore, starts: this.#starts, ends: this.#ends, commits: this.#commits };
+    const { latestUs: timeBefore, setBackLsn } = this.#before;
+    return { timeBefore, setBackLsn, starts: this.#starts, ends: this.#ends, commits: this.#commits };
   }
 
   /** The chunk of the records so far. */
@@ -143,6 +191,7 @@ export function encodeChunk(chunk: WalIndexChunk): Buffer {
   out.bytes[0] = CHUNK_VERSION;
   out.bytes.writeUIntLE(starts[0]!, 1, 6);
   out.bytes.writeDoubleLE(chunk.timeBefore === NO_TIME ? NaN : chunk.timeBefore, 7);
+  out.bytes.writeUIntLE(chunk.setBackLsn, 15, 6);
   out.at = CHUNK_HEADER_SIZE;
   out.put(starts.length);
   out.put(commits.length);
@@ -170,11 +219,13 @@ export function encodeChunk(chunk: WalIndexChunk): Buffer {
 }
 
 export function decodeChunk(bytes: Buffer): WalIndexChunk {
-  if (bytes.length < CHUNK_HEADER_SIZE + 2 || bytes[0] !== CHUNK_VERSION) {
+  const headerSize = bytes[0] === 1 ? CHUNK_HEADER_SIZE_1 : CHUNK_HEADER_SIZE;
+  if (bytes.length < headerSize + 2 || (bytes[0] !== CHUNK_VERSION && bytes[0] !== 1)) {
     throw new WalIndexError(`chunk of ${bytes.length} bytes has version ${bytes[0]}, expected ${CHUNK_VERSION}`);
   }
   const timeBefore = bytes.readDoubleLE(7);
-  const input = new VarintReader(bytes, CHUNK_HEADER_SIZE);
+  const setBackLsn = bytes[0] === 1 ? 0 : bytes.readUIntLE(15, 6);
+  const input = new VarintReader(bytes, headerSize);
   const recordCount = input.get();
   const commitCount = input.get();
   const starts: Lsn[] = [];
@@ -204,7 +255,7 @@ export function decodeChunk(bytes: Buffer): WalIndexChunk {
   if (input.at !== bytes.length) {
     throw new WalIndexError(`chunk of ${bytes.length} bytes has ${bytes.length - input.at} bytes after its commits`);
   }
-  return { timeBefore: Number.isNaN(timeBefore) ? NO_TIME : timeBefore, starts, ends, commits };
+  return { timeBefore: Number.isNaN(timeBefore) ? NO_TIME : timeBefore, setBackLsn, starts, ends, commits };
 }
 
 /** LEB128, exact up to 2^53: bit operators would stop at 2^32. */

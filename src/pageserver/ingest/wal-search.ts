@@ -1,6 +1,6 @@
 /**
- * Searches in the WAL index: from an LSN to the last record at it, and from a time to an LSN. Through ancestors: each timeline
- * answers for the WAL after its own start. (wal-index.ts has the format and what is exact about it.)
+ * Searches in the WAL index: from an LSN to the last record at it, from a time to an LSN, and from an LSN to a time. Through ancestors: each
+ * timeline answers for the WAL after its own start. (wal-index.ts has the format, and what the state of a time is.)
  */
 
 import type { Lsn } from '../../postgres/lsn.ts';
@@ -10,12 +10,13 @@ import {
   NO_TIME,
   WalIndexError,
   bucketOfChunkKey,
+  chunkUpTo,
+  clockAfter,
   decodeChunk,
-  latestTime,
   walIndexBucket,
   walIndexChunkKey,
 } from './wal-index.ts';
-import type { WalIndexChunk } from './wal-index.ts';
+import type { ClockState, WalIndexChunk } from './wal-index.ts';
 
 /** A timeline with its ancestors, as searches need them. */
 export interface IndexedTimeline {
@@ -25,6 +26,8 @@ export interface IndexedTimeline {
   /** What ingest has not written into the index yet (`Ingest.indexTail`). */
   readonly tail?: WalIndexChunk | undefined;
   readonly ancestor?: IndexedTimeline | undefined;
+  /** Where its history is kept from, if that is past its start: the index may lack what is below. */
+  readonly horizonLsn?: Lsn | undefined;
 }
 
 export interface RecordPosition {
@@ -55,27 +58,60 @@ export interface TimestampPosition {
   readonly lsn: Lsn;
 }
 
-/** The LSN whose state has every commit up to `timeUs` (microseconds since 2000-01-01) that comes before the first later one in the log. */
+/** The LSN of the state of a time (microseconds since 2000-01-01; wal-index.ts says what that is). */
 export function lsnForTimestamp(timeline: IndexedTimeline, timeUs: number): TimestampPosition {
-  const path: { timeline: IndexedTimeline; endLsn: Lsn }[] = [];
-  let endLsn = timeline.reader.lastRecordLsn;
-  for (let at: IndexedTimeline | undefined = timeline; at !== undefined; at = at.ancestor) {
-    path.unshift({ timeline: at, endLsn });
-    endLsn = Math.min(endLsn, at.startLsn);
-  }
-  let latest = NO_TIME;
-  for (const step of path) {
-    // What a child inherits of its ancestors' index may lack their latest commits, but never has one that they lack: a time that is
-    // later here and was in no ancestor is the timeline's own.
-    const latestHere = latestTimeAt(step.timeline, step.endLsn);
-    if (latestHere > timeUs) {
-      const found = firstLater(step.timeline, step.endLsn, timeUs);
-      const nothingBefore = latest === NO_TIME && found.timeBefore === NO_TIME;
-      return { kind: nothingBefore || found.timeBefore > timeUs ? 'past' : 'present', lsn: found.lsn };
+  const headLsn = timeline.reader.lastRecordLsn;
+  let endLsn = headLsn;
+  for (;;) {
+    const { latestUs, setBackLsn } = clockAt(timeline, endLsn);
+    if (latestUs === NO_TIME) return { kind: 'nodata', lsn: headLsn };
+    const setBackUs = setBackLsn === 0 ? undefined : timeOfCommit(timeline, setBackLsn);
+    if (setBackUs === undefined || setBackUs <= timeUs) {
+      if (latestUs <= timeUs) return { kind: 'future', lsn: endLsn };
+      const { lsn, timeBefore } = firstLater(timeline, setBackUs === undefined ? 0 : setBackLsn, endLsn, timeUs);
+      return { kind: timeBefore === NO_TIME || timeBefore > timeUs ? 'past' : 'present', lsn };
     }
-    latest = Math.max(latest, latestHere);
+    const { horizonLsn } = ownerOf(timeline, setBackLsn + 1);
+    if (horizonLsn !== undefined && setBackLsn <= horizonLsn) return { kind: 'past', lsn: horizonLsn };
+    endLsn = resolveLsn(timeline, setBackLsn).endLsn;
   }
-  return { kind: latest === NO_TIME ? 'nodata' : 'future', lsn: timeline.reader.lastRecordLsn };
+}
+
+/**
+ * The time of the state at `lsn`, in microseconds since 2000-01-01: that of the latest commit in it, since the clock was last set back. Undefined
+ * when there is no commit that is known. `lsnForTimestamp` of it has everything that the state at `lsn` has, unless the clock was set back after it.
+ */
+export function timestampOfLsn(timeline: IndexedTimeline, lsn: Lsn): number | undefined {
+  const { latestUs } = clockAt(timeline, lsn);
+  return latestUs === NO_TIME ? undefined : latestUs;
+}
+
+/** What ingest goes on from that takes the first record of a timeline after `lsn`: the chunk of the last record at `lsn`, up to it. */
+export function chunkAt(timeline: IndexedTimeline, lsn: Lsn): WalIndexChunk | undefined {
+  const owner = ownerOf(timeline, lsn);
+  const chunk = lastChunkWithEndAtMost(owner, lsn);
+  return chunk && chunkUpTo(chunk, lsn);
+}
+
+function clockAt(timeline: IndexedTimeline, lsn: Lsn): ClockState {
+  const chunk = lastChunkWithEndAtMost(ownerOf(timeline, lsn), lsn);
+  if (chunk === undefined) return { latestUs: NO_TIME, setBackLsn: 0 };
+  return clockAfter(chunk, countUpTo(chunk.ends, lsn));
+}
+
+/** The timeline whose own WAL ends at `lsn`. */
+function ownerOf(timeline: IndexedTimeline, lsn: Lsn): IndexedTimeline {
+  let owner = timeline;
+  while (lsn <= owner.startLsn && owner.ancestor !== undefined) owner = owner.ancestor;
+  return owner;
+}
+
+/** The time of the commit that starts at `startLsn`; undefined when the index no longer has it. */
+function timeOfCommit(timeline: IndexedTimeline, startLsn: Lsn): number | undefined {
+  // A record that starts where a timeline does is that timeline's.
+  const found = chunkAtOrBefore(ownerOf(timeline, startLsn + 1), walIndexBucket(startLsn));
+  const record = found?.chunk.starts.indexOf(startLsn) ?? -1;
+  return found?.chunk.commits.find((commit) => commit.record === record)?.timeUs;
 }
 
 /** The last record of a timeline, or of what it inherits, that ends at or before `lsn`. */
@@ -97,43 +133,61 @@ function lastChunkWithEndAtMost(timeline: IndexedTimeline, lsn: Lsn): WalIndexCh
   }
 }
 
-function latestTimeAt(timeline: IndexedTimeline, lsn: Lsn): number {
-  const chunk = lastChunkWithEndAtMost(timeline, lsn);
-  if (chunk === undefined) return NO_TIME;
-  const records = countUpTo(chunk.ends, lsn);
-  let latest = chunk.timeBefore;
-  for (const { record, timeUs } of chunk.commits) if (record < records && timeUs > latest) latest = timeUs;
-  return latest;
-}
-
-/** Where the state before the first commit later than `timeUs` ends; that there is one, before `endLsn`, is known. */
-function firstLater(timeline: IndexedTimeline, endLsn: Lsn, timeUs: number): { lsn: Lsn; timeBefore: number } {
+/**
+ * Where the state before the first commit later than `timeUs` ends, of the commits that start at or after `fromLsn` and end at or before `endLsn`;
+ * that there is one, and that the clock was not set back between, is known. `timeBefore` is the latest before it.
+ */
+function firstLater(
+  timeline: IndexedTimeline,
+  fromLsn: Lsn,
+  endLsn: Lsn,
+  timeUs: number,
+): { lsn: Lsn; timeBefore: number } {
+  // Of a timeline and its ancestors, the oldest that has a later one.
+  let owner = timeline;
+  let ownEndLsn = endLsn;
+  for (let at: IndexedTimeline | undefined = timeline; at !== undefined; at = at.ancestor) {
+    if (endLsn <= at.startLsn) continue;
+    owner = at;
+    ownEndLsn = endLsn;
+    endLsn = at.startLsn;
+    if (fromLsn >= at.startLsn || at.ancestor === undefined || clockAt(at.ancestor, endLsn).latestUs <= timeUs) break;
+  }
   // Of buckets up to `low` it is known that they hold no later commit, of those up to `high` that they do.
-  let low = walIndexBucket(timeline.startLsn) - 1;
-  let high = walIndexBucket(endLsn);
+  let low = walIndexBucket(Math.max(owner.startLsn, owner.horizonLsn ?? 0, fromLsn)) - 1;
+  let high = Math.max(low + 1, walIndexBucket(ownEndLsn));
   while (high - low > 1) {
     const middle = Math.floor((low + high) / 2);
-    const found = chunkAtOrBefore(timeline, middle);
-    if (found === undefined || found.bucket <= low || latestTime(found.chunk) <= timeUs) low = middle;
+    const found = chunkAtOrBefore(owner, middle);
+    if (found === undefined || found.bucket <= low || latestIn(found.chunk, fromLsn, ownEndLsn) <= timeUs) low = middle;
     else high = found.bucket;
   }
-  const found = chunkAtOrBefore(timeline, high);
-  const chunk = found!.chunk;
+  const chunk = chunkAtOrBefore(owner, high)?.chunk;
+  if (chunk === undefined) throw new WalIndexError(`no chunk of the WAL index is at or before ${formatLsn(ownEndLsn)}`);
   const first = chunk.starts[0]!;
-  // Only the index of an imported cluster begins with a time, the one at which it was stopped: history begins there.
-  if (chunk.timeBefore > timeUs) return { lsn: timeline.startLsn, timeBefore: chunk.timeBefore };
-  let latest = chunk.timeBefore;
+  let latest = first > fromLsn ? chunk.timeBefore : NO_TIME;
+  // Only an index begins with a later time: that of an imported cluster, or one that lacks what was before its horizon.
+  if (latest > timeUs) return { lsn: Math.max(owner.startLsn, owner.horizonLsn ?? 0), timeBefore: latest };
   for (const { record, timeUs: commitTimeUs } of chunk.commits) {
+    if (chunk.starts[record]! < fromLsn) continue;
     if (commitTimeUs > timeUs) {
-      const before = record > 0 ? chunk.ends[record - 1]! : (lastRecord(timeline, first)?.endLsn ?? first);
-      // What a child inherits may lack the last records before it begins.
-      return { lsn: Math.max(before, timeline.startLsn), timeBefore: latest };
+      const before = record > 0 ? chunk.ends[record - 1]! : (lastRecord(owner, first)?.endLsn ?? first);
+      return { lsn: Math.max(before, owner.startLsn), timeBefore: latest };
     }
     latest = Math.max(latest, commitTimeUs);
   }
   throw new WalIndexError(
     `no commit after ${timeUs} in the chunk at ${formatLsn(first)}, whose times say there is one`,
   );
+}
+
+/** The latest time up to the end of the chunk, of commits that start at or after `fromLsn` and end at or before `endLsn`. */
+function latestIn(chunk: WalIndexChunk, fromLsn: Lsn, endLsn: Lsn): number {
+  let latest = chunk.starts[0]! > fromLsn ? chunk.timeBefore : NO_TIME;
+  for (const { record, timeUs } of chunk.commits) {
+    if (chunk.starts[record]! >= fromLsn && chunk.ends[record]! <= endLsn && timeUs > latest) latest = timeUs;
+  }
+  return latest;
 }
 
 function chunkAtOrBefore(
