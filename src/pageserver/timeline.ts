@@ -246,6 +246,11 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#options.onStep?.('horizon written');
   }
 
+  /** Throws when the timeline is closed or deleted. */
+  assertRunning(): void {
+    if (this.#stopped !== undefined) throw this.#stoppedError();
+  }
+
   /** True when the timeline is closed or deleted. */
   get isStopped(): boolean {
     return this.#stopped !== undefined;

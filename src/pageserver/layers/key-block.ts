@@ -151,6 +151,14 @@ export class KeyBlock {
     this.entryStart[keyCount] = count;
   }
 
+  /** Whether key `i` has an entry with `floor < LSN <= lsn`. */
+  hasEntryWithin(i: number, floor: Lsn, lsn: Lsn): boolean {
+    const start = this.entryStart[i]!;
+    let entry = this.entryStart[i + 1]! - 1;
+    while (entry >= start && this.lsns[entry]! > lsn) entry--;
+    return entry >= start && this.lsns[entry]! > floor;
+  }
+
   get sizeBytes(): number {
     return this.keys.count * 28 + this.lsns.length * 21 + 256;
   }

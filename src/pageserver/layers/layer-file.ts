@@ -121,6 +121,29 @@ export class LayerFile implements ValueSource {
     }
   }
 
+  /**
+   * The keys of the range that have an entry with `floor < LSN <= lsn`, in order, by the index alone: values are not read. Gives undefined for
+   * each key block that it reads, so that whoever asks may do other things in between. Leaves the cache as it is.
+   */
+  *keysWithin(range: KeyRange, floor: Lsn, lsn: Lsn): Generator<Key | undefined, undefined> {
+    const { firstKeys } = this.#opened().index;
+    const { lsnStart, lsnEnd } = this.description;
+    const isWholly = floor < lsnStart && lsnEnd - 1 <= lsn;
+    let last: Key | undefined;
+    for (let number = Math.max(0, firstKeys.lowerBound(range.start) - 1); number < firstKeys.count; number++) {
+      if (firstKeys.compare(number, range.end) >= 0) return undefined;
+      const block = this.#keyBlock(number, false);
+      yield undefined;
+      const { keys } = block;
+      for (let i = keys.lowerBound(range.start); i < keys.count && keys.compare(i, range.end) < 0; i++) {
+        if (!isWholly && !block.hasEntryWithin(i, floor, lsn)) continue;
+        if (last !== undefined && keys.compare(i, last) === 0) continue;
+        yield (last = keys.get(i));
+      }
+    }
+    return undefined;
+  }
+
   /** Every value in the layer's order, for merges. */
   *entries(): Generator<LayerEntry> {
     const { firstKeys } = this.#opened().index;
@@ -211,7 +234,7 @@ export class LayerFile implements ValueSource {
     }
   }
 
-  #keyBlock(number: number): KeyBlock {
+  #keyBlock(number: number, isKept = true): KeyBlock {
     if (number === this.#lastKeyBlockNumber) return this.#lastKeyBlock!;
     const cacheKey = this.#number * BLOCKS_PER_LAYER_MAX + number;
     let block = this.#cache.keyBlocks.get(cacheKey);
@@ -225,6 +248,7 @@ export class LayerFile implements ValueSource {
         offset,
       );
       block = decodeKeyBlock(content, this.description.lsnStart, this.path, offset);
+      if (!isKept) return block;
       this.#cache.keyBlocks.set(cacheKey, block, block.sizeBytes);
     }
     this.#lastKeyBlock = block;

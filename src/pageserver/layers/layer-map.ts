@@ -31,10 +31,16 @@ export class LayerMap {
   readonly #images: Run[] = [];
   #minStarts: Float64Array | undefined;
   #count = 0;
+  #changeCount = 0;
 
   /** How many layers there are. */
   get count(): number {
     return this.#count;
+  }
+
+  /** Rises with each layer that comes or goes. */
+  get changeCount(): number {
+    return this.#changeCount;
   }
 
   /** The first LSN of any layer; Infinity when there is none. */
@@ -110,6 +116,11 @@ export class LayerMap {
     return found;
   }
 
+  /** The delta layers that may have values with `floor < LSN <= lsn`, each run by key. Image layers do not say when something changed. */
+  runsWithin(floor: Lsn, lsn: Lsn): (readonly LayerFile[])[] {
+    return this.#deltas.filter((run) => run.lsnStart <= lsn && run.lsnEnd > floor + 1).map((run) => [...run.layers]);
+  }
+
   *all(): Generator<LayerFile> {
     for (const runs of [this.#deltas, this.#images]) for (const run of runs) yield* run.layers;
   }
@@ -127,6 +138,7 @@ export class LayerMap {
 
   #changed(count: number): void {
     this.#count += count;
+    this.#changeCount++;
     this.#minStarts = undefined;
   }
 

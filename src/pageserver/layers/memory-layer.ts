@@ -18,6 +18,7 @@ import { clearRecordLinks, needsNoPrior, RECORD_HEADER_BYTES, writeRecordHeader 
 import type { Chain, ValueSource } from './chain.ts';
 import { copyBytes } from './copy-bytes.ts';
 import { KeyRows, NO_ROW } from './key-rows.ts';
+import type { ForkKey } from './key-rows.ts';
 import type { LayerWriter } from './layer-writer.ts';
 
 /** An image is due after this many changes in a row, if they are as large as it is; after HOT_CHANGES_MAX whatever their size. */
@@ -133,6 +134,20 @@ export class MemoryLayer implements ValueSource {
       if (compareKeys(key, range.start) >= 0 && compareKeys(key, range.end) < 0) keys.push(key);
     }
     for (const key of keys) visit(key);
+  }
+
+  /** The keys of the range that have an entry with `floor < LSN <= lsn`, in order. Entries above `lsn` may come and go meanwhile. */
+  *keysWithin(range: KeyRange, floor: Lsn, lsn: Lsn): Generator<Key, undefined> {
+    const isWanted = (fork: ForkKey): boolean =>
+      compareKeys({ ...fork, blk: 0xffffffff }, range.start) >= 0 && compareKeys({ ...fork, blk: 0 }, range.end) < 0;
+    for (const row of this.#keys.sorted(isWanted)) {
+      let entry = this.#keys.newestOf(row);
+      while (entry !== NONE && this.#lsns[entry]! > lsn) entry = this.#older[entry]!;
+      if (entry === NONE || this.#lsns[entry]! <= floor) continue;
+      const key = this.#keys.keyOf(row);
+      if (compareKeys(key, range.start) >= 0 && compareKeys(key, range.end) < 0) yield key;
+    }
+    return undefined;
   }
 
   /** All keys in order, each with its entries, oldest first. The array is used again for the next key. */
