@@ -2,10 +2,16 @@
  * The contract between the supervisor and a service that runs as a child process (pageserver, safekeeper):
  *   - the configuration is one line of JSON on standard input (not in the arguments, as it holds secrets);
  *   - when the service is ready it writes one line of JSON to standard output;
- *   - standard input stays open for the service's life: its end means that the supervisor is gone, and the service stops;
- *   - SIGTERM asks for a clean stop.
+ *   - standard input stays open for the service's life: its end asks for a clean stop, and comes too when the supervisor is gone;
+ *   - each line PING that follows is answered by a line ALIVE, which shows that the service is not stuck;
+ *   - SIGTERM is only passed on, as a line ASKED: one that reaches the whole process group must not stop the services before the Postgres that
+ *     need them, and the supervisor knows which of the two it is. SIGINT (Ctrl-C reaches the group too) is the supervisor's alone.
  */
 import { createInterface } from 'node:readline';
+
+export const PING = 'ping';
+export const ALIVE = 'alive';
+export const ASKED = 'asked';
 
 export interface ServiceHandle {
   close(): Promise<void>;
@@ -15,8 +21,17 @@ export interface ServiceHandle {
 export async function runServiceProcess<Config>(
   start: (config: Config) => Promise<{ service: ServiceHandle; ready: Readonly<Record<string, unknown>> }>,
 ): Promise<void> {
+  const say = (line: string): void => void process.stdout.write(`${line}\n`);
+  process.stdout.on('error', () => {}); // The supervisor is gone, which the end of the input says too.
+  let isReady = false;
+  let isAsked = false;
+  process.on('SIGTERM', () => {
+    isAsked = true;
+    if (isReady) say(ASKED);
+  });
+  process.on('SIGINT', () => {});
   const lines = createInterface({ input: process.stdin });
-  const parentGone = new Promise<void>((resolve) => lines.once('close', resolve));
+  const ended = new Promise<void>((resolve) => lines.once('close', resolve));
   const config = await new Promise<Config>((resolve, reject) => {
     lines.once('line', (line) => {
       try {
@@ -27,13 +42,14 @@ export async function runServiceProcess<Config>(
     });
     lines.once('close', () => reject(new Error('standard input ended before the configuration came')));
   });
-  const asked = new Promise<void>((resolve) => {
-    process.once('SIGTERM', resolve);
-    process.on('SIGINT', () => {}); // Ctrl-C reaches the whole process group; the supervisor decides.
+  lines.on('line', (line) => {
+    if (line === PING) say(ALIVE);
   });
   const { service, ready } = await start(config);
-  process.stdout.write(`${JSON.stringify(ready)}\n`);
-  await Promise.race([asked, parentGone]);
+  say(JSON.stringify(ready));
+  isReady = true;
+  if (isAsked) say(ASKED);
+  await ended;
   await service.close();
   process.exit(0);
 }

@@ -58,6 +58,7 @@ const SOCKET_NAME = '.s.PGSQL.5432';
 const ELECTION_TIMEOUT_MS = 60_000;
 const BASEBACKUP_TIMEOUT_MS = 120_000;
 const SUSPEND_TIMEOUT_MS = 60_000;
+const STALL_CHECK_MS = 250;
 
 export class Compute {
   readonly #options: ComputeOptions;
@@ -184,12 +185,17 @@ export class Compute {
     return this.#monitor.activity.sample();
   }
 
-  /** Clean shutdown. When the safekeepers cannot take the last WAL in time it is an unclean one, which loses nothing acknowledged. */
-  async suspend(timeoutMs = SUSPEND_TIMEOUT_MS): Promise<void> {
+  /**
+   * Clean shutdown. When the safekeepers cannot take the last WAL in time, or for `stallMs` take none, it is an unclean one, which loses nothing
+   * acknowledged.
+   */
+  async suspend(timeoutMs = SUSPEND_TIMEOUT_MS, stallMs = timeoutMs): Promise<void> {
     this.#isStopping = true;
     const { log, cacheDir, environment } = this.#options;
     await this.#monitor?.client.end().catch(() => {});
+    const stall = this.#killWhenStalled(stallMs);
     const isClean = await this.#postgres.stop('fast', timeoutMs);
+    clearInterval(stall);
     const endLsn = this.#proposer.endLsn;
     const isWhole = isClean && !this.#proposer.fenced && this.#proposer.commitLsn === endLsn;
     if (isWhole && (await this.#postgres.exited).code === 0) {
@@ -200,6 +206,17 @@ export class Compute {
     }
     await this.#close();
     this.#resolveExited(undefined);
+  }
+
+  #killWhenStalled(stallMs: number): NodeJS.Timeout {
+    let seenLsn = this.commitLsn;
+    let movedAtMs = performance.now();
+    return setInterval(() => {
+      const { commitLsn, endLsn } = this.#proposer;
+      if (commitLsn > seenLsn || commitLsn === endLsn) movedAtMs = performance.now();
+      seenLsn = commitLsn;
+      if (performance.now() - movedAtMs >= stallMs) this.#postgres.kill();
+    }, STALL_CHECK_MS);
   }
 
   /** kill -9. */

@@ -1,6 +1,9 @@
 /**
- * A service of the platform as a supervised child process: started with its configuration on standard input, restarted when it dies.
- * The other end of the contract is base/service-process.ts.
+ * A service of the platform as a supervised child process: started with its configuration on standard input, restarted when it dies, and killed
+ * when it is stuck. The other end of the contract is base/service-process.ts.
+ *
+ * Stuck is who leaves several pings in a row unanswered. They are counted, not timed: when this process itself, or the whole machine, was stopped
+ * for a while, one ping at most has gone unanswered meanwhile.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { closeSync, openSync } from 'node:fs';
@@ -8,6 +11,7 @@ import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
+import { ALIVE, ASKED, PING } from '../base/service-process.ts';
 
 export interface ChildServiceOptions {
   /** For messages, for example `safekeeper-2`. */
@@ -18,10 +22,18 @@ export interface ChildServiceOptions {
   readonly config: unknown;
   readonly logFile: string;
   readonly log: Logger;
+  /** Everything is being stopped, this service in its turn: a signal that it got for that is no reason to start it again. */
+  readonly isPlatformStopping?: () => boolean;
+  readonly pingIntervalMs?: number;
 }
 
 const READY_TIMEOUT_MS = 60_000;
-const STOP_TIMEOUT_MS = 30_000;
+const STOP_TIMEOUT_MS = 10_000;
+/** Together generous: a service that is merely busy answers within this time. */
+const PING_INTERVAL_MS = 5_000;
+const MAX_UNANSWERED_PINGS = 6;
+/** How long after a service's SIGTERM it is certain that the platform's own has been seen. */
+const ASKED_GRACE_MS = 1_000;
 const RESTART_DELAY_MIN_MS = 50;
 const RESTART_DELAY_MAX_MS = 5_000;
 /** A service that ran for this long starts again at once. */
@@ -33,6 +45,7 @@ export class ChildService {
   #stopping = false;
   #restartDelayMs = RESTART_DELAY_MIN_MS;
   #restartCount = 0;
+  #unansweredPings = 0;
 
   private constructor(options: ChildServiceOptions) {
     this.#options = options;
@@ -58,8 +71,9 @@ export class ChildService {
     const child = this.#child;
     if (child === undefined || child.exitCode !== null || child.signalCode !== null) return;
     const gone = new Promise<void>((resolve) => child.once('exit', () => resolve()));
-    child.kill('SIGTERM');
-    const timer = setTimeout(() => child.kill('SIGKILL'), STOP_TIMEOUT_MS);
+    child.stdin?.end();
+    // Being killed costs a service nothing but the time to look at its files at the next start.
+    const timer = setTimeout(() => child.kill('SIGKILL'), this.#unansweredPings > 1 ? 0 : STOP_TIMEOUT_MS);
     await gone;
     clearTimeout(timer);
   }
@@ -82,8 +96,9 @@ export class ChildService {
     child.stdin?.on('error', () => {});
     child.stdin?.write(`${JSON.stringify(config)}\n`); // and stays open: its end tells the service that we are gone
     const timeout = new AbortController();
+    const lines = createInterface({ input: child.stdout! });
     const ready = await Promise.race([
-      firstLine(child),
+      new Promise<string>((resolve) => lines.once('line', resolve)),
       exited.then(
         (reason) => new StrataError('unavailable', `${name} stopped while starting (${reason}): see ${logFile}`),
       ),
@@ -98,7 +113,39 @@ export class ChildService {
       throw ready;
     }
     log.info({ service: name, pid: child.pid, startMs: Date.now() - startedAtMs }, 'service is ready');
-    void exited.then((reason) => this.#restart(reason, Date.now() - startedAtMs));
+    const pings = this.#ping(child);
+    lines.on('line', (line) => {
+      if (line === ALIVE) this.#unansweredPings = 0;
+      else if (line === ASKED) this.#asked(child);
+    });
+    void exited.then((reason) => {
+      clearInterval(pings);
+      return this.#restart(reason, Date.now() - startedAtMs);
+    });
+  }
+
+  #ping(child: ChildProcess): NodeJS.Timeout {
+    const { name, log, pingIntervalMs } = this.#options;
+    this.#unansweredPings = 0;
+    const timer = setInterval(() => {
+      if (this.#unansweredPings === MAX_UNANSWERED_PINGS) {
+        log.error({ service: name, pid: child.pid, unansweredPings: this.#unansweredPings }, 'service is stuck: kill');
+        child.kill('SIGKILL');
+      } else if (!this.#stopping) {
+        child.stdin?.write(`${PING}\n`);
+      }
+      this.#unansweredPings++;
+    }, pingIntervalMs ?? PING_INTERVAL_MS);
+    timer.unref();
+    return timer;
+  }
+
+  /** Somebody sent SIGTERM to the service. If not to all of us, it was meant: the service stops, and starts again. */
+  #asked(child: ChildProcess): void {
+    const timer = setTimeout(() => {
+      if (this.#options.isPlatformStopping?.() !== true) child.stdin?.end();
+    }, ASKED_GRACE_MS);
+    timer.unref();
   }
 
   async #restart(reason: string, ranMs: number): Promise<void> {
@@ -118,12 +165,4 @@ export class ChildService {
       }
     }
   }
-}
-
-async function firstLine(child: ChildProcess): Promise<string | undefined> {
-  if (child.stdout === null) return undefined;
-  const lines = createInterface({ input: child.stdout });
-  return new Promise((resolve) => {
-    lines.once('line', resolve);
-  });
 }

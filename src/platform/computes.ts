@@ -17,10 +17,16 @@ export interface LocalComputesOptions {
   readonly environment: Omit<ComputeEnvironment, 'installation'>;
   readonly installations: Installations;
   readonly log: Logger;
+  /** Is told what takes long. */
+  readonly progress?: (text: string) => void;
 }
 
 /** How long the platform's end waits for the last WAL of a compute to reach a quorum. What was acknowledged is there already. */
 const STOP_TIMEOUT_MS = 15_000;
+/** Less when nothing moves: there is no quorum. */
+const STOP_STALL_MS = 4_000;
+/** After which whoever waits for the end is told what it waits for. */
+const STOP_NOTICE_MS = 1_500;
 
 export class LocalComputes implements Computes {
   readonly #options: LocalComputesOptions;
@@ -79,10 +85,10 @@ export class LocalComputes implements Computes {
     return compute === undefined ? undefined : toRunning(endpointId, compute);
   }
 
-  async suspend(endpointId: string, timeoutMs?: number): Promise<void> {
+  async suspend(endpointId: string, timeoutMs?: number, stallMs?: number): Promise<void> {
     const compute = this.#computes.get(endpointId);
     this.#computes.delete(endpointId);
-    if (compute !== undefined) await this.#change(() => compute.suspend(timeoutMs));
+    if (compute !== undefined) await this.#change(() => compute.suspend(timeoutMs, stallMs));
   }
 
   async kill(endpointId: string, forget: boolean): Promise<void> {
@@ -128,10 +134,18 @@ export class LocalComputes implements Computes {
   /** For good: ends starts, waits for stops that are under way, and suspends all that run, side by side. No Postgres is left then. */
   async suspendAll(): Promise<void> {
     this.endStarts();
-    const running = [...this.#computes.keys()].map((endpointId) => this.suspend(endpointId, STOP_TIMEOUT_MS));
-    await Promise.allSettled([...running, ...this.#changes]);
+    const waiting = new Set(this.#computes.keys());
+    const notice = setTimeout(() => {
+      const names = [...waiting].join(', ');
+      this.#options.progress?.(`waiting for a quorum of safekeepers to take the last WAL of ${names}`);
+    }, STOP_NOTICE_MS);
+    const suspend = async (endpointId: string): Promise<void> => {
+      await this.suspend(endpointId, STOP_TIMEOUT_MS, STOP_STALL_MS).finally(() => waiting.delete(endpointId));
+    };
+    await Promise.allSettled([...[...this.#computes.keys()].map(suspend), ...this.#changes]);
     // A start that the abort came too late for.
-    await Promise.allSettled([...this.#computes.keys()].map((endpointId) => this.suspend(endpointId, STOP_TIMEOUT_MS)));
+    await Promise.allSettled([...this.#computes.keys()].map(suspend));
+    clearTimeout(notice);
   }
 
   async #change<T>(work: () => Promise<T>): Promise<T> {

@@ -124,6 +124,7 @@ async function bringUp(
       platformSecret: secrets.platformSecret,
       adminPassword: secrets.adminPassword,
     },
+    progress,
     log,
   });
   cleanup.add(() => computes.suspendAll());
@@ -209,6 +210,7 @@ async function startServices(
   const { rpcPort, pagePort, safekeeperPorts } = ports;
   const safekeepers = safekeeperPorts.map((port) => ({ host: LOOPBACK, port }));
   const secret = secrets.platformSecret.toString('hex');
+  const started: ChildService[] = [];
   const start = async (name: string, command: string[], config: Record<string, unknown>): Promise<ChildService> => {
     const logFile = join(directory.logsDir, `${name}.log`);
     const service = await ChildService.start({
@@ -217,10 +219,14 @@ async function startServices(
       config: { ...config, host: LOOPBACK, secret },
       logFile,
       log,
+      isPlatformStopping: () => cleanup.isRunning,
     });
-    cleanup.add(() => service.stop());
+    started.push(service);
     return service;
   };
+  cleanup.add(async () => {
+    await Promise.all(started.map((service) => service.stop()));
+  });
   const services = await Promise.all([
     ...safekeepers.map(({ port }, index) =>
       start(`safekeeper-${index + 1}`, ['safekeeper', String(index + 1)], {
@@ -280,12 +286,18 @@ async function assertPortFree(port: number, option: string): Promise<void> {
 /** What was started, to be stopped in the opposite order; each step is tried whatever the others do. */
 class Cleanup {
   readonly #steps: (() => void | Promise<void>)[] = [];
+  #isRunning = false;
+
+  get isRunning(): boolean {
+    return this.#isRunning;
+  }
 
   add(step: () => void | Promise<void>): void {
     this.#steps.push(step);
   }
 
   async run(): Promise<void> {
+    this.#isRunning = true;
     for (let step = this.#steps.pop(); step !== undefined; step = this.#steps.pop()) {
       try {
         await step();
