@@ -20,12 +20,16 @@ import { exportBranch } from './platform/branch-export.ts';
 import { startPlatform } from './platform/platform.ts';
 import { WalError } from './postgres/wal/error.ts';
 import { runSafekeeper } from './safekeeper/main.ts';
+import type { OffloadLimits } from './safekeeper/offloader.ts';
 
 interface SafekeeperProcessConfig {
   readonly nodeId: number;
   readonly dataDir: string;
   readonly host: string;
   readonly port: number;
+  readonly objectStore?: string;
+  readonly safekeeperCount?: number;
+  readonly offload?: Partial<OffloadLimits>;
   /** Hex. */
   readonly secret: string;
 }

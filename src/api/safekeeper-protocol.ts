@@ -25,6 +25,7 @@
  *
  *     30  watch           c → s      nothing; makes the connection a watcher's
  *     31  progress        s → c      count × {16 tenant id, 16 timeline id, u64 commit LSN, u64 flush LSN}
+ *     32  feedback        c → s      from a watcher that is a pageserver: count × {16 timeline id, u64 ingested, u64 flushed, u64 remote, u64 oldest LSN}
  *
  *     40  request         c → s      JSON {id, method, params}
  *     41  response        s → c      JSON {id, result} or {id, error: {code, message}}
@@ -59,6 +60,7 @@ export const FRAME = {
   wal: 21,
   watch: 30,
   progress: 31,
+  feedback: 32,
   request: 40,
   response: 41,
 } as const;
@@ -81,6 +83,7 @@ const FLAG_GRANTED = 1;
 const FLAG_VOTER = 2;
 const WAL_FIXED_BYTES = 16;
 const PROGRESS_ENTRY_BYTES = 48;
+const FEEDBACK_ENTRY_BYTES = 48;
 const HISTORY_ENTRY_BYTES = 16;
 const VOTE_REPLY_FIXED_BYTES = 29;
 
@@ -137,6 +140,19 @@ export interface TimelineProgress {
   readonly commitLsn: Lsn;
   /** A lower bound when no proposer has been here since the safekeeper's start. */
   readonly flushLsn: Lsn;
+}
+
+/** How far a pageserver has got with a timeline. */
+export interface PageserverFeedback {
+  readonly timelineId: string;
+  /** Pages up to here can be read. */
+  readonly ingestedLsn: Lsn;
+  /** What is below is in layers on its disk. */
+  readonly flushedLsn: Lsn;
+  /** What is below is in layers in the object store, named by an index that no other pageserver can overrule. */
+  readonly remoteLsn: Lsn;
+  /** The oldest LSN that may be read: WAL that ends before it is of no use to anybody. */
+  readonly oldestLsn: Lsn;
 }
 
 export interface ErrorBody {
@@ -380,6 +396,32 @@ export function decodeProgress(payload: Buffer): TimelineProgress[] {
     });
   }
   return entries;
+}
+
+export function encodeFeedback(entries: readonly PageserverFeedback[]): Buffer {
+  const payload = Buffer.alloc(entries.length * FEEDBACK_ENTRY_BYTES);
+  entries.forEach(({ timelineId, ingestedLsn, flushedLsn, remoteLsn, oldestLsn }, index) => {
+    const offset = index * FEEDBACK_ENTRY_BYTES;
+    payload.write(timelineId, offset, 16, 'hex');
+    [ingestedLsn, flushedLsn, remoteLsn, oldestLsn].forEach((lsn, at) => writeLsn(payload, lsn, offset + 16 + 8 * at));
+  });
+  return encodeFrame(FRAME.feedback, payload);
+}
+
+export function decodeFeedback(payload: Buffer): PageserverFeedback[] {
+  if (payload.length % FEEDBACK_ENTRY_BYTES !== 0) {
+    throw new StrataError('bad-request', `a feedback frame of ${payload.length} bytes is not a list of entries`);
+  }
+  return Array.from({ length: payload.length / FEEDBACK_ENTRY_BYTES }, (_, index) => {
+    const offset = index * FEEDBACK_ENTRY_BYTES;
+    return {
+      timelineId: payload.toString('hex', offset, offset + 16),
+      ingestedLsn: readLsn(payload, offset + 16),
+      flushedLsn: readLsn(payload, offset + 24),
+      remoteLsn: readLsn(payload, offset + 32),
+      oldestLsn: readLsn(payload, offset + 40),
+    };
+  });
 }
 
 function encodeHistory(history: TermHistory): Buffer {

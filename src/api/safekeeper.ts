@@ -17,16 +17,18 @@ import {
   decodeProgress,
   decodeWal,
   type ErrorBody,
+  encodeFeedback,
   encodeHello,
   encodeJson,
   FRAME,
   type Greeting,
+  type PageserverFeedback,
   type ReadRequest,
   type TimelineProgress,
   type WalChunk,
 } from './safekeeper-protocol.ts';
 
-export type { TimelineProgress, WalChunk } from './safekeeper-protocol.ts';
+export type { PageserverFeedback, TimelineProgress, WalChunk } from './safekeeper-protocol.ts';
 
 const CONNECT_TIMEOUT_MS = 5_000;
 const CALL_TIMEOUT_MS = 30_000;
@@ -85,6 +87,8 @@ export async function* readWal(options: ReadWalOptions): AsyncGenerator<WalChunk
 
 export interface WatchCommitsOptions extends SafekeeperEndpoint {
   readonly signal?: AbortSignal;
+  /** For a pageserver: is given, once connected, what tells the safekeeper how far it has got. */
+  readonly onConnected?: (tell: (entries: readonly PageserverFeedback[]) => void) => void;
 }
 
 /**
@@ -92,7 +96,11 @@ export interface WatchCommitsOptions extends SafekeeperEndpoint {
  * may be lower than one seen before the safekeeper restarted: the consumer keeps the highest.
  */
 export async function* watchCommits(options: WatchCommitsOptions): AsyncGenerator<TimelineProgress[], void, void> {
-  for await (const frame of streamFrames(options, encodeJson(FRAME.watch, {}), options.signal)) {
+  const { onConnected, signal } = options;
+  const onOpen = (connection: SafekeeperConnection): void => {
+    onConnected?.((entries) => connection.write(encodeFeedback(entries)));
+  };
+  for await (const frame of streamFrames(options, encodeJson(FRAME.watch, {}), signal, onOpen)) {
     if (frame.type === FRAME.progress) yield decodeProgress(frame.payload);
   }
 }
@@ -290,6 +298,7 @@ async function* streamFrames(
   endpoint: SafekeeperEndpoint,
   opening: Buffer,
   signal: AbortSignal | undefined,
+  onOpen?: (connection: SafekeeperConnection) => void,
 ): AsyncGenerator<Frame, void, void> {
   if (signal?.aborted) return;
   const queue: Frame[] = [];
@@ -309,6 +318,7 @@ async function* streamFrames(
   const onAbort = (): void => connection.close();
   signal?.addEventListener('abort', onAbort, { once: true });
   connection.write(opening);
+  onOpen?.(connection);
   try {
     for (;;) {
       const frame = queue.shift();

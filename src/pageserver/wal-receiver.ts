@@ -13,7 +13,7 @@
 
 import { setImmediate as yieldToOthers, setTimeout as sleep } from 'node:timers/promises';
 import { readWal, watchCommits } from '../api/safekeeper.ts';
-import type { ReadWalOptions, SafekeeperAddress, WalChunk } from '../api/safekeeper.ts';
+import type { PageserverFeedback, ReadWalOptions, SafekeeperAddress, WalChunk } from '../api/safekeeper.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { formatLsn } from '../postgres/lsn.ts';
@@ -38,6 +38,9 @@ const RETRY_DELAY_MIN_MS = 20;
 const RETRY_DELAY_MAX_MS = 2_000;
 const LAG_CHECK_MS = 500;
 const LAG_MAX_MS = 2_000;
+/** How often safekeepers are told how far timelines have got that have moved. */
+const FEEDBACK_MS = 250;
+const FEEDBACK_BATCH = 10_000;
 const ANCESTOR_WAIT_MS = 60_000;
 const SLICE_MS = 5;
 
@@ -58,9 +61,17 @@ interface Reception {
   rotation: number;
 }
 
+/** A safekeeper that is told how far timelines have got. */
+interface Told {
+  readonly tell: (entries: readonly PageserverFeedback[]) => void;
+  readonly last: Map<string, PageserverFeedback>;
+}
+
 export class WalReceiver {
   readonly #options: WalReceiverOptions;
   readonly #receptions = new Map<string, Reception>();
+  /** By safekeeper; undefined while it is not connected. */
+  readonly #told: (Told | undefined)[] = [];
   readonly #stopped = new AbortController();
   readonly #running = new Set<Promise<void>>();
 
@@ -71,6 +82,7 @@ export class WalReceiver {
   start(): void {
     this.#options.safekeepers.forEach((_, safekeeper) => this.#track(this.#watch(safekeeper)));
     this.#track(this.#watchLag());
+    this.#track(this.#tellAll());
   }
 
   /** Resolves when nothing is ingested any more. */
@@ -95,6 +107,7 @@ export class WalReceiver {
   timelineRemoved(timelineId: string): void {
     this.#receptions.get(timelineId)?.stream?.aborter.abort();
     this.#receptions.delete(timelineId);
+    for (const told of this.#told) told?.last.delete(timelineId);
   }
 
   async #watch(safekeeper: number): Promise<void> {
@@ -105,7 +118,10 @@ export class WalReceiver {
     let wasLost = false;
     while (!signal.aborted) {
       try {
-        for await (const batch of watchCommits({ address, token, signal })) {
+        const onConnected = (tell: Told['tell']): void => {
+          this.#told[safekeeper] = { tell, last: new Map() };
+        };
+        for await (const batch of watchCommits({ address, token, signal, onConnected })) {
           if (wasLost) log.info({ safekeeper: address }, 'safekeeper is back');
           wasLost = false;
           delayMs = RETRY_DELAY_MIN_MS;
@@ -115,6 +131,7 @@ export class WalReceiver {
         if (!wasLost) log.warn({ safekeeper: address, reason: toStrataError(error).message }, 'safekeeper is lost');
         wasLost = true;
       }
+      this.#told[safekeeper] = undefined;
       await pause(delayMs, signal);
       delayMs = Math.min(delayMs * 2, RETRY_DELAY_MAX_MS);
     }
@@ -249,6 +266,31 @@ export class WalReceiver {
     return true;
   }
 
+  /** Tells every safekeeper that is connected what it was not told yet. */
+  async #tellAll(): Promise<void> {
+    const { signal } = this.#stopped;
+    while (!signal.aborted) {
+      await pause(FEEDBACK_MS, signal);
+      for (const told of this.#told) if (told !== undefined) this.#tell(told);
+    }
+  }
+
+  #tell({ tell, last }: Told): void {
+    let batch: PageserverFeedback[] = [];
+    for (const timeline of this.#options.timelines.all()) {
+      const { timelineId } = timeline;
+      const before = last.get(timelineId);
+      const now = feedbackOf(timeline);
+      if (before !== undefined && isSame(before, now)) continue;
+      last.set(timelineId, now);
+      batch.push(now);
+      if (batch.length < FEEDBACK_BATCH) continue;
+      tell(batch);
+      batch = [];
+    }
+    if (batch.length > 0) tell(batch);
+  }
+
   /** Breaks off streams that bring nothing although another safekeeper has committed more. */
   async #watchLag(): Promise<void> {
     const { signal } = this.#stopped;
@@ -302,6 +344,25 @@ class IngestStopped extends Error {
     super(reason.message, { cause: reason });
     this.reason = reason;
   }
+}
+
+function feedbackOf(timeline: Timeline): PageserverFeedback {
+  return {
+    timelineId: timeline.timelineId,
+    ingestedLsn: timeline.lastRecordLsn,
+    flushedLsn: timeline.diskConsistentLsn,
+    remoteLsn: timeline.remoteConsistentLsn,
+    oldestLsn: timeline.oldestLsn,
+  };
+}
+
+function isSame(a: PageserverFeedback, b: PageserverFeedback): boolean {
+  return (
+    a.ingestedLsn === b.ingestedLsn &&
+    a.flushedLsn === b.flushedLsn &&
+    a.remoteLsn === b.remoteLsn &&
+    a.oldestLsn === b.oldestLsn
+  );
 }
 
 function highestCommit(reception: Reception): Lsn {

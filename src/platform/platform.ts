@@ -233,6 +233,8 @@ async function startServices(
         nodeId: index + 1,
         dataDir: join(directory.path, `safekeeper-${index + 1}`),
         port,
+        objectStore: join(directory.path, 'object-store'),
+        safekeeperCount: options.safekeeperCount,
       }),
     ),
     start('pageserver', ['pageserver'], {

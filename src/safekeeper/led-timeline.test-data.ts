@@ -44,7 +44,7 @@ export async function startLedTimeline(
   const root = mkdtempSync(join(tmpdir(), 'strata-led-timeline-'));
   const log = createLog({ name: 'test', level: 'silent' });
   const host = '127.0.0.1';
-  const safekeeper = await runSafekeeper({
+  const running = await runSafekeeper({
     nodeId: 1,
     dataDir: join(root, 'sk'),
     host,
@@ -53,6 +53,8 @@ export async function startLedTimeline(
     log,
     ...config,
   });
+  let closed: Promise<void> | undefined;
+  const safekeeper = { port: running.port, close: () => (closed ??= running.close()) };
   const [tenantId, timelineId] = [randomBytes(16).toString('hex'), randomBytes(16).toString('hex')];
   const timeline = { tenantId, timelineId, startLsn: MID_SEGMENT_LSN, pgVersion, systemId: String(SYSTEM_ID) };
   const endpoint = {

@@ -3,8 +3,11 @@ import { createServer, type Socket } from 'node:net';
 import { lockDirectory } from '../base/directory-lock.ts';
 import type { Logger } from '../base/log.ts';
 import { listen } from '../base/rpc.ts';
+import { openObjectStore } from '../object-store/open-object-store.ts';
+import { OffloadedWal } from './offloaded-wal.ts';
+import { type OffloadLimits, Offloader } from './offloader.ts';
 import { serveConnection } from './server.ts';
-import { Timelines } from './timelines.ts';
+import { type Offloading, Timelines } from './timelines.ts';
 
 export interface SafekeeperConfig {
   /** Positive, unlike that of any other safekeeper. */
@@ -18,6 +21,11 @@ export interface SafekeeperConfig {
   readonly log: Logger;
   /** After which a silent reader of the replication protocol is gone; a minute when absent. */
   readonly readerTimeoutMs?: number;
+  /** Where WAL is offloaded to (object-store/open-object-store.ts); nowhere when absent, and all WAL stays here. */
+  readonly objectStore?: string;
+  /** Node ids are 1 to this, as a rule; 3 when absent. */
+  readonly safekeeperCount?: number;
+  readonly offload?: Partial<OffloadLimits>;
 }
 
 export interface Safekeeper {
@@ -34,7 +42,8 @@ export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeepe
   const { nodeId, dataDir, host, secret, log, readerTimeoutMs } = config;
   const lock = await lockDirectory(dataDir, LOCK_WAIT_MS);
   try {
-    const timelines = await Timelines.load(dataDir, log);
+    const offloading = await startOffloading(config);
+    const timelines = await Timelines.load(dataDir, log, offloading);
     const sockets = new Set<Socket>();
     const server = createServer((socket) => {
       sockets.add(socket);
@@ -51,6 +60,7 @@ export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeepe
         const closed = new Promise<void>((resolve) => server.close(() => resolve()));
         for (const socket of sockets) socket.destroy();
         await closed;
+        await offloading?.offloader.close();
         await timelines.close();
         lock.release();
       },
@@ -59,4 +69,12 @@ export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeepe
     lock.release();
     throw error;
   }
+}
+
+async function startOffloading(config: SafekeeperConfig): Promise<Offloading | undefined> {
+  const { objectStore, nodeId, safekeeperCount, log, offload } = config;
+  if (objectStore === undefined) return undefined;
+  const wal = new OffloadedWal(await openObjectStore(objectStore));
+  const options = { wal, nodeId, safekeeperCount: safekeeperCount ?? 3, log };
+  return { wal, offloader: new Offloader({ ...options, ...(offload === undefined ? {} : { limits: offload }) }) };
 }

@@ -12,6 +12,7 @@ import { mayReadTimeline, type TokenClaims, verifyToken } from '../base/token.ts
 import type { TimelineIdentity } from '../api/safekeeper.ts';
 import {
   APPEND_FIXED_BYTES,
+  decodeFeedback,
   decodeHello,
   decodeJson,
   decodeProposerMessage,
@@ -199,6 +200,10 @@ class Connection implements ProposerLink {
         return this.#create(decodeJson(payload) as CreateRequest);
       case FRAME.read:
         return this.#read(decodeJson(payload) as ReadRequest);
+      case FRAME.feedback:
+        this.#requirePlatform();
+        this.#context.timelines.feedback(decodeFeedback(payload));
+        return undefined;
       case FRAME.watch:
         this.#watch();
         return undefined;

@@ -11,12 +11,14 @@ import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
 import type { SafekeeperTimelineStatus, TimelineIdentity } from '../api/safekeeper.ts';
 import { Acceptor, type AcceptorAction, type AcceptorState, type BoundaryTracker } from '../consensus/acceptor.ts';
-import type { AcceptorMessage, ProposerMessage } from '../consensus/messages.ts';
+import type { AcceptorMessage, ProposerMessage, TermHistory } from '../consensus/messages.ts';
 import type { AcceptorGreeting } from '../consensus/proposer.ts';
 import { lastLogTerm } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
 import { writeControlFile } from './control-file.ts';
+import type { KeptWal } from './kept-wal.ts';
+import type { OffloadedWal } from './offloaded-wal.ts';
 import { WalStore } from './wal-store.ts';
 
 /** A proposer's connection, as the timeline needs it. */
@@ -31,6 +33,9 @@ const MAX_UNWRITTEN_BYTES = 8 * 1024 * 1024;
 export class Timeline {
   readonly identity: TimelineIdentity;
   readonly directory: string;
+  readonly kept: KeptWal;
+  /** Where WAL is that is not here any more; undefined without an object store. */
+  readonly offloadedWal: OffloadedWal | undefined;
   readonly #store: WalStore;
   readonly #log: Logger;
   readonly #onProgress: (timeline: Timeline) => void;
@@ -39,6 +44,7 @@ export class Timeline {
   readonly #idleWaiters: (() => void)[] = [];
   readonly #writableWaiters: (() => void)[] = [];
   #state: AcceptorState;
+  #savedCommitLsn: Lsn;
   #acceptor: Acceptor<ProposerLink> | undefined;
   /** Who introduced itself as the leader last. */
   #leader: ProposerLink | undefined;
@@ -49,6 +55,8 @@ export class Timeline {
     readonly directory: string;
     readonly identity: TimelineIdentity;
     readonly state: AcceptorState;
+    readonly kept: KeptWal;
+    readonly offloadedWal: OffloadedWal | undefined;
     /** Made just now: there is no WAL to look for. */
     readonly isNew: boolean;
     readonly log: Logger;
@@ -56,7 +64,10 @@ export class Timeline {
   }) {
     this.directory = options.directory;
     this.identity = options.identity;
+    this.kept = options.kept;
+    this.offloadedWal = options.offloadedWal;
     this.#state = options.state;
+    this.#savedCommitLsn = options.state.commitLsn;
     this.#onProgress = options.onProgress;
     this.#log = options.log.child({ timelineId: options.identity.timelineId });
     this.#store = new WalStore(options.directory, options.identity);
@@ -74,6 +85,19 @@ export class Timeline {
   /** Before the timeline was opened: a lower bound. */
   get flushLsn(): Lsn {
     return this.#acceptor?.flushLsn ?? this.#state.commitLsn;
+  }
+
+  /** As the control file has it: from here a start looks for the end of the log. */
+  get savedCommitLsn(): Lsn {
+    return Math.min(this.#savedCommitLsn, this.commitLsn);
+  }
+
+  get history(): TermHistory {
+    return this.#acceptor?.history ?? this.#state.history;
+  }
+
+  get isFailed(): boolean {
+    return this.#failure !== undefined;
   }
 
   /** See Acceptor.leaderTerm. */
@@ -222,7 +246,13 @@ export class Timeline {
         case 'persist':
           this.#state = action.state;
           this.#io(
-            writeControlFile(this.directory, { kind: 'timeline', identity: this.identity, acceptor: action.state }),
+            writeControlFile(this.directory, {
+              kind: 'timeline',
+              identity: this.identity,
+              acceptor: action.state,
+            }).then(() => {
+              this.#savedCommitLsn = action.state.commitLsn;
+            }),
           );
           break;
         case 'term-raised':

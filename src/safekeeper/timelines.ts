@@ -10,37 +10,50 @@ import { dirname, join } from 'node:path';
 import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
 import type { TimelineIdentity } from '../api/safekeeper.ts';
-import type { TimelineProgress } from '../api/safekeeper-protocol.ts';
+import type { PageserverFeedback, TimelineProgress } from '../api/safekeeper-protocol.ts';
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import { toPgVersion } from '../postgres/version.ts';
 import { readControlFile, syncDirectory, writeControlFile } from './control-file.ts';
+import { KeptWal } from './kept-wal.ts';
+import type { OffloadedWal } from './offloaded-wal.ts';
+import type { Offloader } from './offloader.ts';
 import { Timeline } from './timeline.ts';
+import { EXTENT_FILE_NAME, readWalExtent, type WalExtent, wholeExtent } from './wal-extent.ts';
 import { WalStore } from './wal-store.ts';
 
 /** How long a commit LSN may be newer than the control file says, while commits go on. */
 const SAVE_DELAY_MS = 5_000;
 const LOAD_CONCURRENCY = 16;
 
+/** Where WAL goes beside this disk. */
+export interface Offloading {
+  readonly wal: OffloadedWal;
+  readonly offloader: Offloader;
+}
+
 export class Timelines {
   /** Of this start of the safekeeper, 16 hex digits: who was told that a timeline is not here makes it in this life of it or not at all. */
   readonly incarnation = randomBytes(8).toString('hex');
   readonly #dataDir: string;
   readonly #log: Logger;
+  readonly #offloading: Offloading | undefined;
   readonly #timelines = new Map<string, Timeline>();
+  readonly #byId = new Map<string, Timeline>();
   readonly #tombstones = new Set<string>();
   readonly #creations = new Map<string, Promise<Timeline>>();
   readonly #watchers = new Set<(timeline: Timeline) => void>();
   readonly #unsaved = new Set<Timeline>();
   #saveTimer: NodeJS.Timeout | undefined;
 
-  private constructor(dataDir: string, log: Logger) {
+  private constructor(dataDir: string, log: Logger, offloading: Offloading | undefined) {
     this.#dataDir = dataDir;
     this.#log = log;
+    this.#offloading = offloading;
   }
 
-  static async load(dataDir: string, log: Logger): Promise<Timelines> {
-    const timelines = new Timelines(dataDir, log);
+  static async load(dataDir: string, log: Logger, offloading?: Offloading): Promise<Timelines> {
+    const timelines = new Timelines(dataDir, log, offloading);
     await makeDirectory(dataDir);
     const found: { tenantId: string; timelineId: string }[] = [];
     for (const tenantId of (await readdir(dataDir)).filter(isId)) {
@@ -65,7 +78,8 @@ export class Timelines {
 
   /** Whatever its tenant. Throws `not-found`. */
   getById(timelineId: string): Timeline {
-    for (const timeline of this.#timelines.values()) if (timeline.identity.timelineId === timelineId) return timeline;
+    const timeline = this.#byId.get(timelineId);
+    if (timeline !== undefined) return timeline;
     throw new StrataError('not-found', `this safekeeper has no timeline ${timelineId}`);
   }
 
@@ -99,6 +113,7 @@ export class Timelines {
     const timeline = this.#timelines.get(key) ?? (await this.#creations.get(key));
     this.#tombstones.add(key);
     this.#timelines.delete(key);
+    this.#byId.delete(timelineId);
     if (timeline === undefined) {
       const directory = join(this.#dataDir, tenantId, timelineId);
       await makeDirectory(directory);
@@ -106,12 +121,25 @@ export class Timelines {
       return;
     }
     this.#unsaved.delete(timeline);
+    this.#offloading?.offloader.forget(timeline);
     await timeline.delete();
+    // An object that another safekeeper puts after this is found by whoever deletes there.
+    await this.#offloading?.wal.removeBefore({ tenantId, timelineId }, Infinity);
     this.#log.info({ tenantId, timelineId }, 'timeline deleted');
   }
 
   list(): TimelineProgress[] {
     return Array.from(this.#timelines.values(), progressOf);
+  }
+
+  /** What a pageserver tells. Timelines that are not here are left out. */
+  feedback(entries: readonly PageserverFeedback[]): void {
+    for (const entry of entries) {
+      const timeline = this.#byId.get(entry.timelineId);
+      if (timeline === undefined) continue;
+      timeline.kept.feedback = entry;
+      this.#offloading?.offloader.notice(timeline);
+    }
   }
 
   /** Calls back when a timeline is made or moves, until the returned function is called. */
@@ -134,10 +162,12 @@ export class Timelines {
     } else if (control.kind === 'deleted') {
       this.#tombstones.add(keyOf(tenantId, timelineId));
       for (const name of await readdir(directory)) {
-        if (/^[0-9A-F]{24}$/.test(name)) await rm(join(directory, name)); // A deletion that did not finish.
+        if (/^[0-9A-F]{24}$/.test(name) || name.startsWith(EXTENT_FILE_NAME)) await rm(join(directory, name)); // A deletion that did not finish.
       }
     } else {
-      this.#add(directory, control.identity, control.acceptor, false);
+      const extent = (await readWalExtent(directory)) ?? wholeExtent(control.identity.startLsn);
+      const timeline = this.#add(directory, control.identity, control.acceptor, extent, false);
+      this.#offloading?.offloader.notice(timeline);
     }
   }
 
@@ -146,29 +176,39 @@ export class Timelines {
     await makeDirectory(directory);
     await new WalStore(directory, identity).create();
     await writeControlFile(directory, { kind: 'timeline', identity, acceptor });
-    const timeline = this.#add(directory, identity, acceptor, true);
+    const timeline = this.#add(directory, identity, acceptor, wholeExtent(identity.startLsn), true);
     const { tenantId, timelineId, startLsn } = identity;
     this.#log.info({ tenantId, timelineId, startLsn: formatLsn(startLsn) }, 'timeline created');
     for (const callback of this.#watchers) callback(timeline);
     return timeline;
   }
 
-  #add(directory: string, identity: TimelineIdentity, state: AcceptorState, isNew: boolean): Timeline {
+  #add(
+    directory: string,
+    identity: TimelineIdentity,
+    state: AcceptorState,
+    extent: WalExtent,
+    isNew: boolean,
+  ): Timeline {
     const timeline = new Timeline({
       directory,
       identity,
       state,
+      kept: new KeptWal(directory, extent),
+      offloadedWal: this.#offloading?.wal,
       isNew,
       log: this.#log,
       onProgress: (moved) => this.#progressed(moved),
     });
     this.#timelines.set(keyOf(identity.tenantId, identity.timelineId), timeline);
+    this.#byId.set(identity.timelineId, timeline);
     return timeline;
   }
 
   #progressed(timeline: Timeline): void {
     for (const callback of this.#watchers) callback(timeline);
     this.#unsaved.add(timeline);
+    this.#offloading?.offloader.notice(timeline);
     this.#saveTimer ??= setTimeout(() => void this.#saveAll(), SAVE_DELAY_MS);
   }
 

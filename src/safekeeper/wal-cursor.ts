@@ -4,11 +4,13 @@
  *
  * Readers get what is committed, never more. The leader's recovery of another safekeeper names its term and gets what is flushed here, as long as
  * this log is that leader's; the term is looked at again after each read, as a new leader may have cut the log meanwhile.
+ *
+ * WAL that is not on this disk any more is read from the object store. A cursor holds what it is about to read on the disk (kept-wal.ts).
  */
 import { StrataError } from '../base/errors.ts';
-import type { Lsn } from '../postgres/lsn.ts';
+import { formatLsn, type Lsn, segmentOffset } from '../postgres/lsn.ts';
 import type { Timeline } from './timeline.ts';
-import { WalFileReader } from './wal-store.ts';
+import { firstSegmentHead, WalFileReader } from './wal-store.ts';
 
 export interface WalCursorOptions {
   readonly timeline: Timeline;
@@ -24,6 +26,7 @@ export class WalCursor {
   readonly #signal: AbortSignal;
   readonly #files: WalFileReader;
   readonly #stopListening: () => void;
+  readonly #letGo: () => void;
   readonly #poke = (): void => this.#wake?.();
   #lsn: Lsn;
   #wake: (() => void) | undefined;
@@ -36,6 +39,7 @@ export class WalCursor {
     this.#lsn = fromLsn;
     this.#files = new WalFileReader(timeline.directory);
     this.#stopListening = timeline.listen(this.#poke);
+    this.#letGo = timeline.kept.hold(this);
     signal.addEventListener('abort', this.#poke, { once: true });
   }
 
@@ -48,7 +52,7 @@ export class WalCursor {
   async read(maxBytes: number): Promise<Buffer | undefined> {
     const endLsn = this.#readableEnd();
     if (this.#lsn >= endLsn) return undefined;
-    const bytes = await this.#files.read(this.#lsn, Math.min(endLsn, this.#lsn + maxBytes));
+    const bytes = await this.#fetch(Math.min(endLsn, this.#lsn + maxBytes));
     this.#readableEnd();
     this.#lsn += bytes.length;
     return bytes;
@@ -72,8 +76,24 @@ export class WalCursor {
 
   async close(): Promise<void> {
     this.#stopListening();
+    this.#letGo();
     this.#signal.removeEventListener('abort', this.#poke);
     await this.#files.close();
+  }
+
+  /** From this disk, or from the object store when it has gone there. */
+  async #fetch(endLsn: Lsn): Promise<Buffer> {
+    const { kept } = this.#timeline;
+    const lsn = this.#lsn;
+    if (lsn >= kept.localStartLsn || kept.localStartLsn === kept.logStartLsn) {
+      try {
+        return await this.#files.read(lsn, endLsn);
+      } catch (error) {
+        const isGone = (error as NodeJS.ErrnoException).code === 'ENOENT' && lsn < kept.localStartLsn;
+        if (!isGone) throw error;
+      }
+    }
+    return fetchOffloaded(this.#timeline, lsn, endLsn);
   }
 
   #readableEnd(): Lsn {
@@ -85,4 +105,18 @@ export class WalCursor {
     }
     return timeline.flushLsn;
   }
+}
+
+/** `lsn` is at or past the beginning of the segment in which the log begins. */
+async function fetchOffloaded(timeline: Timeline, lsn: Lsn, endLsn: Lsn): Promise<Buffer> {
+  const { identity, kept, offloadedWal } = timeline;
+  if (lsn < kept.logStartLsn) {
+    const head = firstSegmentHead(identity, kept.logStartLsn);
+    return head.subarray(segmentOffset(lsn), Math.min(head.length, segmentOffset(lsn) + endLsn - lsn));
+  }
+  if (offloadedWal === undefined) {
+    const { timelineId } = identity;
+    throw new StrataError('history-gone', `the WAL of timeline ${timelineId} at ${formatLsn(lsn)} has been removed`);
+  }
+  return offloadedWal.read(identity, lsn, endLsn);
 }

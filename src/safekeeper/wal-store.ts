@@ -78,20 +78,13 @@ export class WalStore {
    * the folder was synced.
    */
   async create(): Promise<void> {
-    const { startLsn, pgVersion, systemId } = this.#identity;
+    const { startLsn } = this.#identity;
     if (segmentOffset(startLsn) === 0) return; // The first page header comes with the stream.
-    const version = toPgVersion(pgVersion);
     const handle = await openHandle(segmentPath(this.#directory, startLsn), 'w', 0o600);
     try {
+      const head = firstSegmentHead(this.#identity, startLsn);
+      await handle.write(head, 0, head.length, 0);
       await handle.truncate(WAL_SEGMENT_SIZE);
-      for (const pageLsn of new Set([segmentStart(startLsn), pageStart(startLsn)])) {
-        if (pageLsn === startLsn) continue;
-        const header = Buffer.alloc(pageHeaderSize(pageLsn));
-        const isLast = pageLsn === pageStart(startLsn);
-        const remaining = isLast ? pageOffset(startLsn) - header.length : 0;
-        writePageHeader(header, 0, { pageLsn, remaining, systemId: BigInt(systemId), version });
-        await handle.write(header, 0, header.length, segmentOffset(pageLsn));
-      }
       await handle.sync();
     } finally {
       await handle.close();
@@ -250,6 +243,19 @@ export class WalStore {
     }
     return starts.sort((a, b) => a - b);
   }
+}
+
+/** What is before `startLsn`, where a log begins, in its segment: zeroes, and the headers of the first page and of the page in which it begins. */
+export function firstSegmentHead({ pgVersion, systemId }: TimelineIdentity, startLsn: Lsn): Buffer {
+  const head = Buffer.alloc(segmentOffset(startLsn));
+  for (const pageLsn of new Set([segmentStart(startLsn), pageStart(startLsn)])) {
+    if (pageLsn === startLsn) continue;
+    const size = pageHeaderSize(pageLsn);
+    const remaining = pageLsn === pageStart(startLsn) ? pageOffset(startLsn) - size : 0;
+    const version = toPgVersion(pgVersion);
+    writePageHeader(head, segmentOffset(pageLsn), { pageLsn, remaining, systemId: BigInt(systemId), version });
+  }
+  return head;
 }
 
 /** Reads WAL for one reader, with one file open at most. What is read must be known to be there. */

@@ -1,0 +1,288 @@
+/**
+ * Brings committed WAL to the object store, removes it from this disk when nobody needs it here, and from the store when nobody needs it at all.
+ *
+ * Whole segments go when they are complete; the last, unfinished one when its timeline has been quiet for a while, or is never quiet for long enough.
+ * Every safekeeper does this for all of its timelines, but each waits longer than those before it in an order that is another for each timeline,
+ * and looks first whether the object is there. So one does the work as a rule, and another when that one is away; who is slow or stale only
+ * repeats what is there. What is put is checked record by record before, so that a damaged disk does not spread.
+ *
+ * Only timelines with something to do are looked at: an idle one costs nothing. A failure is told once, and tried again.
+ */
+import { setImmediate as yieldToOthers } from 'node:timers/promises';
+import type { Logger } from '../base/log.ts';
+import { toStrataError } from '../base/errors.ts';
+import { historyUpTo } from '../consensus/term-history.ts';
+import { formatLsn, type Lsn, segmentOffset, segmentStart, WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
+import { toPgVersion } from '../postgres/version.ts';
+import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
+import { WalReader } from '../postgres/wal/reader.ts';
+import { removalHorizon } from './kept-wal.ts';
+import type { OffloadedWal } from './offloaded-wal.ts';
+import type { Timeline } from './timeline.ts';
+import { WalFileReader } from './wal-store.ts';
+
+export interface OffloaderOptions {
+  readonly wal: OffloadedWal;
+  readonly nodeId: number;
+  /** Node ids are 1 to this, as a rule: it decides who goes first. */
+  readonly safekeeperCount: number;
+  readonly log: Logger;
+  readonly limits?: Partial<OffloadLimits>;
+}
+
+export interface OffloadLimits {
+  /** A timeline is quiet when its commit LSN has not moved for so long. */
+  readonly quietMs: number;
+  /** And one that is never quiet has its last segment offloaded so often. */
+  readonly busyMs: number;
+  /** Between one safekeeper's turn and the next one's. */
+  readonly turnMs: number;
+  /** Whole segments that stay on the disk for readers, whatever is offloaded. */
+  readonly keptSegments: number;
+  /** How far behind the commit LSN a reader holds WAL on the disk. */
+  readonly readerBytesMax: number;
+  readonly lookMs: number;
+}
+
+export const DEFAULT_OFFLOAD_LIMITS: OffloadLimits = {
+  quietMs: 15_000,
+  busyMs: 300_000,
+  turnMs: 10_000,
+  keptSegments: 2,
+  readerBytesMax: 1024 * 1024 * 1024,
+  lookMs: 1_000,
+};
+
+const CONCURRENCY = 2;
+const CHECK_BYTES = 1024 * 1024;
+const TRACK_BYTES = 8192;
+const RETRY_MS = 10_000;
+
+/** A timeline with something to offload. */
+interface Pending {
+  commitLsn: Lsn;
+  /** When its commit LSN was last seen to move, and when what is due now became so. */
+  movedAtMs: number;
+  dueLsn: Lsn;
+  dueAtMs: number;
+  partialAtMs: number;
+  notBeforeMs: number;
+  isFailing: boolean;
+}
+
+export class Offloader {
+  readonly #options: OffloaderOptions;
+  readonly #limits: OffloadLimits;
+  readonly #pending = new Map<Timeline, Pending>();
+  /** Moved, or told of: their disk is looked at. */
+  readonly #toTrim = new Set<Timeline>();
+  readonly #trimmedTo = new Map<string, Lsn>();
+  readonly #closing = new AbortController();
+  #timer: NodeJS.Timeout | undefined;
+  #looking: Promise<void> | undefined;
+
+  constructor(options: OffloaderOptions) {
+    this.#options = options;
+    this.#limits = { ...DEFAULT_OFFLOAD_LIMITS, ...options.limits };
+  }
+
+  /** To be called when the timeline was loaded, has moved, or the pageserver told of it. */
+  notice(timeline: Timeline): void {
+    if (timeline.commitLsn > timeline.kept.offloadedLsn && !this.#pending.has(timeline)) {
+      const nowMs = performance.now();
+      this.#pending.set(timeline, {
+        commitLsn: timeline.commitLsn,
+        movedAtMs: nowMs,
+        dueLsn: 0,
+        dueAtMs: nowMs,
+        partialAtMs: nowMs,
+        notBeforeMs: 0,
+        isFailing: false,
+      });
+    }
+    this.#toTrim.add(timeline);
+    this.#schedule();
+  }
+
+  forget(timeline: Timeline): void {
+    this.#pending.delete(timeline);
+    this.#toTrim.delete(timeline);
+    this.#trimmedTo.delete(timeline.identity.timelineId);
+  }
+
+  /** Whether what is committed cannot be brought to the store now; for who shows it. */
+  isFailing(timeline: Timeline): boolean {
+    return this.#pending.get(timeline)?.isFailing ?? false;
+  }
+
+  async close(): Promise<void> {
+    this.#closing.abort();
+    clearTimeout(this.#timer);
+    await this.#looking;
+  }
+
+  #schedule(): void {
+    if (this.#timer !== undefined || this.#closing.signal.aborted) return;
+    this.#timer = setTimeout(() => {
+      this.#looking = this.#look().finally(() => {
+        this.#timer = undefined;
+        if (this.#pending.size > 0 || this.#toTrim.size > 0) this.#schedule();
+      });
+    }, this.#limits.lookMs);
+    this.#timer.unref();
+  }
+
+  /** Never rejects. */
+  async #look(): Promise<void> {
+    const queue = [...this.#pending];
+    const work = async (): Promise<void> => {
+      for (let next = queue.pop(); next !== undefined; next = queue.pop()) {
+        const [timeline, pending] = next;
+        if (this.#closing.signal.aborted) return;
+        await this.#offloadDue(timeline, pending).catch((error: unknown) => this.#failed(timeline, pending, error));
+      }
+    };
+    await Promise.all(Array.from({ length: CONCURRENCY }, work));
+    for (const timeline of this.#toTrim) {
+      this.#toTrim.delete(timeline);
+      if (this.#closing.signal.aborted) return;
+      await this.#trim(timeline).catch((error: unknown) => {
+        const { timelineId } = timeline.identity;
+        this.#options.log.warn({ timelineId, err: error }, 'old WAL could not be removed');
+      });
+    }
+  }
+
+  #failed(timeline: Timeline, pending: Pending, error: unknown): void {
+    pending.notBeforeMs = performance.now() + RETRY_MS;
+    const level = pending.isFailing ? 'debug' : 'error';
+    pending.isFailing = true;
+    const { timelineId } = timeline.identity;
+    this.#options.log[level]({ timelineId, reason: toStrataError(error).message }, 'WAL could not be offloaded');
+  }
+
+  async #offloadDue(timeline: Timeline, pending: Pending): Promise<void> {
+    for (;;) {
+      const { kept } = timeline;
+      const endLsn = this.#due(timeline, pending);
+      if (endLsn === undefined || this.#closing.signal.aborted) return;
+      const isWhole = segmentOffset(endLsn) === 0;
+      await this.#offload(timeline, endLsn);
+      pending.isFailing = false;
+      pending.partialAtMs = performance.now();
+      if (!isWhole || endLsn === timeline.commitLsn) await kept.save();
+      if (kept.offloadedLsn >= timeline.commitLsn) this.#pending.delete(timeline);
+      this.#toTrim.add(timeline);
+    }
+  }
+
+  /** Up to where WAL is to be offloaded now, within one segment. */
+  #due(timeline: Timeline, pending: Pending): Lsn | undefined {
+    const nowMs = performance.now();
+    const { commitLsn, kept } = timeline;
+    const { quietMs, busyMs, turnMs } = this.#limits;
+    if (commitLsn > pending.commitLsn) {
+      pending.commitLsn = commitLsn;
+      pending.movedAtMs = nowMs;
+    }
+    if (timeline.isFailed || nowMs < pending.notBeforeMs || kept.offloadedLsn >= commitLsn) return undefined;
+    const segmentEnd = segmentStart(kept.offloadedLsn) + WAL_SEGMENT_SIZE;
+    const isWhole = commitLsn >= segmentEnd;
+    const isPartialDue = nowMs - pending.movedAtMs >= quietMs || nowMs - pending.partialAtMs >= busyMs;
+    if (!isWhole && !isPartialDue) return undefined;
+    const endLsn = isWhole ? segmentEnd : commitLsn;
+    if (pending.dueLsn !== segmentEnd) {
+      pending.dueLsn = segmentEnd;
+      pending.dueAtMs = nowMs;
+    }
+    const sinceMs = isWhole ? nowMs - pending.dueAtMs : nowMs - pending.movedAtMs - quietMs;
+    const busyForMs = nowMs - pending.partialAtMs - busyMs;
+    if (Math.max(sinceMs, isWhole ? 0 : busyForMs) < this.#turn(timeline) * turnMs) return undefined;
+    return endLsn;
+  }
+
+  #turn(timeline: Timeline): number {
+    const { nodeId, safekeeperCount } = this.#options;
+    return (nodeId + parseInt(timeline.identity.timelineId.slice(-6), 16)) % safekeeperCount;
+  }
+
+  async #offload(timeline: Timeline, endLsn: Lsn): Promise<void> {
+    const { identity, kept } = timeline;
+    const { wal, log } = this.#options;
+    const fromLsn = Math.max(segmentStart(kept.offloadedLsn), kept.logStartLsn);
+    const segment = { ...identity, fromLsn, endLsn };
+    const wasThere = await wal.has(segment);
+    if (!wasThere) {
+      const bytes = await readWhole(timeline, fromLsn, endLsn);
+      await checkRecords(timeline, fromLsn, bytes);
+      const history = historyUpTo(timeline.history, endLsn - 1);
+      await wal.put({ ...segment, history, bytes });
+      if (timeline.isFailed) await wal.removeBefore(identity, Infinity); // deleted meanwhile
+      const range = `${formatLsn(fromLsn)} to ${formatLsn(endLsn)}`;
+      log.debug({ timelineId: identity.timelineId, range }, 'WAL offloaded');
+    }
+    kept.offloaded(endLsn);
+  }
+
+  async #trim(timeline: Timeline): Promise<void> {
+    const { kept, identity } = timeline;
+    const { feedback } = kept;
+    if (feedback === undefined || timeline.isFailed) return;
+    const { keptSegments, readerBytesMax } = this.#limits;
+    const horizonLsn = removalHorizon({
+      localStartLsn: kept.localStartLsn,
+      offloadedLsn: kept.offloadedLsn,
+      remoteLsn: feedback.remoteLsn,
+      savedCommitLsn: timeline.savedCommitLsn,
+      readerLsns: kept.readerLsns,
+      keptSegments,
+      readerBytesMax,
+    });
+    const { timelineId } = identity;
+    const count = await kept.remove(horizonLsn);
+    if (count > 0) this.#options.log.info({ timelineId, count, before: formatLsn(horizonLsn) }, 'WAL removed');
+
+    const uselessLsn = segmentStart(Math.min(feedback.oldestLsn, feedback.remoteLsn, kept.localStartLsn));
+    if (uselessLsn <= (this.#trimmedTo.get(timelineId) ?? kept.logStartLsn)) return;
+    const removed = await this.#options.wal.removeBefore(identity, uselessLsn);
+    this.#trimmedTo.set(timelineId, uselessLsn);
+    if (removed > 0) {
+      const before = formatLsn(uselessLsn);
+      this.#options.log.info({ timelineId, count: removed, before }, 'WAL that no history needs was removed');
+    }
+  }
+}
+
+async function readWhole(timeline: Timeline, fromLsn: Lsn, endLsn: Lsn): Promise<Buffer> {
+  const files = new WalFileReader(timeline.directory);
+  const parts: Buffer[] = [];
+  try {
+    for (let lsn = fromLsn; lsn < endLsn; lsn += parts.at(-1)!.length) parts.push(await files.read(lsn, endLsn));
+  } finally {
+    await files.close();
+  }
+  return Buffer.concat(parts);
+}
+
+/** Throws WalError when a record between the first boundary in these bytes and their end is damaged. */
+async function checkRecords(timeline: Timeline, fromLsn: Lsn, bytes: Buffer): Promise<void> {
+  const boundaryLsn = firstBoundary(fromLsn, timeline.kept.logStartLsn, bytes);
+  if (boundaryLsn === undefined) return; // One record is all of it.
+  const reader = new WalReader(boundaryLsn, toPgVersion(timeline.identity.pgVersion));
+  for (let at = boundaryLsn - fromLsn; at < bytes.length; at += CHECK_BYTES) {
+    reader.push(fromLsn + at, bytes.subarray(at, at + CHECK_BYTES));
+    while (reader.next() !== undefined);
+    await yieldToOthers();
+  }
+}
+
+/** Where a record ends, or none goes on, at or after the beginning of these bytes; early as a rule. */
+function firstBoundary(fromLsn: Lsn, logStartLsn: Lsn, bytes: Buffer): Lsn | undefined {
+  if (fromLsn === logStartLsn) return fromLsn;
+  const tracker = new WalBoundaryTracker(fromLsn);
+  for (let at = 0; at < bytes.length; at += TRACK_BYTES) {
+    tracker.push(bytes.subarray(at, at + TRACK_BYTES));
+    if (tracker.endLsn > fromLsn) return tracker.endLsn;
+  }
+  return undefined;
+}
