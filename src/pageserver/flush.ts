@@ -7,6 +7,8 @@ import { LayerWriter } from './layers/layer-writer.ts';
 import type { MemoryLayer } from './layers/memory-layer.ts';
 
 const SLICE_MS = 5;
+/** Larger than in merged layers: compressing costs less, and most of what is flushed is merged before it is read. */
+const VALUE_BLOCK_BYTES = 64 * 1024;
 
 export interface FlushOptions {
   readonly directory: string;
@@ -18,7 +20,9 @@ export interface FlushOptions {
 /** The layer is durable under its name when this resolves; nothing refers to it yet. */
 export async function flushMemoryLayer(layer: MemoryLayer, options: FlushOptions): Promise<LayerDescription> {
   const { directory, timelineId, lsnEnd } = options;
-  const writer = await LayerWriter.create(directory, { kind: 'delta', timelineId, lsnStart: layer.lsnStart, lsnEnd });
+  const { lsnStart } = layer;
+  const valueBlockBytes = VALUE_BLOCK_BYTES;
+  const writer = await LayerWriter.create(directory, { kind: 'delta', timelineId, lsnStart, lsnEnd, valueBlockBytes });
   try {
     let sliceStartMs = performance.now();
     let valueCount = 0;

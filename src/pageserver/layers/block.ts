@@ -15,7 +15,7 @@
  */
 
 import { constants, zstdCompressSync, zstdDecompressSync } from 'node:zlib';
-import { crc32c } from '../../base/crc32c.ts';
+import { CRC32C_INIT, crc32c, crc32cExtend, crc32cFinish } from '../../base/crc32c.ts';
 import { StrataError } from '../../base/errors.ts';
 
 export const BLOCK_HEADER_BYTES = 16;
@@ -24,6 +24,8 @@ export const MAX_BLOCK_BYTES = 1024 * 1024 * 1024 + 65536;
 
 const COMPRESSION_NONE = 0;
 const COMPRESSION_ZSTD = 1;
+/** A block that would not get smaller than this is kept as it is, and costs no decompression. */
+const WORTHWHILE_FRACTION = 0.9;
 const ZSTD_OPTIONS = { params: { [constants.ZSTD_c_compressionLevel]: 1 } };
 
 export class LayerDamagedError extends StrataError {
@@ -39,26 +41,27 @@ export class LayerDamagedError extends StrataError {
 }
 
 /**
- * The whole block, header included. At once and not on the thread pool: with streams and wake-ups around them, blocks of this size take twice
- * the processor time there.
+ * The whole block: its header and what follows. The content may be `raw` itself. At once and not on the thread pool: with streams and
+ * wake-ups around them, blocks of this size take twice the processor time there.
  */
-export function encodeBlock(type: number, raw: Buffer): Buffer {
+export function encodeBlock(type: number, raw: Buffer): [header: Buffer, stored: Buffer] {
   // Knowing the size, zstd sets up less.
   const compressed = zstdCompressSync(raw, { ...ZSTD_OPTIONS, pledgedSrcSize: raw.length });
-  if (compressed.length < raw.length) return frame(type, COMPRESSION_ZSTD, raw.length, compressed);
+  if (compressed.length < raw.length * WORTHWHILE_FRACTION)
+    return frame(type, COMPRESSION_ZSTD, raw.length, compressed);
   return frame(type, COMPRESSION_NONE, raw.length, raw);
 }
 
-function frame(type: number, compression: number, rawLength: number, stored: Buffer): Buffer {
-  const block = Buffer.allocUnsafe(BLOCK_HEADER_BYTES + stored.length);
-  block[4] = type;
-  block[5] = compression;
-  block.writeUInt16LE(0, 6);
-  block.writeUInt32LE(rawLength, 8);
-  block.writeUInt32LE(stored.length, 12);
-  stored.copy(block, BLOCK_HEADER_BYTES);
-  block.writeUInt32LE(crc32c(block, 4), 0);
-  return block;
+function frame(type: number, compression: number, rawLength: number, stored: Buffer): [Buffer, Buffer] {
+  const header = Buffer.allocUnsafe(BLOCK_HEADER_BYTES);
+  header[4] = type;
+  header[5] = compression;
+  header.writeUInt16LE(0, 6);
+  header.writeUInt32LE(rawLength, 8);
+  header.writeUInt32LE(stored.length, 12);
+  const state = crc32cExtend(CRC32C_INIT, header, 4, BLOCK_HEADER_BYTES);
+  header.writeUInt32LE(crc32cFinish(crc32cExtend(state, stored, 0, stored.length)), 0);
+  return [header, stored];
 }
 
 /** The content of a whole block that was read at `offset` of `file`. May refer to `block`. */

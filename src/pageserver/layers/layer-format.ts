@@ -11,7 +11,7 @@
  *   footer    128 bytes
  *
  * Value block: values one after the other, with nothing between them. A value is never split; a block is closed when it has
- * reached its target size (32 KiB of deltas, 16 KiB of images) or earlier, so a large value makes a large block. Value blocks are numbered
+ * reached its target size (the writer's choice, 32 or 64 KiB) or earlier, so a large value makes a large block. Value blocks are numbered
  * from 0 in the order in which they stand in the file.
  *
  * Key block: says which values there are and where. All entries of the layer, over all key blocks in order, are sorted by key, then

@@ -11,13 +11,14 @@ import type { Lsn } from '../../postgres/lsn.ts';
 import { compareKeys, nextKey } from '../key.ts';
 import type { Key } from '../key.ts';
 import { BLOCK_TYPE, encodeBlock } from './block.ts';
-import { copyBytes } from './copy-bytes.ts';
+import { copyBytes, viewOf } from './copy-bytes.ts';
 import { encodeFooter, encodeHeader, encodeIndex, layerFileName } from './layer-format.ts';
 import type { BlockLocation, KeyBlockLocation, LayerDescription, LayerKind } from './layer-format.ts';
 import { KeyBlockBuilder } from './key-block.ts';
 import { syncDirectory } from './durable.ts';
 
-const VALUE_BLOCK_TARGET_BYTES = { delta: 32 * 1024, image: 16 * 1024 } as const;
+/** Large enough that setting up zstd does not count, small enough for a read of one page. */
+const VALUE_BLOCK_TARGET_BYTES = { delta: 32 * 1024, image: 32 * 1024 } as const;
 const KEY_BLOCK_TARGET_BYTES = 16 * 1024;
 const WRITE_BYTES = 256 * 1024;
 
@@ -30,6 +31,8 @@ export interface LayerWriterOptions {
   readonly keyStart?: Key;
   /** See LayerDescription. */
   readonly revision?: number;
+  /** Size of value blocks, when it is not that of the layer's kind. */
+  readonly valueBlockBytes?: number;
 }
 
 let partialCount = 0;
@@ -47,6 +50,7 @@ export class LayerWriter {
   #toWriteBytes = 0;
   #fileLength = 0;
   #values: Buffer;
+  #valuesView: DataView;
   #valuesLength = 0;
   #valueBlockNumber = 0;
   #firstKey: Key | undefined;
@@ -60,9 +64,10 @@ export class LayerWriter {
     this.#options = options;
     this.#file = file;
     this.#partialPath = partialPath;
-    this.#targetBytes = VALUE_BLOCK_TARGET_BYTES[options.kind];
+    this.#targetBytes = options.valueBlockBytes ?? VALUE_BLOCK_TARGET_BYTES[options.kind];
     this.#keys = new KeyBlockBuilder(options.lsnStart, KEY_BLOCK_TARGET_BYTES);
-    this.#values = Buffer.allocUnsafe(this.#targetBytes * 2);
+    this.#values = Buffer.allocUnsafeSlow(this.#targetBytes * 2);
+    this.#valuesView = viewOf(this.#values);
     this.#append(encodeHeader(options.kind));
   }
 
@@ -80,18 +85,33 @@ export class LayerWriter {
     return this.#valueBytes;
   }
 
-  /** Adds a value, which is `bytes[start, end)` (copied). Keys rise; LSNs of one key do not fall. */
-  add(key: Key, lsn: Lsn, bytes: Buffer, start = 0, end: number = bytes.length): void {
+  /** Adds a value (copied). Keys rise; LSNs of one key do not fall. */
+  add(key: Key, lsn: Lsn, value: Buffer): void {
+    this.#begin(key, lsn, value[0]!, value.length);
+    this.#values.set(value, this.#valuesLength);
+    this.#end(key, lsn, value.length);
+  }
+
+  /** As `add`, with the value that is bytes [start, end) of `from`. */
+  addFrom(key: Key, lsn: Lsn, from: DataView, start: number, end: number): void {
     const length = end - start;
+    this.#begin(key, lsn, from.getUint8(start), length);
+    copyBytes(from, start, this.#valuesView, this.#valuesLength, length);
+    this.#end(key, lsn, length);
+  }
+
+  #begin(key: Key, lsn: Lsn, kind: number, length: number): void {
     const order = this.#lastKey === key ? 0 : this.#lastKey === undefined ? -1 : compareKeys(this.#lastKey, key);
     assert(order < 0 || (order === 0 && this.#lastLsn <= lsn), 'entries of a layer are sorted by key, then LSN');
     assert(lsn >= this.#options.lsnStart && lsn < this.#options.lsnEnd, 'an entry lies in the LSN range of its layer');
     if (this.#valuesLength + length > this.#values.length) {
       if (this.#valuesLength > 0) this.#closeValueBlock();
-      if (length > this.#values.length) this.#values = Buffer.allocUnsafe(length);
+      if (length > this.#values.length) this.#newValues(length);
     }
-    this.#keys.add(key, lsn, bytes[start]!, this.#valueBlockNumber, this.#valuesLength, length);
-    copyBytes(bytes, start, this.#values, this.#valuesLength, length);
+    this.#keys.add(key, lsn, kind, this.#valueBlockNumber, this.#valuesLength, length);
+  }
+
+  #end(key: Key, lsn: Lsn, length: number): void {
     this.#valuesLength += length;
     this.#valueBytes += length;
     this.#entryCount++;
@@ -120,7 +140,6 @@ export class LayerWriter {
     assert(this.#firstKey !== undefined && this.#lastKey !== undefined, 'a layer has entries');
     if (this.#valuesLength > 0) this.#closeValueBlock();
     if (this.#keys.count > 0) this.#closeKeyBlock();
-    const index = encodeBlock(BLOCK_TYPE.index, encodeIndex(this.#keyBlocks, this.#valueBlocks));
     const { kind, timelineId, lsnStart, lsnEnd } = this.#options;
     const keyStart = this.#options.keyStart ?? this.#firstKey;
     const { revision } = this.#options;
@@ -132,15 +151,15 @@ export class LayerWriter {
       lsnEnd,
       ...(revision === undefined ? {} : { revision }),
     };
+    const index = this.#appendBlock(BLOCK_TYPE.index, encodeIndex(this.#keyBlocks, this.#valueBlocks));
     const footer = encodeFooter({
       ...range,
       timelineId,
-      indexOffset: this.#fileLength,
+      indexOffset: index.offset,
       indexLength: index.length,
       entryCount: this.#entryCount,
       valueBytes: this.#valueBytes,
     });
-    this.#append(index);
     this.#append(footer);
     await this.#write();
     await this.#file.sync();
@@ -157,10 +176,18 @@ export class LayerWriter {
   }
 
   #closeValueBlock(): void {
-    this.#valueBlocks.push(this.#appendBlock(BLOCK_TYPE.values, this.#values.subarray(0, this.#valuesLength)));
-    if (this.#values.length > this.#targetBytes * 2) this.#values = Buffer.allocUnsafe(this.#targetBytes * 2);
+    const content = this.#values.subarray(0, this.#valuesLength);
+    this.#valueBlocks.push(this.#appendBlock(BLOCK_TYPE.values, content));
+    // What is not compressed is written from where it is.
+    const isKept = this.#toWrite.at(-1) === content;
+    if (isKept || this.#values.length > this.#targetBytes * 2) this.#newValues(this.#targetBytes * 2);
     this.#valuesLength = 0;
     this.#valueBlockNumber++;
+  }
+
+  #newValues(sizeBytes: number): void {
+    this.#values = Buffer.allocUnsafeSlow(sizeBytes);
+    this.#valuesView = viewOf(this.#values);
   }
 
   #closeKeyBlock(): void {
@@ -169,10 +196,11 @@ export class LayerWriter {
   }
 
   #appendBlock(type: number, content: Buffer): BlockLocation {
-    const block = encodeBlock(type, content);
-    const location = { offset: this.#fileLength, length: block.length };
-    this.#append(block);
-    return location;
+    const offset = this.#fileLength;
+    const [header, stored] = encodeBlock(type, content);
+    this.#append(header);
+    this.#append(stored);
+    return { offset, length: header.length + stored.length };
   }
 
   #append(bytes: Buffer): void {
@@ -182,9 +210,13 @@ export class LayerWriter {
   }
 
   async #write(): Promise<void> {
-    const bytes = Buffer.concat(this.#toWrite, this.#toWriteBytes);
+    const buffers = this.#toWrite;
+    const length = this.#toWriteBytes;
     this.#toWrite = [];
     this.#toWriteBytes = 0;
-    for (let at = 0; at < bytes.length;) at += (await this.#file.write(bytes, at)).bytesWritten;
+    let { bytesWritten: at } = await this.#file.writev(buffers);
+    if (at === length) return;
+    const bytes = Buffer.concat(buffers, length);
+    while (at < length) at += (await this.#file.write(bytes, at)).bytesWritten;
   }
 }

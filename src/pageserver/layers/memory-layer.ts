@@ -1,8 +1,8 @@
 /**
  * The newest part of a timeline's history, in memory until it is flushed to a delta layer.
  *
- * A put costs two look-ups and a copy: fork, block, newest entry. Entries are rows of typed arrays, each with the row of the next older
- * entry of its key; their bytes lie in arenas; keys are rows too, found by an open hash table (KeyRows). So the garbage collector sees a few large
+ * A put costs two look-ups and a copy: fork, block, newest entry. Entries are rows of six words in one array, so that one costs one cache line;
+ * each names the next older entry of its key. Their bytes lie in arenas; keys are rows too, found by an open hash table (KeyRows). So the garbage collector sees a few large
  * arrays, however many values there are. Puts come in the order of the log, so a key's LSNs never fall.
  *
  * Of each page it counts what has to be replayed since the last value that needs nothing before it; `takeHot` gives the pages for
@@ -16,7 +16,7 @@ import { compareKeys, KEY_KIND } from '../key.ts';
 import type { Key, KeyRange } from '../key.ts';
 import { clearRecordLinks, needsNoPrior, RECORD_HEADER_BYTES, writeRecordHeader } from '../value.ts';
 import type { Chain, ValueSource } from './chain.ts';
-import { copyBytes } from './copy-bytes.ts';
+import { copyBytes, viewOf } from './copy-bytes.ts';
 import { KeyRows, NO_ROW } from './key-rows.ts';
 import type { ForkKey } from './key-rows.ts';
 import type { LayerWriter } from './layer-writer.ts';
@@ -29,7 +29,16 @@ const HOT_BYTES = 8192;
 const ARENA_BYTES_MIN = 16 * 1024;
 const ARENA_BYTES_MAX = 4 * 1024 * 1024;
 const ENTRIES_MIN = 16;
-const ENTRY_BYTES = 24;
+/** The words of an entry. */
+const OLDER = 0;
+const ARENA = 1;
+const OFFSET = 2;
+const LENGTH = 3;
+const LSN_LOW = 4;
+const LSN_HIGH = 5;
+const ENTRY_WORDS = 6;
+const ENTRY_BYTES = ENTRY_WORDS * 4;
+const TWO_32 = 2 ** 32;
 const NONE = -1;
 
 export class MemoryLayer implements ValueSource {
@@ -40,13 +49,11 @@ export class MemoryLayer implements ValueSource {
   #hot: number[] = [];
   #entryCount = 0;
   #discardedCount = 0;
-  #lsns = new Float64Array(ENTRIES_MIN);
-  #older = new Int32Array(ENTRIES_MIN);
-  #arenas = new Uint32Array(ENTRIES_MIN);
-  #offsets = new Uint32Array(ENTRIES_MIN);
-  #lengths = new Uint32Array(ENTRIES_MIN);
+  #entries = new Int32Array(ENTRIES_MIN * ENTRY_WORDS);
   readonly #arenaBytes: Buffer[] = [];
+  readonly #arenaViews: DataView[] = [];
   #arena: Buffer = Buffer.alloc(0);
+  #arenaView = viewOf(this.#arena);
   #arenaFree = 0;
   #newestLsn: Lsn = 0;
   #valueBytes = 0;
@@ -73,8 +80,8 @@ export class MemoryLayer implements ValueSource {
   put(key: Key, lsn: Lsn, value: Buffer): number {
     const { length } = value;
     const row = this.#keys.rowOf(key.kind, key.spc, key.db, key.rel, key.fork, key.blk);
-    const entry = this.#addEntry(row, lsn, length);
-    copyBytes(value, 0, this.#arena, this.#offsets[entry]!, length);
+    this.#addEntry(row, lsn, length);
+    this.#arena.set(value, this.#arenaFree - length);
     if (needsNoPrior(value[0]!)) this.#keys.restart(row);
     else if (holdsPages(key.kind)) this.#count(row, length);
     return length + ENTRY_BYTES;
@@ -85,11 +92,11 @@ export class MemoryLayer implements ValueSource {
     const { totalLength } = record;
     const length = RECORD_HEADER_BYTES + totalLength;
     const row = this.#keys.rowOf(KEY_KIND.relationBlock, block.spc, block.db, block.rel, block.fork, block.blk);
-    const entry = this.#addEntry(row, record.endLsn, length);
+    this.#addEntry(row, record.endLsn, length);
     const arena = this.#arena;
-    const offset = this.#offsets[entry]!;
+    const offset = this.#arenaFree - length;
     writeRecordHeader(arena, offset, record.startLsn, block.id, isBase);
-    copyBytes(record.source, record.sourceOffset, arena, offset + RECORD_HEADER_BYTES, totalLength);
+    copyBytes(record.sourceView, record.sourceOffset, this.#arenaView, offset + RECORD_HEADER_BYTES, totalLength);
     clearRecordLinks(arena, offset + RECORD_HEADER_BYTES);
     if (isBase) this.#keys.restart(row);
     this.#count(row, length);
@@ -117,8 +124,8 @@ export class MemoryLayer implements ValueSource {
   collect(key: Key, lsn: Lsn, floor: Lsn, chain: Chain): boolean {
     const row = this.#keys.find(key.kind, key.spc, key.db, key.rel, key.fork, key.blk);
     if (row === NO_ROW) return false;
-    for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = this.#older[entry]!) {
-      const entryLsn = this.#lsns[entry]!;
+    for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = this.#entries[entry + OLDER]!) {
+      const entryLsn = this.#lsnOf(entry);
       if (entryLsn > lsn) continue;
       if (entryLsn <= floor) return chain.reachFloor();
       if (chain.push(this.#value(entry), entryLsn)) return true;
@@ -142,8 +149,8 @@ export class MemoryLayer implements ValueSource {
       compareKeys({ ...fork, blk: 0xffffffff }, range.start) >= 0 && compareKeys({ ...fork, blk: 0 }, range.end) < 0;
     for (const row of this.#keys.sorted(isWanted)) {
       let entry = this.#keys.newestOf(row);
-      while (entry !== NONE && this.#lsns[entry]! > lsn) entry = this.#older[entry]!;
-      if (entry === NONE || this.#lsns[entry]! <= floor) continue;
+      while (entry !== NONE && this.#lsnOf(entry) > lsn) entry = this.#entries[entry + OLDER]!;
+      if (entry === NONE || this.#lsnOf(entry) <= floor) continue;
       const key = this.#keys.keyOf(row);
       if (compareKeys(key, range.start) >= 0 && compareKeys(key, range.end) < 0) yield key;
     }
@@ -155,7 +162,8 @@ export class MemoryLayer implements ValueSource {
     const entries: number[] = [];
     for (const row of this.#keys.sorted()) {
       entries.length = 0;
-      for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = this.#older[entry]!) entries.push(entry);
+      for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = this.#entries[entry + OLDER]!)
+        entries.push(entry);
       if (entries.length === 0) continue;
       yield { key: this.#keys.keyOf(row), entries: entries.reverse() };
     }
@@ -163,28 +171,34 @@ export class MemoryLayer implements ValueSource {
 
   /** Adds an entry, which is one of `key`, to a layer file. */
   writeTo(writer: LayerWriter, key: Key, entry: number): void {
-    const offset = this.#offsets[entry]!;
-    const end = offset + this.#lengths[entry]!;
-    writer.add(key, this.#lsns[entry]!, this.#arenaBytes[this.#arenas[entry]!]!, offset, end);
+    const entries = this.#entries;
+    const offset = entries[entry + OFFSET]!;
+    const from = this.#arenaViews[entries[entry + ARENA]!]!;
+    writer.addFrom(key, this.#lsnOf(entry), from, offset, offset + entries[entry + LENGTH]!);
   }
 
-  /** A new entry, the newest of its key, with room for its value at its offset in the current arena. */
-  #addEntry(row: number, lsn: Lsn, length: number): number {
+  /** A new entry, the newest of its key, whose value is to be written at the end of what is taken of the current arena. */
+  #addEntry(row: number, lsn: Lsn, length: number): void {
     assert(lsn >= this.#newestLsn && lsn >= this.lsnStart, 'puts come in the order of the log');
     this.#newestLsn = lsn;
-    const entry = this.#entryCount;
-    if (entry === this.#lsns.length) this.#growEntries();
+    const entry = this.#entryCount * ENTRY_WORDS;
+    if (entry === this.#entries.length) this.#growEntries();
     if (this.#arena.length - this.#arenaFree < length) this.#addArena(length);
-    this.#lsns[entry] = lsn;
-    this.#older[entry] = this.#keys.newestOf(row);
+    const entries = this.#entries;
+    entries[entry + OLDER] = this.#keys.newestOf(row);
+    entries[entry + ARENA] = this.#arenaBytes.length - 1;
+    entries[entry + OFFSET] = this.#arenaFree;
+    entries[entry + LENGTH] = length;
+    entries[entry + LSN_LOW] = lsn;
+    entries[entry + LSN_HIGH] = Math.floor(lsn / TWO_32);
     this.#keys.setNewest(row, entry);
-    this.#arenas[entry] = this.#arenaBytes.length - 1;
-    this.#offsets[entry] = this.#arenaFree;
-    this.#lengths[entry] = length;
     this.#arenaFree += length;
     this.#valueBytes += length;
-    this.#entryCount = entry + 1;
-    return entry;
+    this.#entryCount++;
+  }
+
+  #lsnOf(entry: number): Lsn {
+    return this.#entries[entry + LSN_HIGH]! * TWO_32 + (this.#entries[entry + LSN_LOW]! >>> 0);
   }
 
   #count(row: number, length: number): void {
@@ -199,32 +213,32 @@ export class MemoryLayer implements ValueSource {
   /** The newest entry of a key that is not to be discarded. */
   #atOrBelow(newest: number, lsn: Lsn): number {
     let entry = newest;
-    while (entry !== NONE && this.#lsns[entry]! > lsn) {
-      entry = this.#older[entry]!;
+    while (entry !== NONE && this.#lsnOf(entry) > lsn) {
+      entry = this.#entries[entry + OLDER]!;
       this.#discardedCount++;
     }
     return entry;
   }
 
   #value(entry: number): Buffer {
-    const offset = this.#offsets[entry]!;
-    return this.#arenaBytes[this.#arenas[entry]!]!.subarray(offset, offset + this.#lengths[entry]!);
+    const entries = this.#entries;
+    const offset = entries[entry + OFFSET]!;
+    return this.#arenaBytes[entries[entry + ARENA]!]!.subarray(offset, offset + entries[entry + LENGTH]!);
   }
 
   #addArena(bytesMin: number): void {
     const size = Math.min(ARENA_BYTES_MAX, Math.max(ARENA_BYTES_MIN, this.#arena.length * 2));
     this.#arena = Buffer.allocUnsafeSlow(Math.max(size, bytesMin));
+    this.#arenaView = viewOf(this.#arena);
     this.#arenaBytes.push(this.#arena);
+    this.#arenaViews.push(this.#arenaView);
     this.#arenaFree = 0;
   }
 
   #growEntries(): void {
-    const count = this.#lsns.length * 2;
-    this.#lsns = grown(this.#lsns, new Float64Array(count));
-    this.#older = grown(this.#older, new Int32Array(count));
-    this.#arenas = grown(this.#arenas, new Uint32Array(count));
-    this.#offsets = grown(this.#offsets, new Uint32Array(count));
-    this.#lengths = grown(this.#lengths, new Uint32Array(count));
+    const larger = new Int32Array(this.#entries.length * 2);
+    larger.set(this.#entries);
+    this.#entries = larger;
   }
 }
 
@@ -232,9 +246,4 @@ const NO_KEYS: readonly Key[] = [];
 
 function holdsPages(kind: number): boolean {
   return kind === KEY_KIND.relationBlock || kind === KEY_KIND.slruPage;
-}
-
-function grown<T extends Float64Array | Int32Array | Uint32Array>(from: T, to: T): T {
-  to.set(from);
-  return to;
 }

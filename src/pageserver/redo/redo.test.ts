@@ -37,6 +37,7 @@ function makeRecord({ rmid, info, main, data = new Uint8Array(), block = {} }: S
     topLevelXid: 0,
     bytes,
     source: bytes,
+    sourceView: new DataView(bytes.buffer, bytes.byteOffset, bytes.length),
     sourceOffset: 0,
   };
 }

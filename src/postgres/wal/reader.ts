@@ -237,7 +237,7 @@ export class WalReader {
     checkCrc(view, at, length, startLsn);
     const isSwitch = bytes[at + 17] === RM_XLOG && (bytes[at + 16]! & XLR_RMGR_INFO_MASK) === XLOG_SWITCH;
     const end = isSwitch ? segmentStart(endLsn - 1) + WAL_SEGMENT_SIZE : endLsn;
-    const record = decodeWalRecordAt(bytes, at, length, startLsn, end);
+    const record = decodeWalRecordAt(bytes, view, at, length, startLsn, end);
     if (this.#overwritten !== undefined) {
       checkOverwrite(record, this.#overwritten);
       this.#overwritten = undefined;

@@ -100,6 +100,7 @@ export interface WalRecord {
   readonly bytes: Buffer;
   /** Where the record stands: `totalLength` bytes from `sourceOffset` on of `source`. For who looks at many records and wants no views. */
   readonly source: Buffer;
+  readonly sourceView: DataView;
   readonly sourceOffset: number;
 }
 
@@ -107,11 +108,18 @@ const NO_BLOCKS: readonly WalBlock[] = [];
 
 /** Decodes one whole record. `bytes` is exactly the record, without WAL page headers; throws WalError when it does not add up. */
 export function decodeWalRecord(bytes: Buffer, startLsn: Lsn, endLsn: Lsn): WalRecord {
-  return decodeWalRecordAt(bytes, 0, bytes.length, startLsn, endLsn);
+  return decodeWalRecordAt(bytes, undefined, 0, bytes.length, startLsn, endLsn);
 }
 
-/** Decodes the record of `length` bytes at `base` of `bytes`. Its `bytes` are made a view of their own when somebody first asks for them. */
-export function decodeWalRecordAt(bytes: Buffer, base: number, length: number, startLsn: Lsn, endLsn: Lsn): WalRecord {
+/** Decodes the record of `length` bytes at `base` of `bytes`, of which `view` is a view. Views of the record alone are made when somebody first asks for them. */
+export function decodeWalRecordAt(
+  bytes: Buffer,
+  view: DataView | undefined,
+  base: number,
+  length: number,
+  startLsn: Lsn,
+  endLsn: Lsn,
+): WalRecord {
   if (length < RECORD_HEADER_SIZE) throw new WalError(startLsn, `record of ${length} bytes is shorter than its header`);
   const totalLength = u32(bytes, base);
   if (totalLength !== length)
@@ -175,6 +183,7 @@ export function decodeWalRecordAt(bytes: Buffer, base: number, length: number, s
   }
   return new DecodedRecord(
     bytes,
+    view,
     base,
     totalLength,
     startLsn,
@@ -191,7 +200,8 @@ export function decodeWalRecordAt(bytes: Buffer, base: number, length: number, s
 class DecodedRecord implements WalRecord {
   readonly source: Buffer;
   readonly sourceOffset: number;
-  #view: Buffer | undefined;
+  #sourceView: DataView | undefined;
+  #bytes: Buffer | undefined;
   readonly totalLength: number;
   readonly startLsn: Lsn;
   readonly endLsn: Lsn;
@@ -207,6 +217,7 @@ class DecodedRecord implements WalRecord {
 
   constructor(
     source: Buffer,
+    sourceView: DataView | undefined,
     base: number,
     totalLength: number,
     startLsn: Lsn,
@@ -219,7 +230,8 @@ class DecodedRecord implements WalRecord {
   ) {
     this.source = source;
     this.sourceOffset = base;
-    this.#view = undefined;
+    this.#sourceView = sourceView;
+    this.#bytes = undefined;
     this.totalLength = totalLength;
     this.startLsn = startLsn;
     this.endLsn = endLsn;
@@ -234,8 +246,13 @@ class DecodedRecord implements WalRecord {
     this.topLevelXid = topLevelXid;
   }
 
+  get sourceView(): DataView {
+    const { buffer, byteOffset, byteLength } = this.source;
+    return (this.#sourceView ??= new DataView(buffer, byteOffset, byteLength));
+  }
+
   get bytes(): Buffer {
-    return (this.#view ??= this.source.subarray(this.sourceOffset, this.sourceOffset + this.totalLength));
+    return (this.#bytes ??= this.source.subarray(this.sourceOffset, this.sourceOffset + this.totalLength));
   }
 }
 
