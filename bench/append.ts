@@ -10,7 +10,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { signToken } from '../src/base/token.ts';
-import { electProposer } from '../src/compute/proposer.ts';
+import { electProposer, type Proposer } from '../src/compute/proposer.ts';
 import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from '../src/safekeeper/made-wal.test-data.ts';
 import { median, type Row } from './measure.ts';
 
@@ -56,6 +56,25 @@ export async function append({ quick }: { readonly quick: boolean }): Promise<Ro
 }
 
 async function appendRate(count: number, directory: string, wal: Buffer): Promise<number> {
+  let seconds = 0;
+  await withSafekeepers(count, directory, async (proposer) => {
+    const startedAt = performance.now();
+    for (let at = 0; at < wal.length; at += CHUNK_BYTES) {
+      const hasRoom = proposer.append(MID_SEGMENT_LSN + at, wal.subarray(at, at + CHUNK_BYTES));
+      if (!hasRoom) await once(proposer, 'drain');
+    }
+    await proposer.waitCommitted(MID_SEGMENT_LSN + wal.length, AbortSignal.timeout(TIMEOUT_MS));
+    seconds = (performance.now() - startedAt) / 1000;
+  });
+  return wal.length / MEGABYTE / seconds;
+}
+
+/** A proposer in this process that leads a new timeline at MID_SEGMENT_LSN, kept by safekeepers in processes of their own. */
+export async function withSafekeepers(
+  count: number,
+  directory: string,
+  use: (proposer: Proposer) => Promise<void>,
+): Promise<void> {
   const root = mkdtempSync(join(directory, 'strata-append-'));
   const secret = randomBytes(32);
   const safekeepers: SafekeeperProcess[] = [];
@@ -74,15 +93,8 @@ async function appendRate(count: number, directory: string, wal: Buffer): Promis
       mayCreate: true,
       signal: AbortSignal.timeout(TIMEOUT_MS),
     });
-    const startedAt = performance.now();
-    for (let at = 0; at < wal.length; at += CHUNK_BYTES) {
-      const hasRoom = proposer.append(MID_SEGMENT_LSN + at, wal.subarray(at, at + CHUNK_BYTES));
-      if (!hasRoom) await once(proposer, 'drain');
-    }
-    await proposer.waitCommitted(MID_SEGMENT_LSN + wal.length, AbortSignal.timeout(TIMEOUT_MS));
-    const seconds = (performance.now() - startedAt) / 1000;
+    await use(proposer);
     await proposer.close();
-    return wal.length / MEGABYTE / seconds;
   } finally {
     for (const { child } of safekeepers) {
       const gone = once(child, 'exit');
@@ -112,7 +124,8 @@ interface SafekeeperProcess {
 
 async function startSafekeeper(root: string, index: number, secret: Buffer): Promise<SafekeeperProcess> {
   const main = join(import.meta.dirname, '..', 'src', 'main.ts');
-  const child = spawn(process.execPath, [main, 'safekeeper'], { stdio: ['pipe', 'pipe', 'inherit'] });
+  const env = { STRATA_LOG_LEVEL: 'warn', ...process.env };
+  const child = spawn(process.execPath, [main, 'safekeeper'], { stdio: ['pipe', 'pipe', 'inherit'], env });
   const config = {
     nodeId: index + 1,
     dataDir: join(root, `safekeeper-${index}`),

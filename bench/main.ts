@@ -8,9 +8,11 @@
 import { parseArgs } from 'node:util';
 import { append } from './append.ts';
 import { branchCreation } from './branch-creation.ts';
+import { commitLatency } from './commit-latency.ts';
 import { coldScan } from './cold-scan.ts';
 import { decode } from './decode.ts';
 import { durableCommits } from './durable-commits.ts';
+import { failover } from './failover.ts';
 import { getPage } from './get-page.ts';
 import { idleMemory } from './idle-memory.ts';
 import { ingest } from './ingest.ts';
@@ -30,6 +32,8 @@ export interface Contenders {
   /** Of each pgbench run. */
   readonly seconds: number;
   readonly branchCount: number;
+  /** Of pgbench's tables. */
+  readonly scale: number;
 }
 
 const QUESTIONS: Readonly<Record<string, (contenders: Contenders) => Promise<Row[]>>> = {
@@ -37,6 +41,7 @@ const QUESTIONS: Readonly<Record<string, (contenders: Contenders) => Promise<Row
   'durable-commits': durableCommits,
   'cold-scan': coldScan,
   wake,
+  failover,
   'idle-memory': idleMemory,
   'branch-creation': branchCreation,
 };
@@ -44,6 +49,7 @@ const QUESTIONS: Readonly<Record<string, (contenders: Contenders) => Promise<Row
 /** Questions to parts of Strata, for which no platform is started. */
 const PART_QUESTIONS: Readonly<Record<string, (options: { readonly quick: boolean }) => Promise<Row[]>>> = {
   append,
+  'commit-latency': commitLatency,
   decode,
   redo,
   ingest,
@@ -76,7 +82,9 @@ console.log(values.json ? JSON.stringify(rows, undefined, 2) : formatTable(rows)
 async function askPlatform(vanilla: Vanilla): Promise<void> {
   const strata = await BenchedPlatform.start();
   try {
-    const size = quick ? { rounds: 1, seconds: 3, branchCount: 100 } : { rounds: 3, seconds: 10, branchCount: 1000 };
+    const size = quick
+      ? { rounds: 1, seconds: 3, branchCount: 100, scale }
+      : { rounds: 3, seconds: 10, branchCount: 1000, scale };
     console.error('loading both …');
     await load(vanilla.connectionString, scale);
     await load(strata.connectionString, scale);

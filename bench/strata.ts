@@ -19,8 +19,8 @@ export class BenchedPlatform {
     this.#endpointId = endpointId;
   }
 
-  static async start(): Promise<BenchedPlatform> {
-    const platform = await TestPlatform.start({ args: ['--suspend-timeout', '-1'] });
+  static async start(args: readonly string[] = []): Promise<BenchedPlatform> {
+    const platform = await TestPlatform.start({ args: ['--suspend-timeout', '-1', ...args] });
     const projects = (await platform.api('GET', '/projects')).body as { projects: { id: string }[] };
     const projectId = projects.projects[0]?.id ?? '';
     const endpoints = (await platform.api('GET', `/projects/${projectId}/endpoints`)).body as {
@@ -44,6 +44,13 @@ export class BenchedPlatform {
     if (postmaster === undefined) throw new Error('no compute is running');
     const socketDir = this.#platform.socketDirOf(basename(dirname(dirname(postmaster.dataDir))));
     return `postgresql://${url.username}:${url.password}@${encodeURIComponent(socketDir)}${url.pathname}`;
+  }
+
+  /** kill -9 of the one that runs. */
+  killPostgres(): void {
+    const [postmaster] = this.#platform.postmasters();
+    if (postmaster === undefined) throw new Error('no compute is running');
+    process.kill(postmaster.pid, 'SIGKILL');
   }
 
   processes(): readonly { pid: number }[] {
