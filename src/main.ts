@@ -4,13 +4,16 @@
  */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { GenerationsClient } from './api/generations.ts';
 import { createLog } from './base/log.ts';
 import { StrataError } from './base/errors.ts';
 import { runServiceProcess } from './base/service-process.ts';
+import { signToken } from './base/token.ts';
 import { runCli } from './cli/program.ts';
 import type { ExportTool } from './cli/export.ts';
 import type { StartOptions } from './cli/start.ts';
 import type { WalTools, WalVerification } from './cli/wal.ts';
+import { openObjectStore } from './object-store/open-object-store.ts';
 import { runPageserver } from './pageserver/main.ts';
 import { openWalDirectory, openWalDirectoryAtCheckpoint } from './pageserver/wal-directory.ts';
 import { dumpWal } from './pageserver/wal-dump.ts';
@@ -42,6 +45,12 @@ interface PageserverProcessConfig {
   readonly safekeepers: readonly { readonly host: string; readonly port: number }[];
   /** Hex. */
   readonly secret: string;
+  readonly objectStore: {
+    readonly url: string;
+    /** Of whom generations are asked for. */
+    readonly supervisor: { readonly host: string; readonly port: number };
+    readonly cacheBytes?: number;
+  };
 }
 
 const PARENT_POLL_MS = 250;
@@ -56,7 +65,12 @@ if (role === 'safekeeper') {
 } else if (role === 'pageserver') {
   await runServiceProcess(async (config: PageserverProcessConfig) => {
     const log = createLog({ name: 'pageserver' });
-    const service = await runPageserver({ ...config, secret: Buffer.from(config.secret, 'hex'), log });
+    const secret = Buffer.from(config.secret, 'hex');
+    const { url, supervisor, cacheBytes } = config.objectStore;
+    const generations = new GenerationsClient({ ...supervisor, token: await signToken(secret, { scope: 'platform' }) });
+    const store = await openObjectStore(url);
+    const remote = { store, generations, ...(cacheBytes === undefined ? {} : { cacheBytes }) };
+    const service = await runPageserver({ ...config, secret, remote, log });
     return { service, ready: { rpcPort: service.rpcPort, pagePort: service.pagePort } };
   });
 } else {

@@ -108,6 +108,24 @@ export interface TimelineSizes {
   readonly retainedLsns: number;
 }
 
+/** How uploads to the object store are doing. */
+export interface ObjectStoreStatus {
+  /** Where it is, without secrets. */
+  readonly store: string;
+  readonly generation: number;
+  /** A later pageserver has taken over: this one writes nothing any more. */
+  readonly isStale: boolean;
+  /** Timelines whose latest state is not in the store yet. */
+  readonly pendingTimelines: number;
+  /** Of their layers that are not there. */
+  readonly pendingBytes: number;
+  readonly pendingDeletions: number;
+  /** Why the last attempt failed, while none has succeeded since. */
+  readonly failure?: string;
+  /** Milliseconds since 1970. */
+  readonly failingSinceMs?: number;
+}
+
 export interface PageserverClientOptions {
   readonly host: string;
   readonly port: number;
@@ -224,6 +242,11 @@ export class PageserverClient {
   /** Of those of the timelines that are here. */
   async storageSizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]> {
     return (await this.#rpc.call('storageSizes', { timelineIds })).result as TimelineSizes[];
+  }
+
+  /** Undefined when there is no object store. */
+  async objectStoreStatus(): Promise<ObjectStoreStatus | undefined> {
+    return ((await this.#rpc.call('objectStoreStatus', {})).result as ObjectStoreStatus | null) ?? undefined;
   }
 
   /** Makes what is ingested durable in layers. */

@@ -16,6 +16,10 @@ export interface StartOptions {
   readonly pgBinDir: string | undefined;
   /** -1: never. */
   readonly suspendTimeoutSeconds: number;
+  /** Path or URL; undefined: the one that was used before, else in the data directory. */
+  readonly objectStore?: string;
+  /** How much of the object store the pageserver keeps on the local disk; undefined: its default. */
+  readonly cacheBytes?: number;
 }
 
 export const DEFAULT_PG_PORT = 55432;
@@ -31,6 +35,8 @@ interface GivenOptions {
   readonly pgVersion?: number;
   readonly pgBinDir?: string;
   readonly suspendTimeout: number;
+  readonly objectStore?: string;
+  readonly cacheSize?: number;
 }
 
 export function startCommand(environment: NodeJS.ProcessEnv, start: (options: StartOptions) => Promise<void>): Command {
@@ -57,6 +63,15 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
       suspendTimeout,
       DEFAULT_SUSPEND_TIMEOUT_SECONDS,
     )
+    .option(
+      '--object-store <url>',
+      'where history is kept for good: a directory, or s3://bucket/prefix?endpoint=… (default: the one used before, else in the data directory)',
+    )
+    .option(
+      '--cache-size <size>',
+      'local disk for what is in the object store, for example 20GB (default: 64GB)',
+      sizeInBytes,
+    )
     .addHelpText('after', '\nExample:\n  $ strata start --data-dir ~/strata --pg-port 5433')
     .action(async (given: GivenOptions) => {
       await start({
@@ -67,6 +82,8 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
         pgVersion: given.pgVersion,
         pgBinDir: given.pgBinDir,
         suspendTimeoutSeconds: given.suspendTimeout,
+        ...(given.objectStore === undefined ? {} : { objectStore: given.objectStore }),
+        ...(given.cacheSize === undefined ? {} : { cacheBytes: given.cacheSize }),
       });
     });
 }
@@ -85,6 +102,14 @@ function oneOf(values: readonly number[]): (text: string) => number {
     if (value !== undefined) return value;
     throw new InvalidArgumentError(`It must be one of ${values.join(', ')}.`);
   };
+}
+
+const UNITS = { KB: 1024, MB: 1024 ** 2, GB: 1024 ** 3, TB: 1024 ** 4 } as const;
+
+function sizeInBytes(text: string): number {
+  const match = /^(\d+) ?([KMGT]B)$/i.exec(text);
+  if (match === null) throw new InvalidArgumentError('It must be a number with a unit, for example 500MB or 20GB.');
+  return Number(match[1]) * UNITS[match[2]!.toUpperCase() as keyof typeof UNITS];
 }
 
 function suspendTimeout(text: string): number {

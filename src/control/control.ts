@@ -18,9 +18,16 @@ import { IdleMonitor } from './idle-monitor.ts';
 import { Operations } from './operations.ts';
 import { childrenFirst, Projects } from './projects.ts';
 import { SecretBox } from './secrets.ts';
-import { type BranchRow, type EndpointRow, type OperationRow, type ProjectRow, type RoleRow, State } from './state.ts';
+import {
+  type BranchRow,
+  type EndpointRow,
+  type OperationRow,
+  type ProjectRow,
+  type RoleRow,
+  State,
+  STATE_FILE_NAME,
+} from './state.ts';
 
-const STATE_FILE_NAME = 'state.db';
 const PASSWORD_KEY_FILE_NAME = 'password-key';
 
 export interface ControlOptions {

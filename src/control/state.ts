@@ -1,5 +1,5 @@
 /**
- * The control plane's state: projects, branches, endpoints, roles, databases, operations and API keys in one SQLite file, mode 0600.
+ * The control plane's state: projects, branches, endpoints, roles, databases, operations, API keys and settings in one SQLite file, mode 0600.
  *
  * Invariants:
  *   - A transaction is synchronous and durable when it returns (WAL journal, synchronous=FULL). What it checked holds while it writes; after
@@ -127,7 +127,16 @@ const MIGRATIONS: readonly string[] = [
     last_used_from_addr TEXT NOT NULL
   ) STRICT;
   `,
+  `
+  CREATE TABLE settings (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+  ) STRICT;
+  `,
 ];
+
+/** In the data directory. */
+export const STATE_FILE_NAME = 'state.db';
 
 export interface ProjectRow {
   readonly id: string;

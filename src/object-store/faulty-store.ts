@@ -4,12 +4,13 @@
  * A plan says for each call what happens to it. `randomFaults` is a plan from a seed: the same seed and the same order of calls give the same faults.
  * After a crash every call fails until `restart`: the process that used the store is as good as dead.
  */
-import { truncate } from 'node:fs/promises';
+import { copyFile, readFile, rename, truncate } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { ObjectStoreError } from './object-store.ts';
 import type {
   CallOptions,
   Downloaded,
+  FileOptions,
   ListOptions,
   ListPage,
   ObjectErrorKind,
@@ -37,6 +38,8 @@ export type StoreFault =
   | { readonly kind: 'truncated'; readonly keep: number }
   /** Takes effect, then fails as `transient`. */
   | { readonly kind: 'lost-reply' }
+  /** A put fails as `transient` and takes effect later, whatever its caller does meanwhile. Other calls fail and have no effect. */
+  | { readonly kind: 'late'; readonly delayMs: number }
   /** The process dies, before or after the effect. */
   | { readonly kind: 'crash'; readonly when: 'before' | 'after' };
 
@@ -52,6 +55,7 @@ export class FaultyStore implements ObjectStore {
   plan: FaultPlan;
   readonly calls: StoreCall[] = [];
   readonly #inner: ObjectStore;
+  readonly #late = new Set<Promise<void>>();
   #isCrashed = false;
 
   constructor(inner: ObjectStore, plan: FaultPlan = () => undefined) {
@@ -71,17 +75,31 @@ export class FaultyStore implements ObjectStore {
     return this.#isCrashed;
   }
 
+  /** Resolves when every late put has taken effect. */
+  async settleLate(): Promise<void> {
+    await Promise.all(this.#late);
+  }
+
   /** The process was started again. */
   restart(): void {
     this.#isCrashed = false;
   }
 
   put(name: string, bytes: Uint8Array, options: PutOptions = {}): Promise<void> {
-    return this.#call('put', name, options, () => this.#inner.put(name, bytes, options));
+    const putLate = async (delayMs: number): Promise<void> => {
+      await sleep(delayMs);
+      await this.#inner.put(name, bytes).catch(() => {});
+    };
+    return this.#call('put', name, options, () => this.#inner.put(name, bytes, options), undefined, putLate);
   }
 
-  putFile(name: string, path: string, options: PutOptions = {}): Promise<void> {
-    return this.#call('putFile', name, options, () => this.#inner.putFile(name, path, options));
+  putFile(name: string, path: string, options: PutOptions & FileOptions = {}): Promise<void> {
+    const putLate = async (delayMs: number): Promise<void> => {
+      const bytes = await readFile(path).catch(() => undefined); // it is on its way already
+      await sleep(delayMs);
+      if (bytes !== undefined) await this.#inner.put(name, bytes).catch(() => {});
+    };
+    return this.#call('putFile', name, options, () => this.#inner.putFile(name, path, options), undefined, putLate);
   }
 
   get(name: string, options: CallOptions = {}): Promise<Buffer> {
@@ -94,9 +112,11 @@ export class FaultyStore implements ObjectStore {
     return this.#call('getRange', name, options, () => this.#inner.getRange(name, start, end, options), cut);
   }
 
-  getToFile(name: string, path: string, options: CallOptions = {}): Promise<Downloaded> {
+  getToFile(name: string, path: string, options: FileOptions = {}): Promise<Downloaded> {
     const cut = async (received: Downloaded, keep: number): Promise<Downloaded> => {
       const sizeBytes = Math.floor(received.sizeBytes * keep);
+      await copyFile(path, `${path}.copy`); // it may share its bytes with the store
+      await rename(`${path}.copy`, path);
       await truncate(path, sizeBytes);
       return { sizeBytes, crc32: received.crc32 ^ 1 };
     };
@@ -125,6 +145,7 @@ export class FaultyStore implements ObjectStore {
     options: CallOptions,
     run: () => Promise<T>,
     cut?: (result: T, keep: number) => T | Promise<T>,
+    late?: (delayMs: number) => Promise<void>,
   ): Promise<T> {
     if (this.#isCrashed) throw new StoreCrash(`${operation} ${name}: the store has crashed`);
     const call = { operation, name, index: this.calls.length };
@@ -134,6 +155,13 @@ export class FaultyStore implements ObjectStore {
       throw new ObjectStoreError(fault.errorKind, `${operation} ${name}: a fault on purpose (${fault.errorKind})`);
     }
     if (fault?.kind === 'crash' && fault.when === 'before') throw this.#crash(call);
+    if (fault?.kind === 'late') {
+      if (late !== undefined) {
+        const taken: Promise<void> = late(fault.delayMs).finally(() => this.#late.delete(taken));
+        this.#late.add(taken);
+      }
+      throw new ObjectStoreError('transient', `${operation} ${name}: it lands later on purpose`);
+    }
     if (fault?.kind === 'slow') await this.#wait(call, fault.delayMs, options);
     const result = await run();
     // Another call may have crashed the store meanwhile: this one's reply does not arrive any more.
@@ -168,6 +196,7 @@ export interface FaultRates {
   readonly lostReply?: number;
   readonly truncated?: number;
   readonly crash?: number;
+  readonly late?: number;
   readonly slow?: number;
   readonly slowMs?: number;
 }
@@ -184,6 +213,7 @@ export function randomFaults(random: () => number, rates: FaultRates): FaultPlan
     if (falls(rates.lostReply)) return { kind: 'lost-reply' };
     if (falls(rates.truncated)) return { kind: 'truncated', keep: random() };
     if (falls(rates.crash)) return { kind: 'crash', when: random() < 0.5 ? 'before' : 'after' };
+    if (falls(rates.late)) return { kind: 'late', delayMs: rates.slowMs ?? 5 };
     if (falls(rates.slow)) return { kind: 'slow', delayMs: rates.slowMs ?? 5 };
     return undefined;
   };

@@ -11,6 +11,9 @@
  * Names cannot leave the root: their segments begin with a letter, a digit or `_`, so none is `.`, `..` or `.partial` (checkName). Symbolic links in
  * the directory are followed: they are the operator's own.
  *
+ * A file that is put or read with `share` and lies on the same file system gets a second name (a hard link) instead of a second copy. Objects are never written
+ * to, nor are such files: an object that is replaced or deleted, and a file that is, only lose a name.
+ *
  * Several processes may use one directory. Folders that became empty are removed; a put that loses its folder to that makes it again.
  * A listing reads the whole folder for each page: fine for the tens of thousands of files that a timeline has, not for millions.
  */
@@ -34,6 +37,7 @@ import {
 import type {
   CallOptions,
   Downloaded,
+  FileOptions,
   ListedObject,
   ListOptions,
   ListPage,
@@ -85,11 +89,12 @@ export class FileSystemStore implements ObjectStore {
   }
 
   put(name: string, bytes: Uint8Array, options: PutOptions = {}): Promise<void> {
-    return this.#put(name, options, (file) => writeAll(file, bytes));
+    return this.#put(name, options, undefined, (file) => writeAll(file, bytes));
   }
 
-  putFile(name: string, path: string, options: PutOptions = {}): Promise<void> {
-    return this.#put(name, options, async (file, signal) => {
+  putFile(name: string, path: string, options: PutOptions & FileOptions = {}): Promise<void> {
+    const shared = options.share === true ? path : undefined;
+    return this.#put(name, options, shared, async (file, signal) => {
       await using source = await open(path, 'r');
       const chunk = Buffer.allocUnsafe(CHUNK_BYTES);
       for (;;) {
@@ -118,12 +123,21 @@ export class FileSystemStore implements ObjectStore {
     });
   }
 
-  getToFile(name: string, path: string, options: CallOptions = {}): Promise<Downloaded> {
+  getToFile(name: string, path: string, options: FileOptions = {}): Promise<Downloaded> {
     return this.#call('get', name, options, async (source, signal) => {
       await using file = await open(source, 'r');
       const { size } = await file.stat();
       const counter = new CountingStream();
       try {
+        if (options.share === true) {
+          await unlink(path).catch(ignoreAbsent);
+          if (await tryLink(source, path)) {
+            const from = createReadStream(source, { fd: file, autoClose: false, highWaterMark: CHUNK_BYTES });
+            await pipeline(from, counter, (counted) => drained(counted), { signal });
+            if (counter.sizeBytes !== size) throw shorter(name, counter.sizeBytes, size);
+            return { sizeBytes: size, crc32: counter.crc32 };
+          }
+        }
         const to = await open(path, 'w').catch((error: unknown) => {
           throw new ObjectStoreError('rejected', `get ${name}: ${messageOf(error)}`, { cause: error });
         });
@@ -193,6 +207,7 @@ export class FileSystemStore implements ObjectStore {
   async #put(
     name: string,
     options: PutOptions,
+    shared: string | undefined,
     write: (file: FileHandle, signal: AbortSignal) => Promise<void>,
   ): Promise<void> {
     return this.#call('put', name, options, async (path, signal) => {
@@ -205,9 +220,10 @@ export class FileSystemStore implements ObjectStore {
       };
       try {
         {
-          await using file = await open(partial, 'wx', 0o600);
+          const isShared = shared !== undefined && (await tryLink(shared, partial));
+          await using file = await open(partial, isShared ? 'r' : 'wx', 0o600);
           atStep('created');
-          await write(file, signal);
+          if (!isShared) await write(file, signal);
           atStep('written');
           await file.sync();
         }
@@ -322,6 +338,22 @@ export class FileSystemStore implements ObjectStore {
       }
     });
   }
+}
+
+/** Gives a file a second name; false where that cannot be, and its bytes have to be copied. */
+async function tryLink(from: string, to: string): Promise<boolean> {
+  try {
+    await link(from, to);
+    return true;
+  } catch (error) {
+    // Another file system, one without links, too many of them, or a file that is not ours.
+    if (['EXDEV', 'EPERM', 'EACCES', 'EMLINK', 'ENOTSUP', 'ENOSYS'].includes(errorCode(error) ?? '')) return false;
+    throw error;
+  }
+}
+
+async function drained(stream: AsyncIterable<unknown>): Promise<void> {
+  for await (const _ of stream);
 }
 
 async function writeAll(file: FileHandle, bytes: Uint8Array): Promise<void> {

@@ -113,6 +113,27 @@ export function testObjectStore(title: string, subject: ContractSubject): void {
       await rejectsWith(store.getToFile('file/object', join(directory, 'no-such-folder', 'file')), 'rejected');
     });
 
+    test('a file that is shared with the store is the object, whatever becomes of either name', async () => {
+      const bytes = patternOf(100_000);
+      const [from, to] = [join(directory, 'from'), join(directory, 'to')];
+      rmSync(from, { force: true });
+      writeFileSync(from, bytes);
+      await store.putFile('shared/object', from, { share: true });
+      await store.putFile('shared/object', from, { share: true }); // as after a lost reply
+      rmSync(from);
+      writeFileSync(to, 'something else that is replaced');
+      const { sizeBytes, crc32: checksum } = await store.getToFile('shared/object', to, { share: true });
+      assert.deepEqual([sizeBytes, checksum], [bytes.length, crc32(bytes)]);
+      assert.ok(readFileSync(to).equals(bytes));
+      await store.put('shared/object', Buffer.from('replaced'));
+      assert.ok(readFileSync(to).equals(bytes));
+      await store.putFile('shared/object', to, { share: true });
+      await store.delete('shared/object');
+      assert.ok(readFileSync(to).equals(bytes));
+      await rejectsWith(store.getToFile('shared/object', to, { share: true }), 'not-found');
+      await rejectsWith(store.putFile('shared/other', join(directory, 'no-such-file'), { share: true }), 'rejected');
+    });
+
     test('of several puts that want to be the first, one is', async (context) => {
       if (!store.supportsIfAbsent) {
         await rejectsWith(store.put('first/object', Buffer.from('0'), { ifAbsent: true }), 'unsupported');

@@ -24,6 +24,11 @@ export interface CallOptions {
   readonly timeoutMs?: number;
 }
 
+export interface FileOptions extends CallOptions {
+  /** The file's bytes never change, nor are they ever written to: a store on the same file system may keep one copy of them for both. */
+  readonly share?: boolean;
+}
+
 export interface PutOptions extends CallOptions {
   /**
    * Fail with `exists` when the name is there already; exactly one of several such puts succeeds. After a lost reply `exists` can mean that this
@@ -74,13 +79,13 @@ export interface ObjectStore {
   /** Writes or replaces an object. */
   put(name: string, bytes: Uint8Array, options?: PutOptions): Promise<void>;
   /** Writes or replaces an object with a file's content, in bounded memory; the file must not change meanwhile. */
-  putFile(name: string, path: string, options?: PutOptions): Promise<void>;
+  putFile(name: string, path: string, options?: PutOptions & FileOptions): Promise<void>;
   /** The whole object, in memory; for small ones. */
   get(name: string, options?: CallOptions): Promise<Buffer>;
   /** Bytes `[start, end)`, exactly; `damaged` when the object ends before `end`. Nothing is asked for an empty range. */
   getRange(name: string, start: number, end: number, options?: CallOptions): Promise<Buffer>;
   /** The whole object into a new or replaced file, in bounded memory, not fsynced; when it fails the file is gone or as it was. */
-  getToFile(name: string, path: string, options?: CallOptions): Promise<Downloaded>;
+  getToFile(name: string, path: string, options?: FileOptions): Promise<Downloaded>;
   /** What is known of an object without reading it; `not-found` when it is not there. */
   head(name: string, options?: CallOptions): Promise<ObjectInfo>;
   /** One page of the names that begin with `prefix`, which need not end at a slash and may be empty. */

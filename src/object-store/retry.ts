@@ -14,6 +14,7 @@ import { isObjectError, ObjectStoreError, withDeadline } from './object-store.ts
 import type {
   CallOptions,
   Downloaded,
+  FileOptions,
   ListOptions,
   ListPage,
   ObjectInfo,
@@ -150,7 +151,7 @@ export class RetryingStore implements ObjectStore {
     return this.#retry(`put ${name}`, options, (attempt) => this.#inner.put(name, bytes, { ...options, ...attempt }));
   }
 
-  putFile(name: string, path: string, options: PutOptions = {}): Promise<void> {
+  putFile(name: string, path: string, options: PutOptions & FileOptions = {}): Promise<void> {
     return this.#retry(`put ${name}`, options, (attempt) =>
       this.#inner.putFile(name, path, { ...options, ...attempt }),
     );
@@ -165,8 +166,10 @@ export class RetryingStore implements ObjectStore {
     return this.#retry(what, options, (attempt) => this.#inner.getRange(name, start, end, attempt));
   }
 
-  getToFile(name: string, path: string, options: CallOptions = {}): Promise<Downloaded> {
-    return this.#retry(`get ${name}`, options, (attempt) => this.#inner.getToFile(name, path, attempt));
+  getToFile(name: string, path: string, options: FileOptions = {}): Promise<Downloaded> {
+    return this.#retry(`get ${name}`, options, (attempt) =>
+      this.#inner.getToFile(name, path, { ...options, ...attempt }),
+    );
   }
 
   head(name: string, options: CallOptions = {}): Promise<ObjectInfo> {

@@ -15,15 +15,22 @@ import { deltaRuns, planMerge } from './compaction-plan.ts';
 import type { LayerRun } from './compaction-plan.ts';
 import type { Compactor } from './compactor.ts';
 import { compareKeys } from './key.ts';
+import type { LayerDescription } from './layers/layer-format.ts';
 import { MergeCancelled } from './merge.ts';
 import type { MergeJob, Retention } from './merge.ts';
 import type { Timeline } from './timeline.ts';
+import { RepairBound } from './whole-reads.ts';
+import type { Repair } from './whole-reads.ts';
+import { LayerAbsentError } from './layers/block.ts';
+import { layerPath } from './layers/layer-format.ts';
 
 export interface CompactionOptions {
   readonly compactor: Compactor;
   readonly log: Logger;
   /** What of a timeline's history must stay readable; undefined: all of it. */
   readonly retentionOf: (timeline: Timeline) => Retention | undefined;
+  /** Fetches a layer that is not here. */
+  readonly fetch: Repair;
   /** For tests: called at each step, by name. */
   readonly onStep?: (step: string) => void;
 }
@@ -91,7 +98,7 @@ export class Compaction {
   }
 
   async #merge(timeline: Timeline, runs: readonly LayerRun[], cancel: Int32Array): Promise<void> {
-    const { compactor, log, retentionOf, onStep } = this.#options;
+    const { log, retentionOf, onStep } = this.#options;
     const startMs = performance.now();
     // The merge reads files only: what is inherited must be in files.
     for (const { timeline: ancestor, endLsn } of timeline.ancestry()) {
@@ -112,7 +119,7 @@ export class Compaction {
       retention: retentionOf(timeline),
       cancel,
     };
-    const merged = await compactor.merge(job);
+    const merged = await this.#mergeWhole(timeline, job);
     onStep?.('compacted layers written');
     const old = runs.flatMap((run) => run.layers);
     await timeline.replaceLayers(old, merged);
@@ -130,6 +137,24 @@ export class Compaction {
       },
       'compacted',
     );
+  }
+
+  /** The merge reads files: those of its runs that are not here are fetched first, others when it comes upon them. Nothing is evicted meanwhile. */
+  async #mergeWhole(timeline: Timeline, job: MergeJob): Promise<LayerDescription[]> {
+    const { compactor, fetch } = this.#options;
+    const bound = new RepairBound(fetch);
+    const merged = new Set(job.runs.flat().map((layer) => layerPath(timeline.directory, layer)));
+    for (const { isLocal, path } of timeline.layerMap.all()) {
+      if (!isLocal && merged.has(path)) await bound.repair(new LayerAbsentError(path));
+    }
+    for (;;) {
+      try {
+        return await compactor.merge(job);
+      } catch (error) {
+        if (!(error instanceof LayerAbsentError)) throw error;
+        await bound.repair(error);
+      }
+    }
   }
 }
 

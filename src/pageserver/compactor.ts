@@ -5,13 +5,14 @@
  */
 
 import { Worker } from 'node:worker_threads';
+import { LayerAbsentError } from './layers/block.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { MergeCancelled, mergeLayers } from './merge.ts';
 import type { MergeJob } from './merge.ts';
 import type { Replay } from './read.ts';
 
 export interface Compactor {
-  /** The merged layers, durable under their names. Rejects with MergeCancelled when the job was cancelled. */
+  /** The merged layers, durable under their names. Rejects with MergeCancelled when the job was cancelled, LayerAbsentError when a file is not here. */
   merge(job: MergeJob): Promise<LayerDescription[]>;
   close(): Promise<void>;
 }
@@ -19,6 +20,7 @@ export interface Compactor {
 export type MergeReply =
   | { readonly kind: 'merged'; readonly layers: LayerDescription[] }
   | { readonly kind: 'cancelled' }
+  | { readonly kind: 'absent'; readonly file: string }
   | { readonly kind: 'failed'; readonly message: string };
 
 /** Merges in this thread, a few milliseconds at a time. */
@@ -42,8 +44,7 @@ export class ThreadCompactor implements Compactor {
       const onMessage = (reply: MergeReply): void => {
         finish();
         if (reply.kind === 'merged') resolve(reply.layers);
-        else
-          reject(reply.kind === 'cancelled' ? new MergeCancelled('the merge was given up') : new Error(reply.message));
+        else reject(errorOf(reply));
       };
       const onError = (error: unknown): void => {
         finish();
@@ -70,4 +71,9 @@ export class ThreadCompactor implements Compactor {
     worker.on('error', () => {});
     return worker;
   }
+}
+
+function errorOf(reply: Exclude<MergeReply, { kind: 'merged' }>): Error {
+  if (reply.kind === 'cancelled') return new MergeCancelled('the merge was given up');
+  return reply.kind === 'absent' ? new LayerAbsentError(reply.file) : new Error(reply.message);
 }

@@ -17,6 +17,8 @@ import type { LayerRun } from './compaction-plan.ts';
 import type { Retention } from './merge.ts';
 import { LEASE_MS } from './retention.ts';
 import type { Timeline } from './timeline.ts';
+import { readWhole } from './whole-reads.ts';
+import type { Repair } from './whole-reads.ts';
 
 export interface GarbageCollectionOptions {
   readonly compaction: Compaction;
@@ -26,6 +28,7 @@ export interface GarbageCollectionOptions {
   readonly retentionMsOf: (timeline: Timeline) => number;
   /** The LSN of a timeline's state at a time; undefined when it is not known, or before the timeline began. */
   readonly lsnAt: (timeline: Timeline, timeMs: number) => Lsn | undefined;
+  readonly repair: Repair;
   /** Collected when this much, and half of what is kept, has come below the horizon. */
   readonly collectBytesMin: number;
 }
@@ -73,9 +76,10 @@ export class GarbageCollection {
   }
 
   async #collect(timeline: Timeline, isForced: boolean): Promise<void> {
-    const { now, retentionMsOf, lsnAt, compaction, collectBytesMin, log } = this.#options;
+    const { now, retentionMsOf, lsnAt, compaction, collectBytesMin, repair, log } = this.#options;
     const timeMs = now() - retentionMsOf(timeline);
-    const lsn = Math.min(lsnAt(timeline, timeMs) ?? 0, timeline.diskConsistentLsn);
+    const found = await readWhole(() => lsnAt(timeline, timeMs), repair);
+    const lsn = Math.min(found ?? 0, timeline.diskConsistentLsn);
     if (lsn > (timeline.horizon?.lsn ?? timeline.index.startLsn)) await timeline.setHorizon({ lsn, timeMs });
     const { horizon } = timeline;
     if (horizon === undefined) return;

@@ -11,6 +11,11 @@ import { pageserverMethods } from './methods.ts';
 import { PageService } from './page-service.ts';
 import { Repairs } from './repair.ts';
 import { replayValue } from './replay.ts';
+import { Eviction } from './eviction.ts';
+import type { ObjectStore } from '../object-store/object-store.ts';
+import type { Generations } from '../api/generations.ts';
+import { takeGeneration } from './remote/first-look.ts';
+import { Remote } from './remote/remote.ts';
 import { Timelines } from './timelines.ts';
 import type { StoreLimits } from './timelines.ts';
 import { readWalOfAny, WalReceiver } from './wal-receiver.ts';
@@ -26,7 +31,16 @@ export interface PageserverConfig {
   /** Of the platform; signs tokens. */
   readonly secret: Uint8Array;
   readonly limits?: Partial<StoreLimits>;
+  /** Where timelines are kept for good; without it only here. */
+  readonly remote?: RemoteConfig;
   readonly log: Logger;
+}
+
+export interface RemoteConfig {
+  readonly store: ObjectStore;
+  readonly generations: Generations;
+  /** Layers beyond it that the store has are taken away from the local disk. */
+  readonly cacheBytes?: number;
 }
 
 export interface Pageserver {
@@ -40,6 +54,9 @@ export interface Pageserver {
 const LOCK_WAIT_MS = 5_000;
 const FLUSH_CHECK_MS = 10_000;
 const GARBAGE_PERIOD_MS = 10 * 60_000;
+const CACHE_BYTES = 64 * 1024 ** 3;
+/** How long a stop waits for uploads: what is left comes after the next start. */
+const CLOSE_UPLOADS_MS = 5_000;
 
 /** Resolves when the pageserver accepts connections. Throws `conflict` when another process has the data directory. */
 export async function runPageserver(config: PageserverConfig): Promise<Pageserver> {
@@ -49,26 +66,40 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
   try {
     const limits = config.limits ?? {};
     const compactor = new ThreadCompactor();
+    const first = config.remote === undefined ? undefined : await takeGeneration({ ...config.remote, dataDir, log });
+    const remote =
+      config.remote === undefined || first === undefined
+        ? undefined
+        : new Remote({ ...config.remote, generation: first.generation, log });
     const timelines = await Timelines.open(dataDir, {
       replay: replayValue,
       log,
       limits,
       compactor,
       lsnAt: (timeline, timeMs) => lsnAtTime(new Indexed(timeline), timeMs),
+      ...(remote === undefined || first === undefined ? {} : { remote, brokenInStore: first.broken }),
     });
     const token = await signToken(secret, { scope: 'platform' });
     const receiver = new WalReceiver({ safekeepers, token, timelines, log });
     const repairs = new Repairs({
       timelines,
+      ...(remote === undefined ? {} : { remote }),
       walOf: ({ tenantId, timelineId }, fromLsn, signal) =>
         readWalOfAny(safekeepers, { token, tenantId, timelineId, fromLsn, signal }),
       log,
     });
+    timelines.repair = (damage) => repairs.repair(damage);
+    timelines.fetch = (damage) => repairs.fetch(damage);
+    if (remote !== undefined) remote.onLost = (lost) => void repairs.repair(lost).catch(() => {});
+    const eviction =
+      remote === undefined
+        ? undefined
+        : new Eviction({ timelines, remote, limitBytes: config.remote?.cacheBytes ?? CACHE_BYTES, log });
     const rpc = await serveRpc({
       host,
       port: config.rpcPort,
       secret,
-      methods: pageserverMethods({ timelines, receiver, repairs, log }),
+      methods: pageserverMethods({ timelines, receiver, log, ...(remote === undefined ? {} : { remote }) }),
       onError: (method, error) => {
         if (error.code === 'internal') log.error({ method, err: error }, 'call failed');
       },
@@ -79,9 +110,10 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
       secret,
       timelines,
       log,
-      repair: (damage) => repairs.repair(damage),
+      repair: timelines.repair,
     });
     receiver.start();
+    eviction?.start();
     const flushTimer = setInterval(() => timelines.flushAged(), FLUSH_CHECK_MS);
     const garbageTimer = setInterval(() => void timelines.garbage.run(timelines.all()), GARBAGE_PERIOD_MS);
     const timelineCount = [...timelines.all()].length;
@@ -95,7 +127,10 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
         clearInterval(garbageTimer);
         await Promise.all([rpc.close(), pages.close()]);
         await receiver.stop();
+        await eviction?.stop();
         await timelines.close();
+        if (remote?.isWorking === true) await remote.settled(CLOSE_UPLOADS_MS);
+        await remote?.close();
         lock.release();
       },
     };

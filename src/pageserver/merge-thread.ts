@@ -2,6 +2,7 @@
 
 import { parentPort } from 'node:worker_threads';
 import type { MergeReply } from './compactor.ts';
+import { LayerAbsentError } from './layers/block.ts';
 import { MergeCancelled, mergeLayers } from './merge.ts';
 import type { MergeJob } from './merge.ts';
 import { replayValue } from './replay.ts';
@@ -11,6 +12,7 @@ parentPort?.on('message', (job: MergeJob) => {
     .then((layers): MergeReply => ({ kind: 'merged', layers }))
     .catch((error: unknown): MergeReply => {
       if (error instanceof MergeCancelled) return { kind: 'cancelled' };
+      if (error instanceof LayerAbsentError) return { kind: 'absent', file: error.file };
       return { kind: 'failed', message: error instanceof Error ? error.message : String(error) };
     })
     .then((reply) => parentPort?.postMessage(reply))

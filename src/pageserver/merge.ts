@@ -17,6 +17,7 @@ import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import type { PgVersion } from '../postgres/version.ts';
 import { compareKeys, KEY_KIND, relationSizeKey } from './key.ts';
 import type { Key } from './key.ts';
+import { LayerAbsentError } from './layers/block.ts';
 import { LayerCache, LayerFile } from './layers/layer-file.ts';
 import type { LayerEntry } from './layers/layer-file.ts';
 import { layerPath } from './layers/layer-format.ts';
@@ -258,7 +259,8 @@ class ImageChain {
     if (!isLong && (nextLsn !== undefined || this.#values.length < TAIL_RECORDS_MAX)) return undefined;
     try {
       return this.#image();
-    } catch {
+    } catch (error) {
+      if (error instanceof LayerAbsentError) throw error;
       // A page that cannot be made is not served either; its records are kept as they are, and who reads it gets the error.
       this.#isBroken = true;
       return undefined;

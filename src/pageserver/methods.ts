@@ -7,6 +7,7 @@ import type {
   LsnForTimestamp,
   LsnLease,
   LogIdentity,
+  ObjectStoreStatus,
   PageserverTimelineStatus,
   ResolvedLsn,
   TimelineSizes,
@@ -25,18 +26,19 @@ import { lsnForTimestamp, resolveLsn, timestampOfLsn } from './ingest/wal-search
 import type { IndexedTimeline } from './ingest/wal-search.ts';
 import { Indexed } from './indexed-timeline.ts';
 import { CONTROL_FILE_KEY } from './key.ts';
-import { LayerDamagedError } from './layers/block.ts';
-import type { Repairs } from './repair.ts';
 import { timeGone } from './retention.ts';
 import { sizesOf } from './storage-sizes.ts';
+import type { Remote } from './remote/remote.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
 import type { WalReceiver } from './wal-receiver.ts';
+import { readWhole } from './whole-reads.ts';
 
 export interface MethodsOptions {
   readonly timelines: Timelines;
   readonly receiver: WalReceiver;
-  readonly repairs: Repairs;
+  /** The object store, where there is one. */
+  readonly remote?: Remote;
   readonly log: Logger;
 }
 
@@ -44,8 +46,6 @@ export interface MethodsOptions {
 const ANCESTOR_WAIT_MS = 30_000;
 const UNIX_TO_POSTGRES_EPOCH_US = 946_684_800_000_000;
 const PAGES_MAX = 1024;
-/** Layers that one read may find damaged, one after the other. */
-const REPAIRS_MAX = 16;
 
 interface TimelineParams {
   readonly timelineId: string;
@@ -56,19 +56,9 @@ interface LsnParams extends TimelineParams {
 }
 
 export function pageserverMethods(options: MethodsOptions): Record<string, RpcMethod> {
-  const { timelines, receiver, repairs, log } = options;
-  /** Reads; a damaged layer on the way is repaired first. */
-  const repairing = async <T>(read: () => T, repairsLeft = REPAIRS_MAX): Promise<T> => {
-    try {
-      return read();
-    } catch (error) {
-      if (!(error instanceof LayerDamagedError) || repairsLeft === 0) throw error;
-      await repairs.repair(error).catch(() => {
-        throw error;
-      });
-      return repairing(read, repairsLeft - 1);
-    }
-  };
+  const { timelines, receiver, log } = options;
+  /** Reads; what is damaged or not here on the way is brought back first. */
+  const repairing = <T>(read: () => T): Promise<T> => readWhole(read, timelines.repair);
   const indexed = (timeline: Timeline): IndexedTimeline => new Indexed(timeline);
 
   return {
@@ -79,7 +69,7 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
         throw new StrataError('bad-request', `the ancestor is of Postgres ${ancestor.pgVersion}, not ${pgVersion}`);
       }
       await ancestor.waitLsn(ancestorLsn, ANCESTOR_WAIT_MS, signal);
-      const { startLsn, endLsn } = resolved(indexed(ancestor), ancestorLsn);
+      const { startLsn, endLsn } = await repairing(() => resolved(indexed(ancestor), ancestorLsn));
       if (endLsn !== ancestorLsn) {
         const where = `the last record before it ends at ${formatLsn(endLsn)}`;
         throw new StrataError('bad-request', `no record ends at ${formatLsn(ancestorLsn)}; ${where}`);
@@ -93,6 +83,7 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       const { tenantId, timelineId, pgVersion, dataDirectory } = request;
       const existing = timelines.find(timelineId);
       if (existing !== undefined && existing.ancestor === undefined && existing.pgVersion === pgVersion) {
+        await timelines.stored(existing);
         return { result: {} };
       }
       const startMs = performance.now();
@@ -132,7 +123,7 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       const { tenantId, pgVersion } = timeline;
       const { startLsn } = timeline.index;
       await timeline.waitLsn(startLsn, ANCESTOR_WAIT_MS, signal);
-      const controlFile = timeline.getImage(CONTROL_FILE_KEY, timeline.lastRecordLsn);
+      const controlFile = await repairing(() => timeline.getImage(CONTROL_FILE_KEY, timeline.lastRecordLsn));
       if (controlFile === undefined) throw new StrataError('internal', `timeline ${timelineId} has no control file`);
       const systemId = decodeControlFile(controlFile).systemId.toString();
       const hasWal = timeline.lastRecordLsn > startLsn;
@@ -152,9 +143,9 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result: {} };
     },
 
-    resolveLsn({ timelineId, lsn }: LsnParams): RpcReply {
+    async resolveLsn({ timelineId, lsn }: LsnParams): Promise<RpcReply> {
       const timeline = timelines.get(timelineId);
-      const { startLsn, endLsn } = resolved(indexed(timeline), lsn);
+      const { startLsn, endLsn } = await repairing(() => resolved(indexed(timeline), lsn));
       timeline.assertReadable(endLsn);
       const result: ResolvedLsn = { lsn: endLsn, prevRecordLsn: startLsn };
       return { result };
@@ -232,13 +223,20 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result: {} };
     },
 
-    storageSizes({ timelineIds }: { timelineIds: readonly string[] }): RpcReply {
+    async storageSizes({ timelineIds }: { timelineIds: readonly string[] }): Promise<RpcReply> {
       const result: TimelineSizes[] = [];
       for (const timelineId of timelineIds) {
         const timeline = timelines.find(timelineId);
-        if (timeline !== undefined) result.push(sizesOf(timeline, timelines.childCount(timelineId)));
+        if (timeline === undefined) continue;
+        result.push(await repairing(() => sizesOf(timeline, timelines.childCount(timelineId))));
       }
       return { result };
+    },
+
+    objectStoreStatus(): RpcReply {
+      const { remote } = options;
+      const result: ObjectStoreStatus | undefined = remote?.status;
+      return { result: result ?? null };
     },
 
     async flush({ timelineId }: TimelineParams): Promise<RpcReply> {

@@ -24,9 +24,11 @@ import { listen } from '../base/rpc.ts';
 import { mayReadTimeline, verifyToken } from '../base/token.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
-import { LayerDamagedError } from './layers/block.ts';
+import { LayerAbsentError, LayerDamagedError } from './layers/block.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
+import { RepairBound } from './whole-reads.ts';
+import type { Repair } from './whole-reads.ts';
 
 export interface PageServiceOptions {
   readonly host: string;
@@ -36,16 +38,14 @@ export interface PageServiceOptions {
   readonly log: Logger;
   /** How long a request waits for its LSN. */
   readonly waitLsnTimeoutMs?: number;
-  /** Resolves when a damaged layer is whole again; without it damage is an error at once. */
-  readonly repair?: (damage: LayerDamagedError) => Promise<void>;
+  /** Without it damage is an error at once. */
+  readonly repair?: Repair;
 }
 
 const HELLO_TIMEOUT_MS = 10_000;
 const HELLO_BYTES_MAX = 8 * 1024;
 const WAIT_LSN_TIMEOUT_MS = 60_000;
 const SLICE_MS = 5;
-/** Layers that one request may find damaged, one after the other. */
-const REPAIRS_MAX = 16;
 /** Requests not yet answered; beyond it no more are taken from the socket. */
 const PENDING_BYTES_MAX = 64 * 1024;
 /** Responses that the client has not taken; beyond it no more are made. */
@@ -193,24 +193,21 @@ class PageConnection {
     );
   }
 
-  /** Answers when the layer is repaired, or with the damage when it cannot be. */
+  /** Answers when the layer is here and whole, or with why it cannot be. */
   #repair(timeline: Timeline, request: PageRequest, damage: LayerDamagedError): void {
-    this.#after(
-      (this.#options.repair?.(damage) ?? Promise.reject(damage)).then(() => this.#answerRepaired(timeline, request)),
-      () => this.#socket.write(this.#errorOf(timeline, request, damage)),
+    this.#after(this.#answerRepaired(timeline, request, damage), (error) =>
+      this.#socket.write(this.#errorOf(timeline, request, damage instanceof LayerAbsentError ? error : damage)),
     );
   }
 
-  async #answerRepaired(timeline: Timeline, request: PageRequest): Promise<void> {
-    for (let tries = 0; ; tries++) {
-      const response = this.#answer(timeline, request);
-      if (!(response instanceof LayerDamagedError)) {
-        this.#socket.write(response);
-        return;
-      }
-      if (tries === REPAIRS_MAX || this.#options.repair === undefined) throw response;
-      await this.#options.repair(response);
+  async #answerRepaired(timeline: Timeline, request: PageRequest, known?: LayerDamagedError): Promise<void> {
+    const bound = new RepairBound(this.#options.repair ?? ((damage) => Promise.reject(damage)));
+    let response: Buffer | LayerDamagedError = known ?? this.#answer(timeline, request);
+    while (response instanceof LayerDamagedError) {
+      await bound.repair(response);
+      response = this.#answer(timeline, request);
     }
+    this.#socket.write(response);
   }
 
   #answer(timeline: Timeline, request: PageRequest): Buffer | LayerDamagedError {

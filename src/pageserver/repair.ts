@@ -1,7 +1,8 @@
 /**
- * Repair of damaged layers: what a delta layer held is made anew from the WAL of its LSN range, where the safekeepers still have it.
+ * Repair of layers that are damaged or not here. The object store is asked first. What it does not have whole is made anew: what a delta layer held, from the WAL
+ * of its LSN range, where the safekeepers still have it.
  *
- * A shadow of the timeline is made that branches off just below the run that the layer belongs to, and takes the same WAL again; its
+ * For that a shadow of the timeline is made that branches off just below the run that the layer belongs to, and takes the same WAL again; its
  * layers then stand in for the whole run. So what is made is exactly what ingest made the first time, and a damaged index or file that is
  * missing altogether is repaired as a damaged block is. Image layers come from imports: no WAL has what is in them. Nor can it be done where history
  * below the run is no longer whole.
@@ -19,15 +20,19 @@ import { WalReader } from '../postgres/wal/reader.ts';
 import { deltaRuns } from './compaction-plan.ts';
 import type { LayerRun } from './compaction-plan.ts';
 import { Ingest } from './ingest/ingest.ts';
-import { LayerDamagedError } from './layers/block.ts';
+import { LayerAbsentError, LayerDamagedError } from './layers/block.ts';
 import { syncDirectory } from './layers/durable.ts';
 import { layerPath } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
+import { isObjectError } from '../object-store/object-store.ts';
+import type { Remote } from './remote/remote.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
 
 export interface RepairsOptions {
   readonly timelines: Timelines;
+  /** The object store, where there is one. */
+  readonly remote?: Remote;
   /** The timeline's WAL from an LSN on, from whoever has it; it may go on for ever. */
   readonly walOf: (timeline: Timeline, fromLsn: Lsn, signal: AbortSignal) => AsyncIterable<WalPiece>;
   readonly log: Logger;
@@ -41,6 +46,8 @@ export interface WalPiece {
 const REPAIR_TIMEOUT_MS = 30 * 60_000;
 /** A layer that could not be repaired is not tried again so soon. */
 const FAILURE_KEPT_MS = 60_000;
+/** When the object store did not answer. */
+const FETCH_FAILURE_KEPT_MS = 1_000;
 
 export class Repairs {
   readonly #options: RepairsOptions;
@@ -60,10 +67,38 @@ export class Repairs {
       this.#repairs.set(file, repair);
       repair.then(
         () => this.#repairs.delete(file),
-        () => setTimeout(() => this.#repairs.delete(file), FAILURE_KEPT_MS).unref(),
+        (error: unknown) => {
+          const keptMs = isObjectError(error, 'transient') ? FETCH_FAILURE_KEPT_MS : FAILURE_KEPT_MS;
+          setTimeout(() => this.#repairs.delete(file), keptMs).unref();
+        },
       );
     }
     return repair;
+  }
+
+  /** As `repair`, from the object store alone. */
+  async fetch(damage: LayerDamagedError): Promise<void> {
+    if (!(await this.#fetch(this.#options.timelines.get(basename(dirname(damage.file))), damage))) throw damage;
+  }
+
+  /** Whether the store had it. Rejects when the layer is not here and the store does not answer: it will have it. */
+  async #fetch(timeline: Timeline, damage: LayerDamagedError): Promise<boolean> {
+    const layer = timeline.findLayer(damage.file);
+    if (layer === undefined) return true; // It was replaced meanwhile.
+    const { remote, log } = this.#options;
+    const { timelineId } = timeline;
+    const isAbsent = damage instanceof LayerAbsentError;
+    try {
+      if (remote === undefined || !(await remote.fetch(timeline, layer.description))) return false;
+    } catch (error) {
+      if (isAbsent && isObjectError(error, 'transient')) throw error;
+      log.error({ timelineId, file: damage.file, err: error }, 'the layer cannot be had from the object store');
+      return false;
+    }
+    layer.close();
+    layer.isLocal = true;
+    if (!isAbsent) log.info({ timelineId, file: damage.file }, 'the layer was fetched from the object store');
+    return true;
   }
 
   async #repair(damage: LayerDamagedError): Promise<void> {
@@ -71,7 +106,10 @@ export class Repairs {
     const { file } = damage;
     const timeline = timelines.get(basename(dirname(file)));
     const { timelineId } = timeline;
-    log.error({ timelineId, file, offset: damage.offset, reason: damage.message }, 'a layer is damaged');
+    const isAbsent = damage instanceof LayerAbsentError;
+    if (!isAbsent) log.error({ timelineId, file, offset: damage.offset, reason: damage.message }, 'a layer is damaged');
+    if (await this.#fetch(timeline, damage)) return;
+    if (isAbsent) log.error({ timelineId, file }, 'a layer is neither here nor in the object store');
     try {
       const stopped = AbortSignal.timeout(REPAIR_TIMEOUT_MS);
       await timelines.compaction.exclusively(async () => {

@@ -28,7 +28,7 @@ import type { Key, KeyRange, RelationFork } from './key.ts';
 import { replaceFile } from './layers/durable.ts';
 import { LayerFile } from './layers/layer-file.ts';
 import type { LayerCache } from './layers/layer-file.ts';
-import { layerPath } from './layers/layer-format.ts';
+import { layerFileName, layerPath } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerMap } from './layers/layer-map.ts';
 import { MemoryLayer } from './layers/memory-layer.ts';
@@ -54,6 +54,8 @@ export interface TimelineOptions {
   readonly onFlush: (timeline: Timeline, error: unknown) => void;
   /** Points below a timeline's horizon that stay readable. */
   readonly retainedLsns: (timeline: Timeline) => readonly Lsn[];
+  /** Called after each change of the index. */
+  readonly onIndex?: (timeline: Timeline) => void;
   /** For tests: called before each step of a change on disk. */
   readonly onStep?: (step: string) => void;
 }
@@ -105,7 +107,14 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   #horizon: Horizon | undefined;
   #remoteConsistentLsn: Lsn;
 
-  constructor(directory: string, index: TimelineIndex, ancestor: Timeline | undefined, options: TimelineOptions) {
+  /** `localFiles`: names of files in the directory; absent, all layers are taken to be there. */
+  constructor(
+    directory: string,
+    index: TimelineIndex,
+    ancestor: Timeline | undefined,
+    options: TimelineOptions,
+    localFiles?: ReadonlySet<string>,
+  ) {
     this.directory = directory;
     this.ancestor = ancestor;
     this.#options = options;
@@ -117,7 +126,11 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#lastRecordStartLsn = index.diskConsistentRecordLsn;
     this.#open = new MemoryLayer(this.#lastRecordLsn + 1, options.now());
     this.#memoryLayers = [this.#open];
-    for (const layer of index.layers) this.layerMap.insert(this.#layerFile(layer));
+    for (const layer of index.layers) {
+      const file = this.#layerFile(layer);
+      file.isLocal = localFiles?.has(layerFileName(layer)) ?? true;
+      this.layerMap.insert(file);
+    }
   }
 
   get tenantId(): string {
@@ -152,6 +165,10 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   /** What is in the object store for good: no pageserver will need this timeline's WAL below it again. */
   get remoteConsistentLsn(): Lsn {
     return this.#remoteConsistentLsn;
+  }
+
+  setRemoteConsistentLsn(lsn: Lsn): void {
+    this.#remoteConsistentLsn = Math.max(this.#remoteConsistentLsn, lsn);
   }
 
   get memoryLayers(): readonly MemoryLayer[] {
@@ -419,6 +436,12 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     }
   }
 
+  /** The layer of this timeline's own whose file this is. */
+  findLayer(path: string): LayerFile | undefined {
+    for (const layer of this.layerMap.all()) if (layer.path === path) return layer;
+    return undefined;
+  }
+
   /** Runs work of this timeline in the background, after which `close` and `delete` wait; `cancel` is called when they do. */
   inBackground(work: () => Promise<void>, cancel: () => void): Promise<void> {
     if (this.#stopped !== undefined) return Promise.resolve();
@@ -531,6 +554,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
       const index = change(this.#index);
       await replaceFile(join(this.directory, TIMELINE_INDEX_NAME), encodeTimelineIndex(index));
       this.#index = index;
+      this.#options.onIndex?.(this);
     });
     this.#indexWritten = written.catch(() => {});
     return written;

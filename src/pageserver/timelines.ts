@@ -2,18 +2,17 @@
  * The timelines of a pageserver: a folder for each, with its index and its layers.
  *
  *   <data dir>/timelines/<timeline id>/index                 what the timeline is (timeline-index.ts)
- *   <data dir>/timelines/<timeline id>/<key>-<key>__<lsn>…   layers (layers/layer-format.ts)
+ *   <data dir>/timelines/<timeline id>/<key>-<key>__<lsn>…   layers (layers/layer-format.ts); with an object store, those that are here
+ *   <data dir>/timelines/<timeline id>/remote                what the object store has (remote/remote-index.ts)
  *
  * A folder without an index is the remains of a creation or import that did not end, and is removed at start; so are files that an index
  * does not name. Creating a timeline writes its index and nothing else, whatever the size of what it inherits.
  */
 
 import assert from 'node:assert/strict';
-import { mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { mkdir, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
-import { fsyncDirectory } from '../base/durable-file.ts';
-import { StrataError, toStrataError } from '../base/errors.ts';
+import { StrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
@@ -25,7 +24,6 @@ import { GarbageCollection } from './garbage-collection.ts';
 import { ImportTarget } from './import-target.ts';
 import { replaceFile, syncDirectory } from './layers/durable.ts';
 import { LayerCache } from './layers/layer-file.ts';
-import { layerFileName } from './layers/layer-format.ts';
 import { PageCache } from './page-cache.ts';
 import { HistoryReader } from './read.ts';
 import type { Replay } from './read.ts';
@@ -34,8 +32,12 @@ import { RetentionWindows } from './retention-windows.ts';
 import { Timeline } from './timeline.ts';
 import type { TimelineOptions } from './timeline.ts';
 import { removeTimelineDirectory } from './timeline-directory.ts';
-import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
+import { findTimelineFolders, isTimelineId, SHADOW_SUFFIX } from './timeline-folders.ts';
+import type { FoundTimeline } from './timeline-folders.ts';
+import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
+import type { Remote } from './remote/remote.ts';
+import type { Repair } from './whole-reads.ts';
 
 export interface StoreLimits {
   /** An open memory layer is flushed at this size. */
@@ -73,6 +75,10 @@ export interface TimelinesOptions {
   /** The LSN of a timeline's state at a time (milliseconds since 1970), for garbage collection; without it none is collected. */
   readonly lsnAt?: (timeline: Timeline, timeMs: number) => Lsn | undefined;
   readonly now?: () => number;
+  /** Where timelines are kept for good; without it only here. */
+  readonly remote?: Remote;
+  /** By timeline, why the object store's newest index of it cannot be used. */
+  readonly brokenInStore?: ReadonlyMap<string, string>;
   /** For tests: called before and after steps of changes on disk, by name. */
   readonly onStep?: (step: string) => void;
 }
@@ -98,9 +104,6 @@ export interface NewImport {
 }
 
 const CLOSE_CONCURRENCY = 8;
-/** Of the folder of a repair (repair.ts). */
-const SHADOW_SUFFIX = '.repair';
-const ID = /^[0-9a-f]{32}$/;
 
 export class Timelines {
   readonly #directory: string;
@@ -120,12 +123,20 @@ export class Timelines {
   readonly compaction: Compaction;
   readonly garbage: GarbageCollection;
   readonly retention: RetentionWindows;
+  readonly #remote: Remote | undefined;
+  readonly #brokenInStore: ReadonlyMap<string, string>;
+  /** Brings layers back that are damaged or not here; to be set by who can. */
+  repair: Repair = (damage) => Promise.reject(damage);
+  /** As `repair`, from the object store alone. */
+  fetch: Repair = (damage) => Promise.reject(damage);
 
   private constructor(directory: string, options: TimelinesOptions) {
     const limits = { ...DEFAULT_LIMITS, ...options.limits };
     this.#directory = directory;
     this.#limits = limits;
     this.#log = options.log;
+    this.#remote = options.remote;
+    this.#brokenInStore = options.brokenInStore ?? new Map();
     this.#options = {
       reader: new HistoryReader(new PageCache(limits.pageCacheBytes), options.replay),
       layerCache: new LayerCache({ blockBytesMax: limits.blockCacheBytes, openFilesMax: limits.openFilesMax }),
@@ -137,6 +148,7 @@ export class Timelines {
         ...this.leases.lsnsOf(timelineId),
       ],
       onFlush: (timeline, error) => this.#flushed(timeline, error),
+      onIndex: (timeline) => this.#remote?.changed(timeline),
       ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
     };
     this.leases = new Leases(this.#options.now);
@@ -145,6 +157,7 @@ export class Timelines {
       compactor: this.#compactor,
       log: options.log,
       retentionOf: (timeline) => this.garbage.retentionOf(timeline),
+      fetch: (damage) => this.fetch(damage),
       ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
     });
     this.garbage = new GarbageCollection({
@@ -153,6 +166,7 @@ export class Timelines {
       now: this.#options.now,
       retentionMsOf: ({ tenantId }) => this.retention.of(tenantId),
       lsnAt: options.lsnAt ?? (() => undefined),
+      repair: (damage) => this.repair(damage),
       collectBytesMin: limits.collectBytesMin,
     });
     this.retention = new RetentionWindows(join(dirname(directory), 'retention'));
@@ -162,6 +176,7 @@ export class Timelines {
   static async open(dataDir: string, options: TimelinesOptions): Promise<Timelines> {
     const timelines = new Timelines(join(dataDir, 'timelines'), options);
     for (const directory of timelines.#load()) await removeTimelineDirectory(directory);
+    for (const timeline of timelines.all()) options.remote?.changed(timeline);
     return timelines;
   }
 
@@ -190,13 +205,28 @@ export class Timelines {
     return this.#broken;
   }
 
+  get layerCache(): LayerCache {
+    return this.#options.layerCache;
+  }
+
   /** Bytes in memory that wait to be flushed, over all timelines. */
   get memoryBytes(): number {
     return this.#options.memory.bytes;
   }
 
-  /** Durable when it resolves. Repeatable with the same parameters; `conflict` with others. */
+  /** Durable when it resolves, in the object store too. Repeatable with the same parameters; `conflict` with others. */
   async create(request: NewTimeline): Promise<Timeline> {
+    const timeline = await this.#create(request);
+    await this.stored(timeline);
+    return timeline;
+  }
+
+  /** Resolves when the object store has the timeline as it is now; `unavailable` when it does not take it. */
+  async stored(timeline: Timeline): Promise<void> {
+    await this.#remote?.stored(timeline);
+  }
+
+  async #create(request: NewTimeline): Promise<Timeline> {
     const { tenantId, timelineId, ancestorTimelineId, ancestorLsn, ancestorRecordLsn } = request;
     const existing = this.#existing(timelineId);
     if (existing !== undefined) {
@@ -243,8 +273,17 @@ export class Timelines {
     });
   }
 
-  /** A new timeline without ancestor, whose state `write` puts into the target. Nothing of it is there when that fails. */
+  /**
+   * A new timeline without ancestor, whose state `write` puts into the target. Nothing of it is there when that fails. Durable when it resolves, in the object
+   * store too; when only that does not take it, the timeline is here, and is uploaded later.
+   */
   async import(request: NewImport, write: (target: ImportTarget) => Promise<void>): Promise<Timeline> {
+    const timeline = await this.#import(request, write);
+    await this.stored(timeline);
+    return timeline;
+  }
+
+  async #import(request: NewImport, write: (target: ImportTarget) => Promise<void>): Promise<Timeline> {
     const { tenantId, timelineId, pgVersion, lsn, recordLsn } = request;
     const existing = this.#existing(timelineId);
     if (existing !== undefined) {
@@ -285,6 +324,7 @@ export class Timelines {
     const childCount = this.childCount(timelineId);
     if (childCount > 0) throw new StrataError('conflict', `timeline ${timelineId} has ${childCount} children`);
     await this.#exclusively(timelineId, async () => {
+      await this.#remote?.delete(timeline);
       await timeline.delete();
       this.#timelines.delete(timelineId);
       this.leases.forget(timelineId);
@@ -311,7 +351,8 @@ export class Timelines {
       isDeleted: false,
       layers: [],
     };
-    return new Timeline(directory, index, of, { ...this.#options, onFlush: () => {}, retainedLsns: () => [] });
+    const hooks = { onFlush: () => {}, onIndex: () => {}, retainedLsns: () => [] };
+    return new Timeline(directory, index, of, { ...this.#options, ...hooks });
   }
 
   /** Flushes what is old. To be called from time to time. */
@@ -355,7 +396,7 @@ export class Timelines {
   }
 
   #existing(timelineId: string): Timeline | undefined {
-    if (!ID.test(timelineId)) throw new StrataError('bad-request', `"${timelineId}" is not a timeline id`);
+    if (!isTimelineId(timelineId)) throw new StrataError('bad-request', `"${timelineId}" is not a timeline id`);
     if (this.#busy.has(timelineId)) throw new StrataError('locked', `timeline ${timelineId} is being changed`);
     if (this.#broken.has(timelineId)) return this.get(timelineId);
     return this.#timelines.get(timelineId);
@@ -381,6 +422,8 @@ export class Timelines {
     this.#options.onStep?.('timeline created');
     const timeline = new Timeline(directory, index, ancestor, this.#options);
     this.#timelines.set(index.timelineId, timeline);
+    this.#remote?.created(timeline);
+    this.#remote?.changed(timeline);
     return timeline;
   }
 
@@ -406,58 +449,35 @@ export class Timelines {
   }
 
   /** The folders of deleted timelines are left to be removed. */
-  #load(): string[] {
-    const deleted: string[] = [];
-    mkdirSync(this.#directory, { recursive: true, mode: 0o700 });
-    const indexes = new Map<string, TimelineIndex>();
-    let removed = false;
-    for (const timelineId of readdirSync(this.#directory)) {
-      const directory = join(this.#directory, timelineId);
-      if (timelineId.endsWith(SHADOW_SUFFIX)) rmSync(directory, { recursive: true });
-      if (!ID.test(timelineId)) continue;
-      const names = readdirSync(directory);
-      if (!names.includes(TIMELINE_INDEX_NAME)) {
-        rmSync(directory, { recursive: true });
-        removed = true;
-        continue;
-      }
-      const path = join(directory, TIMELINE_INDEX_NAME);
-      try {
-        const index = decodeTimelineIndex(readFileSync(path), path);
-        if (index.isDeleted) {
-          deleted.push(directory);
-          continue;
-        }
-        removeUnnamed(directory, names, index);
-        indexes.set(timelineId, index);
-      } catch (error) {
-        this.#breaks(timelineId, toStrataError(error).message);
-      }
+  #load(): readonly string[] {
+    const { indexes, deleted, broken } = findTimelineFolders(this.#directory);
+    for (const [timelineId, reason] of [...broken, ...this.#brokenInStore]) this.#breaks(timelineId, reason);
+    for (const timelineId of indexes.keys()) {
+      if (!this.#broken.has(timelineId)) this.#loadWithAncestors(timelineId, indexes);
     }
-    if (removed) fsyncDirectory(this.#directory);
-    for (const timelineId of indexes.keys()) this.#loadWithAncestors(timelineId, indexes);
     return deleted;
   }
 
   /** Makes the timeline, after its ancestors; without recursion, as they may be thousands. */
-  #loadWithAncestors(timelineId: string, indexes: ReadonlyMap<string, TimelineIndex>): void {
-    const path: TimelineIndex[] = [];
+  #loadWithAncestors(timelineId: string, indexes: ReadonlyMap<string, FoundTimeline>): void {
+    const path: FoundTimeline[] = [];
     for (let id: string | undefined = timelineId; id !== undefined && !this.#timelines.has(id);) {
-      const index: TimelineIndex | undefined = indexes.get(id);
-      if (index === undefined || this.#broken.has(id)) {
+      const found: FoundTimeline | undefined = indexes.get(id);
+      if (found === undefined || this.#broken.has(id)) {
         const missing = id;
-        for (const { timelineId: child } of path) {
+        for (const { index } of path) {
+          const child = index.timelineId;
           this.#breaks(child, `timeline ${child} cannot be read: its ancestor ${missing} is damaged or not there`);
         }
         return;
       }
-      path.push(index);
-      id = index.ancestor?.timelineId;
+      path.push(found);
+      id = found.index.ancestor?.timelineId;
     }
-    for (const index of path.reverse()) {
+    for (const { index, files } of path.reverse()) {
       const ancestor = index.ancestor === undefined ? undefined : this.#timelines.get(index.ancestor.timelineId);
       const directory = join(this.#directory, index.timelineId);
-      this.#timelines.set(index.timelineId, new Timeline(directory, index, ancestor, this.#options));
+      this.#timelines.set(index.timelineId, new Timeline(directory, index, ancestor, this.#options, files));
       if (index.ancestor !== undefined) this.#addChild(index.ancestor.timelineId, index.timelineId, index.ancestor.lsn);
     }
   }
@@ -466,12 +486,5 @@ export class Timelines {
     if (this.#broken.has(timelineId)) return;
     this.#broken.set(timelineId, reason);
     this.#log.error({ timelineId, reason }, 'timeline cannot be loaded');
-  }
-}
-
-function removeUnnamed(directory: string, names: readonly string[], index: TimelineIndex): void {
-  const named = new Set(index.layers.map((layer) => layerFileName(layer)));
-  for (const name of names) {
-    if (name !== TIMELINE_INDEX_NAME && !named.has(name)) rmSync(join(directory, name), { force: true });
   }
 }

@@ -21,6 +21,7 @@ import type { Lsn } from '../postgres/lsn.ts';
 import { WalError } from '../postgres/wal/error.ts';
 import { WalReader } from '../postgres/wal/reader.ts';
 import { Ingest } from './ingest/ingest.ts';
+import { LayerDamagedError } from './layers/block.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
 
@@ -254,7 +255,15 @@ export class WalReceiver {
         reception.ingest.ingest(record);
       } catch (error) {
         reception.ingest = undefined;
-        throw new IngestStopped(error instanceof Error ? error : new Error(String(error)));
+        if (!(error instanceof LayerDamagedError)) {
+          throw new IngestStopped(error instanceof Error ? error : new Error(String(error)));
+        }
+        // What ingest reads is not here, or damaged. The record has left no trace: once that is brought back, the stream begins with it again.
+        await this.#options.timelines.repair(error).catch((reason: unknown) => {
+          const { code } = toStrataError(reason);
+          throw code === 'unavailable' || code === 'timeout' ? reason : new IngestStopped(error);
+        });
+        return false;
       }
       timeline.freezeIfFull();
       if (performance.now() - sliceStartMs > SLICE_MS) {

@@ -9,6 +9,7 @@
  *   tls/            the proxy's certificate and key
  *   logs/           one file per process
  *   pageserver/     safekeeper-N/    what those services keep
+ *   object-store/   every branch's history, unless it is elsewhere (platform/object-store.ts)
  *   computes/       one folder per endpoint: a cache (may lie elsewhere, see `computesDir`)
  *
  * Postgres runs unprivileged and its sockets' paths must be short, so sockets, and whatever Postgres must reach that it cannot reach here, lie in a *run

@@ -10,7 +10,7 @@ import { type DirectoryLock, lockDirectory } from '../base/directory-lock.ts';
 import { writeFileDurably } from '../base/durable-file.ts';
 import { StrataError } from '../base/errors.ts';
 import { createLog, type Logger } from '../base/log.ts';
-import { listen } from '../base/rpc.ts';
+import { listen, serveRpc } from '../base/rpc.ts';
 import { signToken } from '../base/token.ts';
 import { findInstallation, Installations, unprivilegedUser } from '../compute/installation.ts';
 import { ADMIN_ROLE } from '../compute/settings.ts';
@@ -18,10 +18,12 @@ import type { StartOptions } from '../cli/start.ts';
 import { buildShim } from '../compute/shim/build.ts';
 import { Control } from '../control/control.ts';
 import { createApiServer } from '../control/server.ts';
+import { generationMethods, Settings } from '../control/settings.ts';
 import { loadOrMakeCertificate } from '../proxy/certificate.ts';
 import { startProxy } from '../proxy/proxy.ts';
 import { ChildService } from './child-service.ts';
 import { LocalComputes } from './computes.ts';
+import { chooseObjectStore } from './object-store.ts';
 import {
   loadOrMakeSecrets,
   openPlatformDirectory,
@@ -85,11 +87,17 @@ async function bringUp(
   const log = createLog({ name: 'platform', file: join(directory.logsDir, 'platform.log') });
   log.info({ ...options, version, postgres: found.fullVersion }, 'starting');
 
+  const settings = Settings.open(directory.path);
+  cleanup.add(() => settings.close());
+  const objectStoreUrl = await chooseObjectStore(options.objectStore, directory.path, settings);
+
   progress('starting storage');
   const { safekeepers, pageserver, pageserverAddress, pageAddress, services } = await startServices(
     options,
     directory,
     secrets,
+    settings,
+    objectStoreUrl,
     log,
     cleanup,
   );
@@ -203,9 +211,18 @@ async function startServices(
   options: StartOptions,
   directory: PlatformDirectory,
   secrets: Secrets,
+  settings: Settings,
+  objectStoreUrl: string,
   log: Logger,
   cleanup: Cleanup,
 ): Promise<Services> {
+  const supervisor = await serveRpc({
+    host: LOOPBACK,
+    port: 0,
+    secret: secrets.platformSecret,
+    methods: generationMethods(settings),
+  });
+  cleanup.add(() => supervisor.close());
   const ports = await servicePorts(directory.path, LOOPBACK, options.safekeeperCount);
   const { rpcPort, pagePort, safekeeperPorts } = ports;
   const safekeepers = safekeeperPorts.map((port) => ({ host: LOOPBACK, port }));
@@ -233,7 +250,7 @@ async function startServices(
         nodeId: index + 1,
         dataDir: join(directory.path, `safekeeper-${index + 1}`),
         port,
-        objectStore: join(directory.path, 'object-store'),
+        objectStore: objectStoreUrl,
         safekeeperCount: options.safekeeperCount,
       }),
     ),
@@ -242,6 +259,11 @@ async function startServices(
       rpcPort,
       pagePort,
       safekeepers,
+      objectStore: {
+        url: objectStoreUrl,
+        supervisor: { host: LOOPBACK, port: supervisor.port },
+        ...(options.cacheBytes === undefined ? {} : { cacheBytes: options.cacheBytes }),
+      },
     }),
   ]);
   const pageserverAddress = { host: LOOPBACK, port: rpcPort };

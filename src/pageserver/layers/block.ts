@@ -40,6 +40,14 @@ export class LayerDamagedError extends StrataError {
   }
 }
 
+/** The file is not here. It may have been taken away to save space: then the object store has it. */
+export class LayerAbsentError extends LayerDamagedError {
+  constructor(file: string) {
+    super(file, 0, 'the file is not there');
+    this.name = 'LayerAbsentError';
+  }
+}
+
 /**
  * The whole block: its header and what follows. The content may be `raw` itself. At once and not on the thread pool: with streams and
  * wake-ups around them, blocks of this size take twice the processor time there.

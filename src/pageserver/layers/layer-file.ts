@@ -9,7 +9,7 @@ import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 import type { Lsn } from '../../postgres/lsn.ts';
 import { compareKeys } from '../key.ts';
 import type { Key, KeyRange } from '../key.ts';
-import { BLOCK_TYPE, decodeBlock, LayerDamagedError } from './block.ts';
+import { BLOCK_TYPE, decodeBlock, LayerAbsentError, LayerDamagedError } from './block.ts';
 import type { Chain, ValueSource } from './chain.ts';
 import { GenerationCache } from './generation-cache.ts';
 import type { KeyBlock } from './key-block.ts';
@@ -29,6 +29,8 @@ export class LayerCache {
   readonly keyBlocks: GenerationCache<KeyBlock>;
   readonly #openFilesMax: number;
   readonly #open = new Set<LayerFile>();
+  /** Counted up from time to time (eviction.ts), so that a layer can tell cheaply when it was used. */
+  tick = 0;
   #layerCount = 0;
 
   constructor(options: LayerCacheOptions) {
@@ -74,6 +76,12 @@ export interface LayerEntry {
 export class LayerFile implements ValueSource {
   readonly description: LayerDescription;
   readonly path: string;
+  /** The file is here, as far as is known. */
+  isLocal = true;
+  /** The file is one with an object of the object store: it takes no space of its own. */
+  isShared = false;
+  /** The cache's tick when it was used last. */
+  usedAtTick: number;
   readonly #number: number;
   readonly #cache: LayerCache;
   #open: OpenLayer | undefined;
@@ -86,6 +94,7 @@ export class LayerFile implements ValueSource {
     this.description = description;
     this.#cache = cache;
     this.#number = cache.nextLayerNumber();
+    this.usedAtTick = cache.tick;
   }
 
   collect(key: Key, lsn: Lsn, floor: Lsn, chain: Chain): boolean {
@@ -201,6 +210,7 @@ export class LayerFile implements ValueSource {
 
   #opened(): OpenLayer {
     this.#wasUsed = true;
+    this.usedAtTick = this.#cache.tick;
     if (this.#open !== undefined) return this.#open;
     const file = this.#openFile();
     try {
@@ -230,7 +240,8 @@ export class LayerFile implements ValueSource {
       return openSync(this.path, 'r');
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
-      throw new LayerDamagedError(this.path, 0, 'the file is not there');
+      this.isLocal = false;
+      throw new LayerAbsentError(this.path);
     }
   }
 

@@ -1,0 +1,151 @@
+/**
+ * What a pageserver does before it loads its timelines: it takes a generation, and makes sure that its disk is not older than the object store.
+ *
+ * When this directory was the last pageserver's (generation.ts), it is used as it is. Otherwise, as with an empty disk, for each timeline:
+ *   - the newest index in the store of a generation up to ours replaces the local one; layers that are here with the same name, length and CRC32 stay,
+ *     the others are fetched when they are read; WAL from that index's LSN on comes again from the safekeepers;
+ *   - a tombstone removes the local folder;
+ *   - a timeline that the store has never heard of stays: nobody else can have it. It is uploaded.
+ * A crash on the way leaves the old generation in the directory, and all of it is done again.
+ */
+
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
+import { mkdir, open, rm, stat } from 'node:fs/promises';
+import { join } from 'node:path';
+import { crc32 } from 'node:zlib';
+import type { Generations } from '../../api/generations.ts';
+import { StrataError } from '../../base/errors.ts';
+import type { Logger } from '../../base/log.ts';
+import type { ObjectStore } from '../../object-store/object-store.ts';
+import { replaceFile, syncDirectory } from '../layers/durable.ts';
+import { layerFileName } from '../layers/layer-format.ts';
+import { removeTimelineDirectory } from '../timeline-directory.ts';
+import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from '../timeline-index.ts';
+import { readGeneration, writeGeneration } from './generation.ts';
+import type { IndexName } from './object-names.ts';
+import { encodeRemoteIndex, REMOTE_INDEX_FILE_NAME } from './remote-index.ts';
+import type { RemoteIndex } from './remote-index.ts';
+import { listIndexes, newestIndex, readIndex } from './timeline-objects.ts';
+
+export interface FirstLookOptions {
+  readonly dataDir: string;
+  readonly store: ObjectStore;
+  readonly generations: Generations;
+  readonly log: Logger;
+  /** For tests: called before each step of a change on disk. */
+  readonly onStep?: (step: string) => void;
+}
+
+export interface FirstLook {
+  readonly generation: number;
+  /** Timelines whose newest index cannot be read, and why: they must not be served from an older one. */
+  readonly broken: ReadonlyMap<string, string>;
+}
+
+const TIMELINE_CONCURRENCY = 32;
+const CHUNK_BYTES = 1024 * 1024;
+const ID = /^[0-9a-f]{32}$/;
+
+export async function takeGeneration(options: FirstLookOptions): Promise<FirstLook> {
+  const { dataDir, generations, onStep } = options;
+  const last = readGeneration(dataDir);
+  let generation = await generations.next(last ?? 0);
+  onStep?.('generation taken');
+  const broken = new Map<string, string>();
+  if (last === undefined || generation !== last + 1) generation = await followStore(options, generation, broken);
+  writeGeneration(dataDir, generation);
+  onStep?.('generation written');
+  return { generation, broken };
+}
+
+/** Resolves to the generation to be used: when the store knows later ones than the control plane does, one after those. */
+async function followStore(options: FirstLookOptions, taken: number, broken: Map<string, string>): Promise<number> {
+  const { dataDir, store, generations, log } = options;
+  const startMs = performance.now();
+  const timelinesDir = join(dataDir, 'timelines');
+  await mkdir(timelinesDir, { recursive: true, mode: 0o700 });
+  const remote = await listIndexes(store);
+  let generation = taken;
+  const seen = Math.max(0, ...[...remote.values()].map((indexes) => indexes.at(-1)!.generation));
+  if (seen >= generation) {
+    // The control plane's state is older than the store, as after it was restored from a copy.
+    generation = await generations.next(seen);
+    log.warn({ taken, seen, generation }, 'the object store knows later generations than the control plane did');
+  }
+  const newest = [...remote.values()].map((indexes) => newestIndex(indexes)!);
+  await forEachLimited(newest, async (name) => {
+    const directory = join(timelinesDir, name.timelineId);
+    if (name.isDeleted) {
+      if (existsSync(directory)) await removeTimelineDirectory(directory);
+      options.onStep?.('local timeline removed');
+      return;
+    }
+    let index: RemoteIndex;
+    try {
+      index = await readIndex(store, name);
+    } catch (error) {
+      if (!(error instanceof StrataError) || error.code !== 'internal') throw error;
+      broken.set(name.timelineId, error.message);
+      return;
+    }
+    await adoptIndex(directory, name, index, options);
+  });
+  await syncDirectory(timelinesDir);
+  const tookMs = Math.round(performance.now() - startMs);
+  const localCount = readdirSync(timelinesDir).filter((id) => ID.test(id) && !remote.has(id)).length;
+  log.info({ generation, remoteCount: newest.length, localCount, tookMs }, 'took the timelines of the object store');
+  return generation;
+}
+
+async function adoptIndex(
+  directory: string,
+  name: IndexName,
+  index: RemoteIndex,
+  { log, onStep }: FirstLookOptions,
+): Promise<void> {
+  const { timeline } = index;
+  const indexPath = join(directory, TIMELINE_INDEX_NAME);
+  await mkdir(directory, { recursive: true, mode: 0o700 });
+  const local = readLocalIndex(indexPath);
+  const { timelineId } = name;
+  if (local !== undefined && local.diskConsistentLsn > timeline.diskConsistentLsn) {
+    log.warn({ timelineId }, 'the local disk is not the last pageserver’s: the object store’s state is used');
+  }
+  for (const layer of index.layers) {
+    const path = join(directory, layerFileName(layer.description));
+    if (!existsSync(path)) continue;
+    const { size } = await stat(path);
+    if (size !== layer.description.sizeBytes || (await crc32OfFile(path)) !== layer.crc32) await rm(path);
+  }
+  onStep?.('other layers removed');
+  await replaceFile(join(directory, REMOTE_INDEX_FILE_NAME), encodeRemoteIndex(index));
+  await replaceFile(indexPath, encodeTimelineIndex(timeline));
+  onStep?.('index taken');
+}
+
+function readLocalIndex(path: string): { readonly diskConsistentLsn: number } | undefined {
+  try {
+    return decodeTimelineIndex(readFileSync(path), path);
+  } catch {
+    return undefined; // Not there, or damaged: the store's is used.
+  }
+}
+
+export async function crc32OfFile(path: string): Promise<number> {
+  await using file = await open(path, 'r');
+  const chunk = Buffer.allocUnsafe(CHUNK_BYTES);
+  let checksum = 0;
+  for (;;) {
+    const { bytesRead } = await file.read(chunk, 0, chunk.length, null);
+    if (bytesRead === 0) return checksum;
+    checksum = crc32(chunk.subarray(0, bytesRead), checksum);
+  }
+}
+
+async function forEachLimited<T>(items: readonly T[], work: (item: T) => Promise<void>): Promise<void> {
+  const left = items.values();
+  const workers = Array.from({ length: TIMELINE_CONCURRENCY }, async () => {
+    for (const item of left) await work(item);
+  });
+  await Promise.all(workers);
+}

@@ -1,0 +1,68 @@
+/**
+ * A pageserver's generation, and what its data directory remembers of it.
+ *
+ *   <data dir>/generation    `strata-generation 1 <generation>\n`: of the last pageserver that had this directory and found it up to date
+ *
+ * When a new generation is the one after that, no other pageserver was started in between: the local disk is as new as can be, and nothing needs to be asked
+ * of the object store. Otherwise the store has the say (first-look.ts).
+ */
+
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Generations } from '../../api/generations.ts';
+import { writeFileDurably } from '../../base/durable-file.ts';
+import { StrataError } from '../../base/errors.ts';
+
+const FILE_NAME = 'generation';
+
+/** Undefined when there is none yet. */
+export function readGeneration(dataDir: string): number | undefined {
+  const path = join(dataDir, FILE_NAME);
+  let text: string;
+  try {
+    text = readFileSync(path, 'latin1');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
+  const match = /^strata-generation 1 (\d+)\n$/.exec(text);
+  if (match === null) throw new StrataError('internal', `${path} is damaged: remove it, and the object store is asked`);
+  return Number(match[1]);
+}
+
+export function writeGeneration(dataDir: string, generation: number): void {
+  writeFileDurably(join(dataDir, FILE_NAME), `strata-generation 1 ${generation}\n`, 0o600);
+}
+
+/** Asks whether a generation is the latest. Those who ask while a question is on its way share the next one, which begins after all of them. */
+export class GenerationCheck {
+  readonly #generations: Generations;
+  readonly #generation: number;
+  #current: Promise<boolean> | undefined;
+  #next: Promise<boolean> | undefined;
+
+  constructor(generations: Generations, generation: number) {
+    this.#generations = generations;
+    this.#generation = generation;
+  }
+
+  /** The answer to a question that is sent after this call. Rejects when it cannot be asked. */
+  isLatest(): Promise<boolean> {
+    if (this.#current === undefined) return this.#ask();
+    this.#next ??= this.#current
+      .catch(() => {})
+      .then(() => {
+        this.#next = undefined;
+        return this.#ask();
+      });
+    return this.#next;
+  }
+
+  #ask(): Promise<boolean> {
+    const asked: Promise<boolean> = this.#generations.isLatest(this.#generation).finally(() => {
+      if (this.#current === asked) this.#current = undefined;
+    });
+    this.#current = asked;
+    return asked;
+  }
+}

@@ -1,0 +1,422 @@
+import assert from 'node:assert/strict';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { encodePoke, ModelTimeline } from '../../../test/pageserver/history-model.ts';
+import { farStore, TestGenerations, TestNode } from '../../../test/pageserver/node.ts';
+import type { NodeOptions } from '../../../test/pageserver/node.ts';
+import { FaultyStore } from '../../object-store/faulty-store.ts';
+import { FileSystemStore } from '../../object-store/file-system-store.ts';
+import { listAll } from '../../object-store/object-store.ts';
+import type { ObjectStore } from '../../object-store/object-store.ts';
+import { ALL_KEYS, relationBlockKey, relationSizeKey } from '../key.ts';
+import { layerFileName, layerPath } from '../layers/layer-format.ts';
+import { encodeCountImage, encodeImage } from '../value.ts';
+import { listIndexes, listTimelineObjects, newestIndex, orphansOf, readIndex } from './timeline-objects.ts';
+
+const TENANT = 'a'.repeat(32);
+const LSN = 0x1000000;
+const RECORD = 8;
+
+function id(n: number): string {
+  return n.toString(16).padStart(32, '0');
+}
+
+describe('a pageserver and the object store', () => {
+  let root: string;
+  let plain: FileSystemStore;
+  let store: FaultyStore;
+  let generations: TestGenerations;
+  let node: TestNode;
+  let model: ModelTimeline;
+  const nodes: TestNode[] = [];
+
+  async function start(name: string, options: Partial<NodeOptions> = {}): Promise<TestNode> {
+    node = await TestNode.open({ directory: join(root, name), store, generations, storedWaitMs: 200, ...options });
+    nodes.push(node);
+    return node;
+  }
+
+  beforeEach(async () => {
+    root = mkdtempSync(join(tmpdir(), 'strata-remote-'));
+    plain = await FileSystemStore.open(join(root, 'store'));
+    store = new FaultyStore(farStore(plain));
+    generations = new TestGenerations();
+    model = new ModelTimeline(LSN);
+    await start('a');
+    const request = { tenantId: TENANT, timelineId: id(1), pgVersion: 17, lsn: LSN, recordLsn: LSN - RECORD } as const;
+    const size = Buffer.from([40, 0, 0, 0]);
+    await node.timelines.import(request, async (target) => {
+      target.put(relationSizeKey(1663, 5, 1, 0), size);
+      await target.drain();
+    });
+    model.puts.push({ key: relationSizeKey(1663, 5, 1, 0), lsn: LSN, value: encodeImage(size) });
+  });
+
+  afterEach(async () => {
+    store.plan = () => undefined;
+    generations.isReachable = true;
+    for (const each of nodes.splice(0)) await each.abandon();
+    rmSync(root, { recursive: true, force: true, maxRetries: 5 });
+  });
+
+  /** Records up to `lsn` go to the node; what is new of them, to the model too. */
+  function write(to: TestNode, count: number, timelineId = id(1)): void {
+    const timeline = to.timelines.get(timelineId);
+    for (let i = 0; i < count; i++) {
+      const lsn = timeline.lastRecordLsn + RECORD;
+      const n = (lsn / RECORD) * 7919;
+      const key = relationBlockKey(1663, 5, 1, 0, n % 40);
+      const value = n % 11 === 0 ? encodeImage(Buffer.alloc(8192, n)) : encodePoke('record', n % 8000, n % 250);
+      timeline.put(key, lsn, value);
+      timeline.advance(lsn, lsn - RECORD);
+      if (timelineId !== id(1) || lsn <= model.lastRecordLsn) continue;
+      model.puts.push({ key, lsn, value });
+      model.lastRecordLsn = lsn;
+    }
+  }
+
+  /** The node's log is brought to where the model's ends, as WAL does. */
+  function catchUp(to: TestNode): void {
+    write(to, (model.lastRecordLsn - to.timelines.get(id(1)).lastRecordLsn) / RECORD);
+  }
+
+  async function assertRight(of: TestNode): Promise<void> {
+    const end = of.timelines.get(id(1)).lastRecordLsn;
+    for (const lsn of [LSN, LSN + RECORD * 10, LSN + Math.floor((end - LSN) / RECORD / 2) * RECORD, end]) {
+      if (lsn <= end) assert.deepEqual(await of.scan(id(1), ALL_KEYS, lsn), model.scan(ALL_KEYS, lsn), `at ${lsn}`);
+    }
+  }
+
+  async function names(prefix: string, of: ObjectStore = plain): Promise<string[]> {
+    const found: string[] = [];
+    for await (const { name } of listAll(of, prefix)) found.push(name);
+    return found;
+  }
+
+  function branch(of: TestNode, n: number, lsn: number): Promise<unknown> {
+    const at = { ancestorTimelineId: id(1), ancestorLsn: lsn, ancestorRecordLsn: lsn - RECORD };
+    return of.timelines.create({ tenantId: TENANT, timelineId: id(n), ...at });
+  }
+
+  /** Every object is named by its timeline's newest index, or is that. */
+  async function assertNoOrphans(): Promise<void> {
+    for (const [timelineId, indexes] of await listIndexes(plain)) {
+      const objects = await listTimelineObjects(plain, TENANT, timelineId);
+      const newest = await readIndex(plain, newestIndex(indexes)!);
+      assert.deepEqual(orphansOf(objects, newest, Infinity, Date.now()), []);
+      for (const layer of newest.layers) {
+        const found = objects.layers.find(({ fileName }) => fileName === layerFileName(layer.description));
+        assert.equal(found?.sizeBytes, layer.description.sizeBytes);
+      }
+    }
+  }
+
+  test('what was flushed is read from the store alone, at any LSN, and its WAL goes on', async () => {
+    write(node, 300);
+    await node.timelines.get(id(1)).flush();
+    await branch(node, 2, LSN + 800);
+    write(node, 200);
+    await node.timelines.get(id(1)).flush();
+    assert(await node.remote.settled());
+    assert.equal(node.timelines.get(id(1)).remoteConsistentLsn, model.lastRecordLsn);
+    write(node, 50); // not flushed: comes again as WAL
+    await node.abandon();
+    const empty = await start('b');
+    assert.equal(empty.timelines.get(id(1)).lastRecordLsn, LSN + 500 * RECORD);
+    assert.equal(empty.timelines.get(id(2)).ancestor, empty.timelines.get(id(1)));
+    assert.deepEqual(readdirSync(join(root, 'b/timelines', id(1))).sort(), ['index', 'remote']);
+    catchUp(empty);
+    await assertRight(empty);
+    assert.deepEqual(await empty.scan(id(2), ALL_KEYS, LSN + 800), model.scan(ALL_KEYS, LSN + 800));
+    await empty.timelines.get(id(1)).flush();
+    assert(await empty.remote.settled());
+    await assertNoOrphans();
+    assert.equal(empty.timelines.get(id(1)).remoteConsistentLsn, model.lastRecordLsn);
+  });
+
+  test('a start with the same disk asks nothing of the store, and moves remoteConsistentLsn to where it was', async () => {
+    write(node, 300);
+    await node.timelines.get(id(1)).flush();
+    await node.close();
+    const before = store.calls.length;
+    await start('a');
+    assert(await node.remote.settled());
+    assert.equal(store.calls.length, before);
+    assert.equal(node.timelines.get(id(1)).remoteConsistentLsn, model.lastRecordLsn);
+    await assertRight(node);
+  });
+
+  test('who cannot ask for the generation uploads, but neither deletes nor moves remoteConsistentLsn', async () => {
+    await node.remote.settled();
+    generations.isReachable = false;
+    for (let i = 0; i < 12; i++) {
+      write(node, 100);
+      await node.timelines.get(id(1)).flush();
+      await node.timelines.compaction.settled();
+      await node.timelines.stored(node.timelines.get(id(1)));
+    }
+    assert(node.timelines.get(id(1)).index.layers.length < 8, 'it was compacted');
+    assert.equal(node.timelines.get(id(1)).remoteConsistentLsn, LSN);
+    assert((await names('layers/')).length > 12, 'nothing was deleted');
+    assert((await names('indexes/')).length > 12);
+    const other = await start('b');
+    assert.equal(other.timelines.get(id(1)).lastRecordLsn, model.lastRecordLsn);
+    await assertRight(other);
+    generations.isReachable = true;
+    generations.latest = 1; // as if the other had never been: the first is asked again and told yes
+    assert(await nodes[0]!.remote.settled());
+    assert.equal(nodes[0]!.timelines.get(id(1)).remoteConsistentLsn, model.lastRecordLsn);
+    await assertNoOrphans();
+  });
+
+  test('a branch is made when its index is in the store, and not before', async () => {
+    write(node, 10);
+    await branch(node, 2, LSN + 16);
+    assert.equal((await names(`indexes/${TENANT}/${id(2)}`)).length, 1);
+    store.plan = () => ({ kind: 'error', errorKind: 'transient' });
+    await assert.rejects(branch(node, 3, LSN + 16), {
+      code: 'unavailable',
+      message: /the object store .* does not take it/,
+    });
+    await assert.rejects(branch(node, 3, LSN + 16), { code: 'unavailable' });
+    assert.equal((await names(`indexes/${TENANT}/${id(3)}`)).length, 0);
+    assert(node.remote.status.failure !== undefined);
+    store.plan = () => undefined;
+    await branch(node, 3, LSN + 16);
+    assert.equal((await names(`indexes/${TENANT}/${id(3)}`)).length, 1);
+    assert.equal(node.remote.status.failure, undefined);
+  });
+
+  test('a deleted timeline leaves a tombstone, and does not come back', async () => {
+    write(node, 100);
+    await branch(node, 2, LSN + 80);
+    write(node, 100, id(2));
+    await node.timelines.get(id(2)).flush();
+    assert(await node.remote.settled());
+    assert.equal((await names(`layers/${TENANT}/${id(2)}`)).length, 1);
+    store.plan = ({ operation }) => (operation === 'put' ? { kind: 'error', errorKind: 'transient' } : undefined);
+    await assert.rejects(node.timelines.delete(id(2)), { code: 'unavailable' });
+    assert(node.timelines.find(id(2)) !== undefined);
+    store.plan = () => undefined;
+    await node.timelines.delete(id(2));
+    assert.match((await names(`indexes/${TENANT}/${id(2)}`)).at(-1)!, /-deleted$/);
+    assert(await node.remote.settled());
+    assert.equal((await names(`layers/${TENANT}/${id(2)}`)).length, 0);
+    assert.equal((await names(`indexes/${TENANT}/${id(2)}`)).length, 1);
+    const empty = await start('b');
+    assert.equal(empty.timelines.find(id(2)), undefined);
+    await assertRight(empty);
+  });
+
+  test('an older disk takes the store’s state, keeps what is the same, and loses what was deleted meanwhile', async () => {
+    write(node, 300);
+    await node.timelines.get(id(1)).flush();
+    await branch(node, 2, LSN + 80);
+    await node.close();
+    const other = await start('b');
+    catchUp(other);
+    write(other, 300);
+    await other.timelines.get(id(1)).flush();
+    await other.timelines.delete(id(2));
+    await branch(other, 3, LSN + 80);
+    await other.close();
+    const kept = node.timelines
+      .get(id(1))
+      .index.layers.filter((layer) => existsSync(layerPath(join(root, 'a/timelines', id(1)), layer)));
+    assert.equal(kept.length, 2, 'the import and the first flush');
+    // Damage of the same length is no layer of the store's.
+    const path = layerPath(join(root, 'a/timelines', id(1)), kept.at(-1)!);
+    const bytes = readFileSync(path);
+    bytes[100]! ^= 1;
+    writeFileSync(path, bytes);
+    const again = await start('a');
+    assert.equal(existsSync(path), false);
+    assert.equal(again.remote.generation, 3);
+    assert.equal(again.timelines.get(id(1)).lastRecordLsn, model.lastRecordLsn);
+    assert.equal(again.timelines.find(id(2)), undefined);
+    assert(again.timelines.find(id(3)) !== undefined);
+    await assertRight(again);
+  });
+
+  test('a stale pageserver writes beside the newer one and harms nothing', async () => {
+    write(node, 300);
+    await node.timelines.get(id(1)).flush();
+    assert(await node.remote.settled());
+    const stale = node;
+    const newer = await start('b');
+    for (let i = 0; i < 6; i++) {
+      write(stale, 100);
+      await stale.timelines.get(id(1)).flush();
+      await stale.timelines.compaction.settled();
+    }
+    await stale.remote.settled();
+    assert(stale.remote.status.isStale);
+    assert.equal(stale.timelines.get(id(1)).remoteConsistentLsn, LSN + 300 * RECORD);
+    await assert.rejects(stale.timelines.delete(id(1)), { code: 'unavailable' });
+    await assert.rejects(branch(stale, 7, LSN + 80), { code: 'unavailable', message: /later pageserver/ });
+    catchUp(newer);
+    for (let i = 0; i < 6; i++) {
+      write(newer, 100);
+      await newer.timelines.get(id(1)).flush();
+      await newer.timelines.compaction.settled();
+    }
+    assert(await newer.remote.settled());
+    await assertRight(newer);
+    await assertRight(stale);
+    const third = await start('c');
+    assert.equal(third.timelines.get(id(1)).lastRecordLsn, model.lastRecordLsn);
+    await assertRight(third);
+  });
+
+  test('two processes of one generation notice it, and write no more', async () => {
+    await node.remote.settled();
+    await node.close();
+    generations.latest = 0;
+    // The store has an index of generation 1: both are given the one after it by a control plane that forgets.
+    const one = await start('b');
+    await one.remote.settled();
+    generations.latest = 0;
+    const other = await start('c');
+    assert.equal(one.remote.generation, 2);
+    assert.equal(other.remote.generation, 2);
+    write(one, 100);
+    await one.timelines.get(id(1)).flush();
+    assert(await one.remote.settled());
+    write(other, 60);
+    await other.timelines.get(id(1)).flush();
+    await other.remote.settled(2_000);
+    assert(other.remote.status.isStale);
+    assert(!one.remote.status.isStale);
+    const third = await start('d');
+    assert.equal(third.timelines.get(id(1)).lastRecordLsn, LSN + 100 * RECORD);
+  });
+
+  test('a damaged layer is fetched again; a damaged object is not taken for it', async () => {
+    write(node, 300);
+    await node.timelines.get(id(1)).flush();
+    assert(await node.remote.settled());
+    const timeline = node.timelines.get(id(1));
+    const layer = timeline.index.layers.find(({ kind }) => kind === 'delta')!;
+    const path = layerPath(timeline.directory, layer);
+    const good = readFileSync(path);
+    await node.close();
+    const damaged = Buffer.from(good);
+    for (let at = 8; at < damaged.length; at += 50) damaged[at]! ^= 0x55;
+    writeFileSync(path, damaged);
+    await start('a');
+    await assertRight(node);
+    assert(readFileSync(path).equals(good));
+    await node.close();
+    writeFileSync(path, damaged);
+    const [object] = (await names('layers/')).filter((name) => name.includes(layerFileName(layer)));
+    await plain.put(object!, damaged);
+    await start('a');
+    await assert.rejects(node.scan(id(1), ALL_KEYS, model.lastRecordLsn), { name: 'LayerDamagedError' });
+  });
+
+  test('of a timeline whose newest index is damaged no older one is used, and the others are served', async () => {
+    write(node, 100);
+    await branch(node, 2, LSN + 80);
+    await branch(node, 3, LSN + 80);
+    await node.close();
+    const [name] = await names(`indexes/${TENANT}/${id(2)}`);
+    await plain.put(name!, Buffer.from('nonsense'));
+    const empty = await start('b');
+    assert.match(empty.timelines.broken.get(id(2))!, /is damaged/);
+    assert.throws(() => empty.timelines.get(id(2)), { code: 'internal' });
+    assert(empty.timelines.find(id(3)) !== undefined);
+  });
+
+  test('local layers stay within the limit, and are fetched when they are read again', async () => {
+    await node.close();
+    await start('a', { cacheBytes: 10_000 });
+    for (let i = 0; i < 3; i++) {
+      write(node, 1000);
+      await node.timelines.get(id(1)).flush();
+    }
+    assert(await node.remote.settled());
+    const localBytes = (): number => {
+      const directory = join(root, 'a/timelines', id(1));
+      return readdirSync(directory)
+        .filter((name) => name.includes('__'))
+        .reduce((sum, name) => sum + statSync(join(directory, name)).size, 0);
+    };
+    assert(localBytes() > 15_000, String(localBytes()));
+    await node.eviction.run();
+    await node.eviction.run();
+    assert(localBytes() <= 10_000, String(localBytes()));
+    await assertRight(node);
+    assert(localBytes() > 15_000);
+    await node.eviction.run();
+    await node.eviction.run();
+    assert(localBytes() <= 10_000);
+    // What is cached is served without the store; what is not, is not, until it is back.
+    store.plan = () => ({ kind: 'error', errorKind: 'transient' });
+    await assert.rejects(node.scan(id(1), ALL_KEYS, model.lastRecordLsn), { code: 'unavailable' });
+    write(node, 1000);
+    await node.timelines.get(id(1)).flush();
+    await sleep(20);
+    await node.eviction.run();
+    await node.eviction.run();
+    assert(localBytes() > 5_000, 'what is not in the store stays');
+    store.plan = () => undefined;
+    await sleep(1_100); // a failed fetch is not tried again at once
+    await assertRight(node);
+    assert(await node.remote.settled());
+  });
+
+  test('merges fetch what they read', async () => {
+    for (let i = 0; i < 3; i++) {
+      write(node, 200);
+      await node.timelines.get(id(1)).flush();
+    }
+    await node.timelines.compaction.settled();
+    await node.close();
+    const empty = await start('b');
+    for (let i = 0; i < 12; i++) {
+      write(empty, 100);
+      await empty.timelines.get(id(1)).flush();
+    }
+    await empty.timelines.compaction.settled();
+    assert(empty.timelines.get(id(1)).index.layers.length < 8, 'it was compacted');
+    assert(await empty.remote.settled());
+    await assertRight(empty);
+    await assertNoOrphans();
+  });
+
+  test('a thousand branches are there soon after a start with an empty disk', async () => {
+    write(node, 100);
+    for (let n = 2; n < 1002; n += 50) {
+      await Promise.all(Array.from({ length: 50 }, (_, i) => branch(node, n + i, LSN + 80)));
+    }
+    await node.close();
+    const startMs = performance.now();
+    const empty = await start('b');
+    const tookMs = performance.now() - startMs;
+    assert.equal([...empty.timelines.all()].length, 1001);
+    assert(tookMs < 20_000, `${tookMs} ms`);
+    assert.deepEqual(await empty.scan(id(777), ALL_KEYS, LSN + 80), model.scan(ALL_KEYS, LSN + 80));
+  });
+
+  test('with a store on the same file system nothing is stored twice', async () => {
+    await node.close();
+    rmSync(root, { recursive: true });
+    plain = await FileSystemStore.open(join(root, 'store'));
+    await start('a', { store: plain });
+    const request = { tenantId: TENANT, timelineId: id(1), pgVersion: 17, lsn: LSN, recordLsn: LSN - RECORD } as const;
+    await node.timelines.import(request, async (target) => {
+      target.put(relationSizeKey(1663, 5, 1, 0), encodeCountImage(40).subarray(1));
+      await target.drain();
+    });
+    const timeline = node.timelines.get(id(1));
+    const path = layerPath(timeline.directory, timeline.index.layers[0]!);
+    assert.equal(statSync(path).nlink, 2);
+    await node.close();
+    const empty = await start('b', { store: plain });
+    assert.equal((await empty.scan(id(1), ALL_KEYS, LSN)).length, 1);
+    assert.equal(statSync(path).nlink, 3);
+  });
+});

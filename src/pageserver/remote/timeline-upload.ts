@@ -1,0 +1,273 @@
+/**
+ * One timeline's way into the object store.
+ *
+ * A pass takes the timeline's index as it is, uploads the layers that are not in the store, then an index object of the next sequence that names them
+ * all. What changes meanwhile is for the next pass. The steps, between any two of which a crash may fall: 'layer uploaded', 'index uploaded'; then, when
+ * the generation was confirmed (remote.ts), 'objects deleted'. A put whose reply was lost is repeated under the same name with the same bytes.
+ *
+ * Invariants:
+ * - An index is put when all layers that it names are acknowledged, and one at a time.
+ * - What is known to be in the store (`stored`) is an index that was acknowledged.
+ */
+
+import { readFileSync } from 'node:fs';
+import { rename, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { StrataError } from '../../base/errors.ts';
+import { isObjectError, listAll } from '../../object-store/object-store.ts';
+import type { ObjectStore } from '../../object-store/object-store.ts';
+import type { Lsn } from '../../postgres/lsn.ts';
+import { LayerAbsentError } from '../layers/block.ts';
+import { layerFileName, layerPath } from '../layers/layer-format.ts';
+import type { LayerDescription } from '../layers/layer-format.ts';
+import { encodeTimelineIndex } from '../timeline-index.ts';
+import type { TimelineIndex } from '../timeline-index.ts';
+import { crc32OfFile } from './first-look.ts';
+import { indexesOf, indexObjectName, layerObjectName, parseIndexName } from './object-names.ts';
+import type { IndexName } from './object-names.ts';
+import { decodeRemoteIndex, encodeRemoteIndex, objectNameOf, REMOTE_INDEX_FILE_NAME } from './remote-index.ts';
+import type { RemoteIndex, RemoteLayer } from './remote-index.ts';
+import { newestIndex, readIndex } from './timeline-objects.ts';
+import type { IndexObject } from './timeline-objects.ts';
+
+/** A timeline as far as uploads are concerned with it. */
+export interface UploadedTimeline {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly directory: string;
+  /** What is durable here; another object after each change. */
+  readonly index: TimelineIndex;
+  /** Told how far the object store has the timeline for good. */
+  setRemoteConsistentLsn(lsn: Lsn): void;
+}
+
+export interface UploadOptions {
+  readonly store: ObjectStore;
+  readonly generation: number;
+  /** Runs an upload of a layer when it is its turn. */
+  readonly inTurn: (upload: () => Promise<void>) => Promise<void>;
+  readonly onStep?: (step: string) => void;
+}
+
+/** What a pass has brought to the store. */
+export interface Pass {
+  /** Up to here the store has the timeline; it counts when the generation was confirmed. */
+  readonly lsn: Lsn;
+  /** What is not needed any more when the generation was confirmed. */
+  readonly deleted: readonly string[];
+}
+
+/** Another process has our generation: nothing may be written any more. */
+export class GenerationTakenError extends StrataError {
+  constructor(name: string) {
+    super('internal', `object ${name} was written by another pageserver of the same generation`);
+    this.name = 'GenerationTakenError';
+  }
+}
+
+const INDEX_TIMEOUT_MS = 20_000;
+
+export class TimelineUpload {
+  readonly timeline: UploadedTimeline;
+  readonly #options: UploadOptions;
+  /** The newest index that is known to be in the store. */
+  #stored: RemoteIndex | undefined;
+  #storedLayers: ReadonlySet<RemoteLayer> = new Set();
+  /** The local index that it was made of. */
+  #storedOf: TimelineIndex | undefined;
+  /** An index whose put may have taken effect, though no reply came. */
+  #unresolved: { readonly index: RemoteIndex; readonly of: TimelineIndex } | undefined;
+  /** Older index objects, to be deleted with the next pass. */
+  #olderIndexes: string[] = [];
+  /** By file name; uploaded, whether an index names them or not. */
+  readonly #layers = new Map<string, RemoteLayer>();
+  #sequence = 0;
+  #isLoaded = false;
+  #loading: Promise<void> | undefined;
+
+  constructor(timeline: UploadedTimeline, options: UploadOptions) {
+    this.timeline = timeline;
+    this.#options = options;
+  }
+
+  /** Of a timeline that was just made: nothing of it can be in the store. */
+  isNew(): void {
+    this.#isLoaded = true;
+  }
+
+  /** Whether the store has the timeline as it is here. */
+  get isUpToDate(): boolean {
+    return this.#isLoaded && this.#storedOf === this.timeline.index;
+  }
+
+  /** Bytes of layers that are not in the store. */
+  get pendingBytes(): number {
+    let bytes = 0;
+    for (const layer of this.timeline.index.layers)
+      if (!this.#layers.has(layerFileName(layer))) bytes += layer.sizeBytes;
+    return bytes;
+  }
+
+  /** How the layer lies in the store, when an index there names it. */
+  async storedLayer(layer: LayerDescription): Promise<RemoteLayer | undefined> {
+    await this.load();
+    return this.isStored(layer) ? this.#layers.get(layerFileName(layer)) : undefined;
+  }
+
+  /** Whether an index in the store names the layer, as far as is known now. */
+  isStored(layer: LayerDescription): boolean {
+    const uploaded = this.#layers.get(layerFileName(layer));
+    return uploaded !== undefined && this.#storedLayers.has(uploaded);
+  }
+
+  /** Learns what the store has of the timeline: from the file beside the local index, else from the store. */
+  async load(): Promise<void> {
+    if (this.#isLoaded) return;
+    this.#loading ??= this.#load().finally(() => (this.#loading = undefined));
+    await this.#loading;
+  }
+
+  async #load(): Promise<void> {
+    const index = this.#readKept() ?? (await this.#readStored());
+    this.#isLoaded = true;
+    if (index === undefined) return;
+    this.#stored = index;
+    this.#storedLayers = new Set(index.layers);
+    if (index.generation === this.#options.generation) this.#sequence = index.sequence;
+    for (const layer of index.layers) this.#layers.set(layerFileName(layer.description), layer);
+    const local = this.timeline.index;
+    if (encodeTimelineIndex(index.timeline).equals(encodeTimelineIndex(local))) this.#storedOf = local;
+  }
+
+  #readKept(): RemoteIndex | undefined {
+    try {
+      const path = join(this.timeline.directory, REMOTE_INDEX_FILE_NAME);
+      return decodeRemoteIndex(readFileSync(path), path);
+    } catch {
+      return undefined; // Not there, or not whole: the store has it.
+    }
+  }
+
+  async #readStored(): Promise<RemoteIndex | undefined> {
+    const { tenantId, timelineId } = this.timeline;
+    const { store, generation } = this.#options;
+    const indexes: IndexObject[] = [];
+    for await (const object of listAll(store, indexesOf(tenantId, timelineId))) {
+      const name = parseIndexName(object.name);
+      if (name !== undefined) indexes.push({ ...name, ...object });
+    }
+    const newest = newestIndex(indexes, generation);
+    if (newest === undefined) return undefined;
+    this.#olderIndexes = indexes.filter((index) => index.generation < newest.generation).map(({ name }) => name);
+    return readIndex(store, newest);
+  }
+
+  /** Brings the timeline, as it is now, to the store. Undefined when it was there. Whatever fails may be tried again. */
+  async pass(signal: AbortSignal): Promise<Pass | undefined> {
+    await this.load();
+    if (this.#unresolved !== undefined) return this.#putIndex(this.#unresolved, signal);
+    const { index } = this.timeline;
+    if (index === this.#storedOf) return undefined;
+    const missing = index.layers.filter((layer) => !this.#layers.has(layerFileName(layer)));
+    await Promise.all(missing.map((layer) => this.#options.inTurn(() => this.#uploadLayer(layer, signal))));
+    if (this.timeline.index !== index && missing.some((layer) => !this.#layers.has(layerFileName(layer)))) {
+      return this.pass(signal); // Some were merged away before they were read.
+    }
+    const layers = index.layers.map((layer) => this.#layers.get(layerFileName(layer))!);
+    const { generation } = this.#options;
+    this.#unresolved = { index: { generation, sequence: ++this.#sequence, timeline: index, layers }, of: index };
+    return this.#putIndex(this.#unresolved, signal);
+  }
+
+  /** That this was confirmed is what the last known state says already: for a timeline that needed no pass after a start. */
+  get storedPass(): Pass | undefined {
+    return this.#stored === undefined ? undefined : { lsn: this.#stored.timeline.diskConsistentLsn, deleted: [] };
+  }
+
+  /** Puts a tombstone. */
+  async putTombstone(signal: AbortSignal): Promise<IndexName> {
+    await this.load();
+    const { timeline } = this;
+    const { store, generation } = this.#options;
+    const { tenantId, timelineId } = timeline;
+    const sequence = ++this.#sequence;
+    const index = { ...timeline.index, isDeleted: true, layers: [] };
+    const name = { tenantId, timelineId, generation, sequence, isDeleted: true };
+    const bytes = encodeRemoteIndex({ generation, sequence, timeline: index, layers: [] });
+    await store.put(indexObjectName(name), bytes, { signal, timeoutMs: INDEX_TIMEOUT_MS });
+    this.#options.onStep?.('tombstone uploaded');
+    return name;
+  }
+
+  async #uploadLayer(layer: LayerDescription, signal: AbortSignal): Promise<void> {
+    const { timeline } = this;
+    const { store, generation } = this.#options;
+    const { tenantId, timelineId, directory } = timeline;
+    const fileName = layerFileName(layer);
+    const path = layerPath(directory, layer);
+    try {
+      const crc32 = await crc32OfFile(path);
+      const name = layerObjectName({ tenantId, timelineId, fileName, generation });
+      await store.putFile(name, path, { signal, share: true });
+      this.#options.onStep?.('layer uploaded');
+      this.#layers.set(fileName, { description: layer, crc32, generation });
+    } catch (error) {
+      const isGone = !timeline.index.layers.includes(layer);
+      if (!isAbsent(error) && !isObjectError(error, 'rejected')) throw error;
+      if (isGone) return;
+      throw isAbsent(error) ? new LayerAbsentError(path) : error;
+    }
+  }
+
+  async #putIndex(unresolved: { index: RemoteIndex; of: TimelineIndex }, signal: AbortSignal): Promise<Pass> {
+    const { index, of } = unresolved;
+    const { tenantId, timelineId, directory } = this.timeline;
+    const { store, onStep } = this.#options;
+    const { generation, sequence } = index;
+    const bytes = encodeRemoteIndex(index);
+    const name = indexObjectName({ tenantId, timelineId, generation, sequence, isDeleted: false });
+    try {
+      const ifAbsent = store.supportsIfAbsent;
+      await store.put(name, bytes, { signal, ifAbsent, timeoutMs: INDEX_TIMEOUT_MS });
+    } catch (error) {
+      if (!isObjectError(error, 'exists')) throw error;
+      if (!(await store.get(name, { signal })).equals(bytes)) throw new GenerationTakenError(name);
+    }
+    onStep?.('index uploaded');
+    const deleted = this.#olderIndexes;
+    if (this.#stored !== undefined) {
+      const { generation: storedGeneration, sequence: storedSequence } = this.#stored;
+      const older = { tenantId, timelineId, generation: storedGeneration, sequence: storedSequence, isDeleted: false };
+      deleted.push(indexObjectName(older));
+    }
+    const named = new Set(index.layers);
+    for (const [fileName, layer] of this.#layers) {
+      if (named.has(layer)) continue;
+      // Uploaded for a pass that came to nothing, or named by the index before.
+      this.#layers.delete(fileName);
+      deleted.push(objectNameOf(index.timeline, layer));
+    }
+    this.#olderIndexes = [];
+    this.#stored = index;
+    this.#storedLayers = named;
+    this.#storedOf = of;
+    this.#unresolved = undefined;
+    await keep(join(directory, REMOTE_INDEX_FILE_NAME), bytes);
+    onStep?.('remote index kept');
+    return { lsn: index.timeline.diskConsistentLsn, deleted };
+  }
+}
+
+/** Replaces a file that need not survive a power cut. The folder may be gone: the timeline was deleted meanwhile. */
+async function keep(path: string, bytes: Buffer): Promise<void> {
+  try {
+    await writeFile(`${path}.partial`, bytes, { mode: 0o600 });
+    await rename(`${path}.partial`, path);
+  } catch (error) {
+    if (!isAbsent(error)) throw error;
+  }
+}
+
+function isAbsent(error: unknown): boolean {
+  return error instanceof Error && (error as NodeJS.ErrnoException).code === 'ENOENT';
+}
