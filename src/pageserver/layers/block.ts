@@ -14,9 +14,9 @@
  * A block whose checksum, type or lengths are not as expected is damaged: it is never used, and the error names file and offset.
  */
 
-import { constants, zstdCompressSync, zstdDecompressSync } from 'node:zlib';
 import { CRC32C_INIT, crc32c, crc32cExtend, crc32cFinish } from '../../base/crc32c.ts';
 import { StrataError } from '../../base/errors.ts';
+import { compress, decompress } from '../../base/zstd.ts';
 
 export const BLOCK_HEADER_BYTES = 16;
 export const BLOCK_TYPE = { values: 1, keys: 2, index: 3 } as const;
@@ -26,7 +26,6 @@ const COMPRESSION_NONE = 0;
 const COMPRESSION_ZSTD = 1;
 /** A block that would not get smaller than this is kept as it is, and costs no decompression. */
 const WORTHWHILE_FRACTION = 0.9;
-const ZSTD_OPTIONS = { params: { [constants.ZSTD_c_compressionLevel]: 1 } };
 
 export class LayerDamagedError extends StrataError {
   readonly file: string;
@@ -53,8 +52,7 @@ export class LayerAbsentError extends LayerDamagedError {
  * wake-ups around them, blocks of this size take twice the processor time there.
  */
 export function encodeBlock(type: number, raw: Buffer): [header: Buffer, stored: Buffer] {
-  // Knowing the size, zstd sets up less.
-  const compressed = zstdCompressSync(raw, { ...ZSTD_OPTIONS, pledgedSrcSize: raw.length });
+  const compressed = compress(raw);
   if (compressed.length < raw.length * WORTHWHILE_FRACTION)
     return frame(type, COMPRESSION_ZSTD, raw.length, compressed);
   return frame(type, COMPRESSION_NONE, raw.length, raw);
@@ -92,7 +90,7 @@ export function decodeBlock(block: Buffer, type: number, file: string, offset: n
   if (block[5] === COMPRESSION_NONE) {
     raw = stored;
   } else if (block[5] === COMPRESSION_ZSTD && rawLength <= MAX_BLOCK_BYTES) {
-    raw = decompress(stored, rawLength, file, offset);
+    raw = decompressBlock(stored, rawLength, file, offset);
   } else {
     throw new LayerDamagedError(file, offset, `compression ${block[5]} of ${rawLength} bytes is not known`);
   }
@@ -102,9 +100,9 @@ export function decodeBlock(block: Buffer, type: number, file: string, offset: n
   return raw;
 }
 
-function decompress(stored: Buffer, rawLength: number, file: string, offset: number): Buffer {
+function decompressBlock(stored: Buffer, rawLength: number, file: string, offset: number): Buffer {
   try {
-    return zstdDecompressSync(stored, { chunkSize: Math.max(rawLength, 64), maxOutputLength: Math.max(rawLength, 64) });
+    return decompress(stored, rawLength);
   } catch (error) {
     throw new LayerDamagedError(file, offset, `zstd: ${(error as Error).message}`);
   }

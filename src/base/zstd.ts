@@ -1,0 +1,100 @@
+/**
+ * zstd for many small pieces, one frame each.
+ *
+ * Node's zstdCompressSync and zstdDecompressSync make a stream and a zstd context for each call, which for pieces of 8 to 64 KiB costs as much
+ * as the work itself. Here one context of each kind is kept and called as Node's own synchronous functions call it: `writeSync` of the
+ * stream's handle, which then says in `_writeState` how much of output and input is left. A context that has ended a frame begins the next one
+ * by itself.
+ *
+ * Those two are not part of Node's documented interface. So they are tried once at the start, and whatever is not as expected, then or
+ * later, means that the documented functions do the work; an error is always theirs.
+ */
+
+import { constants, createZstdCompress, createZstdDecompress, zstdCompressSync, zstdDecompressSync } from 'node:zlib';
+
+const OPTIONS = { params: { [constants.ZSTD_c_compressionLevel]: 1 } };
+/** More room than zstd ever needs for this much (ZSTD_COMPRESSBOUND). */
+const bound = (length: number): number => length + (length >>> 8) + 1024;
+
+interface Handle {
+  writeSync(
+    flush: number,
+    input: Uint8Array,
+    inputAt: number,
+    inputLength: number,
+    output: Uint8Array,
+    outputAt: number,
+    outputLength: number,
+  ): void;
+}
+
+interface Context {
+  readonly handle: Handle;
+  /** Bytes left of the output, and of the input. */
+  readonly left: Uint32Array;
+  readonly hasFailed: () => boolean;
+}
+
+let compressor: Context | undefined;
+let decompressor: Context | undefined;
+let scratch = Buffer.alloc(0);
+
+/** One frame, in memory of its own. */
+export function compress(raw: Buffer): Buffer {
+  if (compressor !== undefined) {
+    if (scratch.length < bound(raw.length)) scratch = Buffer.allocUnsafeSlow(bound(raw.length));
+    const length = run(compressor, raw, scratch);
+    if (length !== undefined && length > 0) return Buffer.from(scratch.subarray(0, length));
+    compressor = undefined;
+  }
+  return zstdCompressSync(raw, OPTIONS);
+}
+
+/** The content of one frame, which has `rawLength` bytes. Throws when it is none, or has more. */
+export function decompress(stored: Buffer, rawLength: number): Buffer {
+  if (decompressor !== undefined) {
+    // With one byte to spare, a frame that has more shows.
+    const raw = Buffer.allocUnsafeSlow(rawLength + 1);
+    if (run(decompressor, stored, raw) === rawLength) return raw.subarray(0, rawLength);
+    // It may be in the middle of a frame.
+    decompressor = makeContext(createZstdDecompress());
+  }
+  return zstdDecompressSync(stored, { chunkSize: Math.max(rawLength, 64), maxOutputLength: Math.max(rawLength, 64) });
+}
+
+/** How much was written; undefined when that is not all that there was. */
+function run({ handle, left, hasFailed }: Context, input: Uint8Array, output: Uint8Array): number | undefined {
+  handle.writeSync(constants.ZSTD_e_end, input, 0, input.length, output, 0, output.length);
+  const [outputLeft, inputLeft] = left;
+  if (hasFailed() || inputLeft !== 0 || outputLeft === undefined || outputLeft === 0) return undefined;
+  return output.length - outputLeft;
+}
+
+function makeContext(stream: object): Context | undefined {
+  if (!('_handle' in stream) || !('_writeState' in stream) || !('on' in stream) || !('destroyed' in stream)) return;
+  const { _handle: handle, _writeState: left } = stream;
+  if (!isHandle(handle) || !(left instanceof Uint32Array) || left.length !== 2) return undefined;
+  // What goes wrong is told to the stream, which would otherwise end the process.
+  if (typeof stream.on === 'function') stream.on('error', () => {});
+  return { handle, left, hasFailed: () => stream.destroyed !== false };
+}
+
+function isHandle(handle: unknown): handle is Handle {
+  return (
+    typeof handle === 'object' && handle !== null && 'writeSync' in handle && typeof handle.writeSync === 'function'
+  );
+}
+
+/** Both contexts, if they do as the documented functions do. */
+function start(): void {
+  compressor = makeContext(createZstdCompress(OPTIONS));
+  decompressor = makeContext(createZstdDecompress());
+  const pieces = ['', 'a', 'strata '.repeat(3000)].map((text) => Buffer.from(text));
+  const isRight = pieces.every((piece) => {
+    const frame = compress(piece);
+    return zstdDecompressSync(frame).equals(piece) && decompress(frame, piece.length).equals(piece);
+  });
+  if (!isRight) compressor = decompressor = undefined;
+}
+
+start();
