@@ -1,28 +1,15 @@
 /**
  * The one executable: the command line for people, and the roles that the supervisor starts as child processes of its own (`pageserver`,
- * `safekeeper`), whose configuration comes on standard input.
+ * `safekeeper`), whose configuration comes on standard input. Each loads only what it runs: code takes memory, in every process anew.
  */
 import { readFileSync } from 'node:fs';
+import { flushCompileCache } from 'node:module';
 import { join } from 'node:path';
-import { GenerationsClient } from './api/generations.ts';
-import { createLog } from './base/log.ts';
 import { StrataError } from './base/errors.ts';
-import { runServiceProcess } from './base/service-process.ts';
-import { signToken } from './base/token.ts';
-import { runCli } from './cli/program.ts';
 import type { ExportTool } from './cli/export.ts';
 import type { StartOptions } from './cli/start.ts';
 import type { WalTools, WalVerification } from './cli/wal.ts';
-import { openObjectStore } from './object-store/open-object-store.ts';
-import { runPageserver } from './pageserver/main.ts';
-import { openWalDirectory, openWalDirectoryAtCheckpoint } from './pageserver/wal-directory.ts';
-import { dumpWal } from './pageserver/wal-dump.ts';
-import { verifyWal } from './pageserver/wal-verify.ts';
-import { branchWalConnection, openBranchWal } from './platform/branch-wal.ts';
-import { exportBranch } from './platform/branch-export.ts';
-import { startPlatform } from './platform/platform.ts';
 import { WalError } from './postgres/wal/error.ts';
-import { runSafekeeper } from './safekeeper/main.ts';
 import type { OffloadLimits } from './safekeeper/offloader.ts';
 
 interface SafekeeperProcessConfig {
@@ -57,39 +44,65 @@ const PARENT_POLL_MS = 250;
 
 const [role] = process.argv.slice(2);
 if (role === 'safekeeper') {
+  const { createLog, runServiceProcess } = await loadService();
+  const { runSafekeeper } = await import('./safekeeper/main.ts');
   await runServiceProcess(async (config: SafekeeperProcessConfig) => {
     const log = createLog({ name: `safekeeper-${config.nodeId}` });
     const service = await runSafekeeper({ ...config, secret: Buffer.from(config.secret, 'hex'), log });
+    flushCompileCache();
     return { service, ready: { port: service.port } };
   });
 } else if (role === 'pageserver') {
+  const { createLog, runServiceProcess } = await loadService();
+  const { runPageserver } = await import('./pageserver/main.ts');
   await runServiceProcess(async (config: PageserverProcessConfig) => {
     const log = createLog({ name: 'pageserver' });
+    const [{ GenerationsClient }, { signToken }, { openObjectStore }] = await Promise.all([
+      import('./api/generations.ts'),
+      import('./base/token.ts'),
+      import('./object-store/open-object-store.ts'),
+    ]);
     const secret = Buffer.from(config.secret, 'hex');
     const { url, supervisor, cacheBytes } = config.objectStore;
     const generations = new GenerationsClient({ ...supervisor, token: await signToken(secret, { scope: 'platform' }) });
     const store = await openObjectStore(url);
     const remote = { store, generations, ...(cacheBytes === undefined ? {} : { cacheBytes }) };
     const service = await runPageserver({ ...config, secret, remote, log });
+    flushCompileCache();
     return { service, ready: { rpcPort: service.rpcPort, pagePort: service.pagePort } };
   });
 } else {
+  const { runCli } = await import('./cli/program.ts');
   process.exitCode = await runCli(process.argv.slice(2), {
     version: packageVersion(),
     start,
     wal: {
       verify: verifyDirectory,
       dump,
-      connection: ({ platform, timelineId }) => branchWalConnection({ ...platform, timelineId }),
+      connection: async ({ platform, timelineId }) => {
+        const { branchWalConnection } = await import('./platform/branch-wal.ts');
+        return branchWalConnection({ ...platform, timelineId });
+      },
     },
     export: exportDirectory,
   });
+}
+
+/** What every service needs. */
+async function loadService() {
+  const [{ createLog }, { runServiceProcess }] = await Promise.all([
+    import('./base/log.ts'),
+    import('./base/service-process.ts'),
+  ]);
+  return { createLog, runServiceProcess };
 }
 
 /** `strata wal verify`. */
 async function verifyDirectory(...[directory, options]: Parameters<WalTools['verify']>): Promise<WalVerification> {
   return withCodedErrors(async () => {
     const { startLsn, ...rest } = options;
+    const { openWalDirectory, openWalDirectoryAtCheckpoint } = await import('./pageserver/wal-directory.ts');
+    const { verifyWal } = await import('./pageserver/wal-verify.ts');
     const source =
       startLsn === undefined
         ? await openWalDirectoryAtCheckpoint(directory)
@@ -102,6 +115,9 @@ async function verifyDirectory(...[directory, options]: Parameters<WalTools['ver
 async function dump(...[place, filter, onRecords]: Parameters<WalTools['dump']>): Promise<string | undefined> {
   return withCodedErrors(async () => {
     const { startLsn } = filter;
+    const { openWalDirectory } = await import('./pageserver/wal-directory.ts');
+    const { openBranchWal } = await import('./platform/branch-wal.ts');
+    const { dumpWal } = await import('./pageserver/wal-dump.ts');
     const source =
       place.kind === 'directory'
         ? await openWalDirectory(place.path, startLsn)
@@ -117,6 +133,7 @@ async function exportDirectory(...[request]: Parameters<ExportTool>): ReturnType
   const onSignal = (): void => interrupted.abort(new StrataError('unavailable', 'interrupted; nothing is left of it'));
   process.once('SIGINT', onSignal);
   process.once('SIGTERM', onSignal);
+  const { exportBranch } = await import('./platform/branch-export.ts');
   return exportBranch({ ...platform, ...rest, signal: interrupted.signal });
 }
 
@@ -137,10 +154,12 @@ async function start(options: StartOptions): Promise<void> {
     process.once('SIGTERM', resolve);
     if (process.env['npm_lifecycle_event'] === 'start') onceParentIsGone(resolve);
   });
+  const { startPlatform } = await import('./platform/platform.ts');
   const platform = await startPlatform(options, packageVersion(), (text) => console.error(`${text} …`));
   console.log(platform.connectionString);
   console.log(platform.apiUrl);
   console.log('ready');
+  flushCompileCache();
   await stopping;
   console.error('stopping …');
   await platform.stop();
