@@ -18,6 +18,8 @@ export interface ChildServiceOptions {
   readonly name: string;
   /** Arguments after the executable's own, for example `['safekeeper']`. */
   readonly command: readonly string[];
+  /** Added to those of this process. */
+  readonly nodeFlags?: readonly string[];
   /** Sent as one line of JSON; may hold secrets. */
   readonly config: unknown;
   readonly logFile: string;
@@ -79,11 +81,11 @@ export class ChildService {
   }
 
   async #launch(): Promise<void> {
-    const { name, command, config, logFile, log } = this.#options;
+    const { name, command, nodeFlags = [], config, logFile, log } = this.#options;
     const startedAtMs = Date.now();
     const logHandle = openSync(logFile, 'a', 0o600);
     const [, script] = process.argv;
-    const child = spawn(process.execPath, [...process.execArgv, script ?? '', ...command], {
+    const child = spawn(process.execPath, [...process.execArgv, ...nodeFlags, script ?? '', ...command], {
       stdio: ['pipe', 'pipe', logHandle],
       env: process.env,
     });

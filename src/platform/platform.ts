@@ -236,6 +236,8 @@ async function startServices(
       config: { ...config, host: LOOPBACK, secret },
       logFile,
       log,
+      // It makes much garbage when it has work: it gets Node's own default, which is larger than that of bin/strata.
+      nodeFlags: name === 'pageserver' ? ['--max-semi-space-size=16'] : [],
       isPlatformStopping: () => cleanup.isRunning,
     });
     started.push(service);
