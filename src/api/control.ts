@@ -6,7 +6,7 @@
  * Every method may reject with a StrataError; `unavailable` and `timeout` are tried again where that can help.
  */
 import type { Lsn } from '../postgres/lsn.ts';
-import type { TimelineSizes } from './pageserver.ts';
+import type { ChangesPage, ChangesRequest, TimelineSizes } from './pageserver.ts';
 import type { RunningCompute } from './wake.ts';
 
 /** A place in history: the state of a timeline with every record whose end is at or below `lsn`. */
@@ -55,6 +55,12 @@ export interface Storage {
   status(timelineId: string): Promise<TimelineStatus>;
   /** What each of these timelines takes; those that storage does not have are left out. */
   sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]>;
+  /** A page of what changed in a window that is ingested. `history-gone` when one of its LSNs is no longer kept. */
+  changes(request: ChangesRequest): Promise<ChangesPage>;
+  /** The end of the last commit in the state at `lsn`; `lsn` itself when there is none near. */
+  lastCommitLsn(timelineId: string, lsn: Lsn): Promise<Lsn>;
+  /** Where the histories of two timelines, each up to its LSN, part. */
+  commonLsn(a: BranchPoint, b: BranchPoint): Promise<Lsn>;
   /** How long the history of all branches of a project is kept. Windows that storage does not offer become the nearest that it does. */
   setRetention(tenantId: string, retentionSeconds: number): Promise<void>;
 }

@@ -126,6 +126,45 @@ export interface ObjectStoreStatus {
   readonly failingSinceMs?: number;
 }
 
+/** A window of a timeline's history: what came after `fromLsn`, up to `toLsn`. */
+export interface ChangesRequest {
+  readonly timelineId: string;
+  readonly fromLsn: Lsn;
+  readonly toLsn: Lsn;
+  /** Where the page before ended. */
+  readonly after?: BlockPosition;
+  /** With the ranges of blocks, and not only how many there are. */
+  readonly withRanges: boolean;
+}
+
+export interface BlockPosition {
+  readonly fork: RelationForkKey;
+  /** Absent: after the whole fork. */
+  readonly blk?: number;
+}
+
+/** What changed of a fork, or a part of that: a fork may go on in the next page. */
+export interface ChangedFork {
+  readonly fork: RelationForkKey;
+  /** Written in the window, and there at its end. */
+  readonly blockCount: number;
+  /** Of those blocks: `[start, end)`, rising. */
+  readonly ranges?: readonly (readonly [start: number, end: number])[];
+  /** In blocks, absent where the fork does not exist; no sizes: it did not change. */
+  readonly size?: { readonly before?: number; readonly after?: number };
+}
+
+export interface ChangesPage {
+  /** By tablespace, database, relation, fork. */
+  readonly forks: readonly ChangedFork[];
+  /** Absent on the last page. */
+  readonly next?: BlockPosition;
+  /** Blocks of the layers' indexes that were read. */
+  readonly keyBlocksRead: number;
+  /** On the last page: pages of transaction status and the like that changed. */
+  readonly slruPageCount?: number;
+}
+
 export interface PageserverClientOptions {
   readonly host: string;
   readonly port: number;
@@ -137,6 +176,7 @@ const WAIT_MARGIN_MS = 5_000;
 const DEFAULT_TIMEOUT_MS = 60_000;
 const IMPORT_TIMEOUT_MS = 60 * 60_000;
 const FLUSH_TIMEOUT_MS = 10 * 60_000;
+const CHANGES_TIMEOUT_MS = 10 * 60_000;
 
 /** What a log of a timeline begins with. */
 export interface LogIdentity extends TimelineIdentity {
@@ -201,6 +241,11 @@ export class PageserverClient {
     return (result as { timestampUs?: number }).timestampUs;
   }
 
+  /** The end of the last commit in the state at `lsn`; `lsn` itself when there is none near. */
+  async lastCommitLsn(timelineId: string, lsn: Lsn): Promise<Lsn> {
+    return ((await this.#rpc.call('lastCommitLsn', { timelineId, lsn })).result as { lsn: Lsn }).lsn;
+  }
+
   /** What a compute starts from at `lsn`, the end of a record, for whose ingest it waits; undefined: at the last record that is ingested. */
   async basebackup(
     timelineId: string,
@@ -237,6 +282,17 @@ export class PageserverClient {
   /** Durable when it resolves. For all branches of a project; `bad-request` outside of 6 hours to 30 days. */
   async setRetention(tenantId: string, retentionMs: number): Promise<void> {
     await this.#rpc.call('setRetention', { tenantId, retentionMs });
+  }
+
+  /** What changed in a window that is ingested; from the layers' indexes alone. `history-gone` when one of the LSNs is no longer kept. */
+  async changes(request: ChangesRequest): Promise<ChangesPage> {
+    return (await this.#rpc.call('changes', request, { timeoutMs: CHANGES_TIMEOUT_MS })).result as ChangesPage;
+  }
+
+  /** Where the histories of two timelines, each up to its LSN, part. `bad-request` when they have nothing in common. */
+  async commonLsn(timelineId: string, lsn: Lsn, otherTimelineId: string, otherLsn: Lsn): Promise<Lsn> {
+    const { result } = await this.#rpc.call('commonLsn', { timelineId, lsn, otherTimelineId, otherLsn });
+    return (result as { lsn: Lsn }).lsn;
   }
 
   /** Of those of the timelines that are here. */

@@ -6,7 +6,7 @@ import { test } from 'node:test';
 import type { FastifyInstance } from 'fastify';
 import { World } from '../control/fake-world.ts';
 import { createApiServer } from '../control/server.ts';
-import { parsePoint } from './branches.ts';
+import { parsePoint } from './point.ts';
 import { psqlEnvironment } from './connect.ts';
 import { formatAgo, formatBytes, formatDuration, formatTable } from './format.ts';
 import { runCli } from './program.ts';

@@ -3,7 +3,7 @@
  */
 import type { Command } from 'commander';
 import { formatLsn, type Lsn, parseLsn } from '../postgres/lsn.ts';
-import { parsePoint } from './branches.ts';
+import { parsePoint } from './point.ts';
 import { type CliContext, openProject, projectCommand, type ProjectOptions, show } from './context.ts';
 import { findBranch, listBranches } from './entities.ts';
 import { CliError } from './errors.ts';

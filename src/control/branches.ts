@@ -117,6 +117,11 @@ export class Branches {
   }
 
   /** A place in the branch's history: its head, an LSN or a time. */
+  /** `locked` while it is being created. */
+  ready(projectId: string, branchId: string): BranchRow {
+    return this.#readyParent(projectId, branchId);
+  }
+
   async point(projectId: string, branchId: string, at: PointOptions): Promise<PointInHistory> {
     return this.points.find(this.#readyParent(projectId, branchId), at);
   }

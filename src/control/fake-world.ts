@@ -18,7 +18,7 @@ import type {
   Storage,
   TimelineStatus,
 } from '../api/control.ts';
-import type { TimelineSizes } from '../api/pageserver.ts';
+import type { ChangesPage, ChangesRequest, TimelineSizes } from '../api/pageserver.ts';
 import type { RunningCompute } from '../api/wake.ts';
 import { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
@@ -116,6 +116,32 @@ export class FakeStorage implements Storage {
       const freedByDeletionBytes = childCount === 0 ? 1000 : 0;
       return { timelineId, ...bytes, freedByDeletionBytes, childCount, oldestLsn, retainedLsns: childCount };
     });
+  }
+
+  /** Every commit changes the first block of relation 16384. */
+  async changes({ timelineId, fromLsn, toLsn, withRanges }: ChangesRequest): Promise<ChangesPage> {
+    const changed = this.#get(timelineId).commits.some(({ lsn }) => lsn > fromLsn && lsn <= toLsn);
+    const fork = { spc: 1663, db: 16_383, rel: 16_384, fork: 0 };
+    const one = {
+      fork,
+      blockCount: 1,
+      size: { before: 0, after: 1 },
+      ...(withRanges ? { ranges: [[0, 1] as const] } : {}),
+    };
+    return { forks: changed ? [one] : [], keyBlocksRead: 0, slruPageCount: changed ? 1 : 0 };
+  }
+
+  async lastCommitLsn(_timelineId: string, lsn: Lsn): Promise<Lsn> {
+    return lsn;
+  }
+
+  async commonLsn(a: BranchPoint, b: BranchPoint): Promise<Lsn> {
+    for (let at: BranchPoint | undefined = a; at !== undefined; at = this.#get(at.timelineId).ancestor) {
+      for (let of: BranchPoint | undefined = b; of !== undefined; of = this.#get(of.timelineId).ancestor) {
+        if (at.timelineId === of.timelineId) return Math.min(at.lsn, of.lsn);
+      }
+    }
+    throw new StrataError('bad-request', 'no ancestor in common');
   }
 
   async setRetention(tenantId: string, retentionSeconds: number): Promise<void> {

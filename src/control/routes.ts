@@ -5,6 +5,7 @@
 import type { FastifyInstance } from 'fastify';
 import { StrataError } from '../base/errors.ts';
 import type { PointOptions } from './branch-points.ts';
+import { branchChanges, type BranchChangesOptions } from './branch-changes.ts';
 import type { BranchCreateOptions, BranchSortKey, BranchUpdateOptions } from './branches.ts';
 import type { Control } from './control.ts';
 import type { EndpointOptions } from './endpoints.ts';
@@ -233,6 +234,16 @@ function registerBranches(api: FastifyInstance, control: Control): void {
       const { project, branch } = request.params;
       const point = await branches.point(project, branch, request.query);
       return shapes.point(point, await branches.points.timestampUs(point));
+    },
+  );
+
+  // Not Neon's: which pages of which relations changed.
+  api.get<{ Params: BranchParams; Querystring: BranchChangesOptions }>(
+    '/projects/:project/branches/:branch/changes',
+    { schema: { querystring: schemas.changesQuery } },
+    async (request) => {
+      const { project, branch } = request.params;
+      return shapes.branchChanges(await branchChanges(context, branches, project, branch, request.query));
     },
   );
 

@@ -122,6 +122,19 @@ export const branchListQuery = {
 
 export const pointQuery = { type: 'object', properties: { lsn: text, timestamp: text } } as const;
 
+export const changesQuery = {
+  type: 'object',
+  properties: {
+    from_lsn: text,
+    from_timestamp: text,
+    to_lsn: text,
+    to_timestamp: text,
+    compare_to: id,
+    ranges: flagText,
+    cursor: text,
+  },
+} as const;
+
 export const connectionUriQuery = {
   type: 'object',
   required: ['database_name', 'role_name'],

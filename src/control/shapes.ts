@@ -4,6 +4,7 @@
  */
 import type { TimelineSizes } from '../api/pageserver.ts';
 import type { PointInHistory } from './branch-points.ts';
+import type { BranchChanges } from './branch-changes.ts';
 import type { BranchRow, DatabaseRow, EndpointRow, OperationRow, ProjectRow, RoleRow } from './state.ts';
 import type { ControlConfig } from './context.ts';
 import { formatLsn } from '../postgres/lsn.ts';
@@ -190,3 +191,27 @@ export function point({ branch, lsn }: PointInHistory, timestampUs: number | und
     ...(timestampUs === undefined ? {} : { last_commit_at: formatTimestampUs(timestampUs) }),
   };
 }
+
+/** Not Neon's: what changed in a branch. Sizes and counts are in blocks of 8 KiB. */
+export function branchChanges(changes: BranchChanges): object {
+  const { branch, fromLsn, toLsn, forks, slruPageCount, keyBlocksRead, cursor } = changes;
+  return {
+    branch_id: branch.id,
+    from_lsn: formatLsn(fromLsn),
+    to_lsn: formatLsn(toLsn),
+    forks: forks.map(({ fork, blockCount, ranges, size }) => ({
+      tablespace_oid: fork.spc,
+      database_oid: fork.db,
+      relfilenode: fork.rel,
+      fork: FORK_NAMES[fork.fork] ?? String(fork.fork),
+      changed_blocks: blockCount,
+      ...(ranges === undefined ? {} : { ranges }),
+      ...(size === undefined ? {} : { blocks_before: size.before ?? null, blocks_after: size.after ?? null }),
+    })),
+    ...(slruPageCount === undefined ? {} : { transaction_status_pages: slruPageCount }),
+    index_blocks_read: keyBlocksRead,
+    ...(cursor === undefined ? {} : { pagination: { next: cursor } }),
+  };
+}
+
+const FORK_NAMES = ['main', 'fsm', 'vm', 'init'];

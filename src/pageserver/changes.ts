@@ -20,6 +20,7 @@
  */
 
 import { setImmediate as yieldToOthers } from 'node:timers/promises';
+import type { BlockPosition } from '../api/pageserver.ts';
 import { StrataError } from '../base/errors.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
@@ -51,12 +52,6 @@ export interface ChangesOptions {
   readonly rangesMax?: number;
   /** How long it works before it lets others; 0, for tests: as short as can be. */
   readonly sliceMs?: number;
-}
-
-export interface BlockPosition {
-  readonly fork: RelationFork;
-  /** Absent: the whole fork was given. */
-  readonly blk?: number;
 }
 
 /** A part of history that changes are looked for in: LSNs `floor < LSN <= lsn`. */
@@ -208,7 +203,7 @@ function windowsOf(timeline: Timeline, fromLsn: Lsn, toLsn: Lsn): Window[] {
 }
 
 /** Whose state a timeline's is at an LSN. At a branch point both have it, and it is the ancestor that keeps it. */
-function ownerOf(timeline: Timeline, lsn: Lsn): Timeline {
+export function ownerOf(timeline: Timeline, lsn: Lsn): Timeline {
   let owner = timeline;
   while (owner.ancestor !== undefined && lsn <= owner.index.startLsn) owner = owner.ancestor;
   return owner;

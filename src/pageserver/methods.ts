@@ -1,6 +1,7 @@
 /** The calls of api/pageserver.ts, as the pageserver answers them. */
 
 import type {
+  ChangesRequest,
   CreateTimelineRequest,
   ImportTimelineRequest,
   ListedTimeline,
@@ -20,9 +21,11 @@ import { decodeControlFile } from '../postgres/control-file.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { takeBasebackup } from './basebackup.ts';
+import { changesPage } from './changes-page.ts';
+import { commonPoint } from './changes.ts';
 import { ImportError, importDataDirectory, inspectDataDirectory } from './import.ts';
 import { WalIndexError } from './ingest/wal-index.ts';
-import { lsnForTimestamp, resolveLsn, timestampOfLsn } from './ingest/wal-search.ts';
+import { lastCommitEnd, lsnForTimestamp, resolveLsn, timestampOfLsn } from './ingest/wal-search.ts';
 import type { IndexedTimeline } from './ingest/wal-search.ts';
 import { Indexed } from './indexed-timeline.ts';
 import { CONTROL_FILE_KEY } from './key.ts';
@@ -169,6 +172,12 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result: timeUs === undefined ? {} : { timestampUs: timeUs + UNIX_TO_POSTGRES_EPOCH_US } };
     },
 
+    async lastCommitLsn({ timelineId, lsn }: LsnParams): Promise<RpcReply> {
+      const timeline = timelines.get(timelineId);
+      timeline.assertReadable(lsn);
+      return { result: { lsn: await repairing(() => lastCommitEnd(indexed(timeline), lsn)) } };
+    },
+
     async basebackup(
       params: TimelineParams & { lsn?: Lsn; timeoutMs: number },
       { signal }: RpcContext,
@@ -221,6 +230,34 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       }
       await timelines.garbage.run(timelines.all(), true);
       return { result: {} };
+    },
+
+    async changes(request: ChangesRequest, { signal }: RpcContext): Promise<RpcReply> {
+      const timeline = timelines.get(request.timelineId);
+      await timeline.waitLsn(request.toLsn, ANCESTOR_WAIT_MS, signal);
+      const result = await repairing(() => changesPage(timeline, request, timelines.leases));
+      return { result };
+    },
+
+    async commonLsn(
+      params: LsnParams & { otherTimelineId: string; otherLsn: Lsn },
+      { signal }: RpcContext,
+    ): Promise<RpcReply> {
+      const { timelineId, lsn, otherTimelineId, otherLsn } = params;
+      const timeline = timelines.get(timelineId);
+      const other = timelines.get(otherTimelineId);
+      await Promise.all([
+        timeline.waitLsn(lsn, ANCESTOR_WAIT_MS, signal),
+        other.waitLsn(otherLsn, ANCESTOR_WAIT_MS, signal),
+      ]);
+      const common = commonPoint(timeline, lsn, other, otherLsn);
+      if (common === undefined) {
+        throw new StrataError(
+          'bad-request',
+          `timelines ${timelineId} and ${otherTimelineId} have no ancestor in common`,
+        );
+      }
+      return { result: { lsn: common.lsn } };
     },
 
     async storageSizes({ timelineIds }: { timelineIds: readonly string[] }): Promise<RpcReply> {

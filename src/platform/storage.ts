@@ -3,7 +3,13 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { BranchPoint, NewTimeline, Storage, TimelineStatus } from '../api/control.ts';
-import { type PageserverClient, RETENTION_MS, type TimelineSizes } from '../api/pageserver.ts';
+import {
+  type ChangesPage,
+  type ChangesRequest,
+  type PageserverClient,
+  RETENTION_MS,
+  type TimelineSizes,
+} from '../api/pageserver.ts';
 import { type SafekeeperAddress, SafekeeperClient, type SafekeeperTimelineStatus } from '../api/safekeeper.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
@@ -97,6 +103,18 @@ export class ClusterStorage implements Storage {
 
   sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]> {
     return this.#options.pageserver.storageSizes(timelineIds);
+  }
+
+  changes(request: ChangesRequest): Promise<ChangesPage> {
+    return this.#options.pageserver.changes(request);
+  }
+
+  lastCommitLsn(timelineId: string, lsn: Lsn): Promise<Lsn> {
+    return this.#options.pageserver.lastCommitLsn(timelineId, lsn);
+  }
+
+  commonLsn(a: BranchPoint, b: BranchPoint): Promise<Lsn> {
+    return this.#options.pageserver.commonLsn(a.timelineId, a.lsn, b.timelineId, b.lsn);
   }
 
   async setRetention(tenantId: string, retentionSeconds: number): Promise<void> {

@@ -77,6 +77,8 @@ export function lsnForTimestamp(timeline: IndexedTimeline, timeUs: number): Time
   }
 }
 
+const CHUNKS_SEARCHED = 1000;
+
 /**
  * The time of the state at `lsn`, in microseconds since 2000-01-01: that of the latest commit in it, since the clock was last set back. Undefined
  * when there is no commit that is known. `lsnForTimestamp` of it has everything that the state at `lsn` has, unless the clock was set back after it.
@@ -84,6 +86,23 @@ export function lsnForTimestamp(timeline: IndexedTimeline, timeUs: number): Time
 export function timestampOfLsn(timeline: IndexedTimeline, lsn: Lsn): number | undefined {
   const { latestUs } = clockAt(timeline, lsn);
   return latestUs === NO_TIME ? undefined : latestUs;
+}
+
+/**
+ * The end of the last commit in the state at `lsn`: nothing after it, up to `lsn`, is visible to anybody. `lsn` itself when there is none near, within
+ * CHUNKS_SEARCHED pieces of the index.
+ */
+export function lastCommitEnd(timeline: IndexedTimeline, lsn: Lsn): Lsn {
+  let upTo = lsn;
+  for (let i = 0; i < CHUNKS_SEARCHED; i++) {
+    const chunk = lastChunkWithEndAtMost(ownerOf(timeline, upTo), upTo);
+    if (chunk === undefined) return lsn;
+    const records = countUpTo(chunk.ends, upTo);
+    const commit = chunk.commits.findLast(({ record }) => record < records);
+    if (commit !== undefined) return chunk.ends[commit.record]!;
+    upTo = chunk.starts[0]!;
+  }
+  return lsn;
 }
 
 /** What ingest goes on from that takes the first record of a timeline after `lsn`: the chunk of the last record at `lsn`, up to it. */
