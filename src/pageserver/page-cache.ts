@@ -20,7 +20,8 @@ export interface CachedValue {
 }
 
 const ENTRY_BYTES = 200;
-const SMALL_VALUE_BYTES = 64;
+/** Values of this size that are stored as they are, are kept too: looking for them costs more than copying them. */
+export const SMALL_VALUE_BYTES = 64;
 
 export class PageCache {
   readonly #entries: GenerationCache<CachedValue>;
@@ -36,13 +37,11 @@ export class PageCache {
     return isSameKey(entry.key, key) ? entry : undefined;
   }
 
-  /** Keeps a value that took replaying, or is small. `image` must never change. */
-  put(timelineNumber: number, key: Key, fromLsn: Lsn, toLsn: Lsn, image: Buffer, wasReplayed: boolean): void {
-    if (key.kind === KEY_KIND.walIndex || (!wasReplayed && image.length > SMALL_VALUE_BYTES)) return;
-    // What was not replayed is a view of a whole block.
-    const kept = wasReplayed ? image : Buffer.from(image);
+  /** Keeps a value. `image` must never change. */
+  put(timelineNumber: number, key: Key, fromLsn: Lsn, toLsn: Lsn, image: Buffer): void {
+    if (key.kind === KEY_KIND.walIndex) return;
     const number = hash(timelineNumber, key);
-    this.#entries.set(number, { timelineNumber, key, fromLsn, toLsn, image: kept }, kept.length + ENTRY_BYTES);
+    this.#entries.set(number, { timelineNumber, key, fromLsn, toLsn, image }, image.length + ENTRY_BYTES);
   }
 }
 

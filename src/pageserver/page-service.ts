@@ -214,7 +214,7 @@ class PageConnection {
     const { requestId, lsn, blk, count } = request;
     const pagesBytes = count * BLOCK_SIZE;
     try {
-      const response = Buffer.alloc(PAGE_RESPONSE_HEADER_BYTES + pagesBytes);
+      const response = Buffer.allocUnsafeSlow(PAGE_RESPONSE_HEADER_BYTES + pagesBytes);
       timeline.readPages(request, blk, count, lsn, response, PAGE_RESPONSE_HEADER_BYTES);
       encodePagesHeader(requestId, pagesBytes).copy(response);
       return response;

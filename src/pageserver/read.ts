@@ -5,6 +5,9 @@
  * older. It ends early at a value that an earlier read has made (PageCache). All of it is synchronous: a read sees one state.
  *
  * A change that cannot be replayed fails the read; nothing of it is kept or served.
+ *
+ * Pages are made where they are wanted, in the memory that goes to the client. Only what took many changes is kept in the cache: the rest is made again as
+ * quickly as it is copied, and a scan would push out what is worth keeping.
  */
 
 import type { Lsn } from '../postgres/lsn.ts';
@@ -17,6 +20,7 @@ import { firstHash, secondHash } from './layers/key-filter.ts';
 import type { KeyFilter } from './layers/key-filter.ts';
 import type { LayerMap } from './layers/layer-map.ts';
 import type { MemoryLayer } from './layers/memory-layer.ts';
+import { SMALL_VALUE_BYTES } from './page-cache.ts';
 import type { PageCache } from './page-cache.ts';
 import { IMAGE_HEADER_BYTES, VALUE_KIND } from './value.ts';
 
@@ -45,15 +49,26 @@ export interface LineageStep {
 /** A timeline's history and those that it inherits, nearest first. */
 export type Lineage = readonly LineageStep[];
 
-/** Applies a value of kind record, init record or derived, whose LSN is `lsn`, to a page in place. Throws when it cannot. */
+/**
+ * Applies a value of kind record, init record or derived, whose LSN is `lsn`, to a page in place. Throws when it cannot. An init record makes the
+ * whole page: what was there before may be anything.
+ */
 export type Replay = (page: Buffer, value: Buffer, lsn: Lsn, pgVersion: PgVersion) => void;
 
 /** What a scan finds: a key that exists, and its value as an image. */
 export type KeyImage = [key: Key, image: Buffer];
 
+/** A page that took at least so many changes is kept. */
+const KEPT_CHANGES_MIN = 8;
+
 export class HistoryReader {
   readonly #cache: PageCache;
   readonly #replay: Replay;
+  // What #find found: what is to be replayed, and on what. One read at a time, so one of each.
+  readonly #chain = new Chain();
+  #base: Buffer | undefined;
+  #owner: History | undefined;
+  #ownerLsn: Lsn = 0;
 
   constructor(cache: PageCache, replay: Replay) {
     this.#cache = cache;
@@ -62,10 +77,46 @@ export class HistoryReader {
 
   /** The value at `lsn`; undefined when the key does not exist there. May be shared: not to be changed. */
   read(lineage: Lineage, key: Key, lsn: Lsn, pgVersion: PgVersion): Buffer | undefined {
-    const chain = new Chain();
+    if (!this.#find(lineage, key, lsn)) return this.#base;
+    let image = this.#oldestImage();
+    if (image === undefined || this.#chain.values.length > 1) {
+      if (this.#isGone()) return undefined;
+      image = Buffer.allocUnsafeSlow(BLOCK_SIZE);
+      this.#makePage(image, pgVersion);
+      this.#keep(key, image);
+    } else if (image.length <= SMALL_VALUE_BYTES) {
+      // A view of a whole block.
+      this.#keep(key, Buffer.from(image));
+    }
+    return image;
+  }
+
+  /** Writes the page at `lsn` to `out`; zeroes when it does not exist there. */
+  #readPage(lineage: Lineage, key: Key, lsn: Lsn, pgVersion: PgVersion, out: Buffer, offset: number): void {
+    const isToBeMade = this.#find(lineage, key, lsn);
+    const image = isToBeMade && this.#chain.values.length === 1 ? this.#oldestImage() : this.#base;
+    if (isToBeMade && (image === undefined || this.#chain.end === 'floor') && !this.#isGone()) {
+      const page = out.subarray(offset, offset + BLOCK_SIZE);
+      this.#makePage(page, pgVersion);
+      if (this.#chain.values.length >= KEPT_CHANGES_MIN) this.#keep(key, Buffer.from(page));
+    } else if (image !== undefined) {
+      image.copy(out, offset);
+    } else {
+      out.fill(0, offset, offset + BLOCK_SIZE);
+    }
+  }
+
+  /**
+   * Looks for what makes the key's value. False when nothing has to be made: the value is #base, or there is none. True: #chain has the changes,
+   * to be replayed on #base or what the chain ends with.
+   */
+  #find(lineage: Lineage, key: Key, lsn: Lsn): boolean {
+    const chain = this.#chain;
+    chain.clear();
     let owner: History | undefined;
     let ownerLsn: Lsn = 0;
     let base: Buffer | undefined;
+    this.#base = undefined;
     const isFiltered = lineage.length > 2 && key.kind !== KEY_KIND.walIndex;
     const first = isFiltered ? firstHash(key) : 0;
     const second = isFiltered ? secondHash(key) : 0;
@@ -82,7 +133,10 @@ export class HistoryReader {
       const at = lsn < endLsn ? lsn : endLsn;
       const cached = this.#cache.find(history.number, key, at);
       if (cached !== undefined && cached.toLsn >= at) {
-        if (owner === undefined) return cached.image;
+        if (owner === undefined) {
+          this.#base = cached.image;
+          return false;
+        }
         base = cached.image;
         chain.end = 'floor';
       } else {
@@ -96,23 +150,52 @@ export class HistoryReader {
           chain.end = 'floor';
           if (owner === undefined) {
             cached.toLsn = Math.min(at, history.lastRecordLsn);
-            return base;
+            this.#base = base;
+            return false;
           }
         }
       }
       if (chain.end !== undefined) break;
     }
-    if (owner === undefined) return undefined;
-    const image = this.#materialise(chain, base, pgVersion);
-    const fromLsn = chain.lsns[0]!;
-    if (image !== undefined && fromLsn <= owner.lastRecordLsn) {
-      const wasReplayed = chain.values[0]![0] !== VALUE_KIND.image;
-      this.#cache.put(owner.number, key, fromLsn, Math.min(ownerLsn, owner.lastRecordLsn), image, wasReplayed);
-    }
-    return image;
+    this.#base = base;
+    this.#owner = owner;
+    this.#ownerLsn = ownerLsn;
+    return owner !== undefined;
   }
 
-  /** Writes `count` pages to `out`, which is zeroes, from `offset` on. Pages past the fork's end at `lsn` stay zeroes. */
+  /** The payload of the oldest value, when that is an image. */
+  #oldestImage(): Buffer | undefined {
+    const oldest = this.#chain.values.at(-1);
+    return oldest?.[0] === VALUE_KIND.image ? oldest.subarray(IMAGE_HEADER_BYTES) : undefined;
+  }
+
+  /** The key does not exist: the newest value says so. */
+  #isGone(): boolean {
+    return this.#chain.values[0]![0] === VALUE_KIND.tombstone;
+  }
+
+  #makePage(page: Buffer, pgVersion: PgVersion): void {
+    const { values, lsns, end } = this.#chain;
+    let next = values.length - 1;
+    const oldestKind = values[next]![0];
+    const image = this.#oldestImage();
+    const base = end === 'floor' ? this.#base : image;
+    if (base !== undefined) base.copy(page);
+    // A block below its fork's end that was never written is a page of zeroes.
+    else if (oldestKind !== VALUE_KIND.initRecord) page.fill(0);
+    if (image !== undefined || oldestKind === VALUE_KIND.tombstone) next--;
+    for (; next >= 0; next--) this.#replay(page, values[next]!, lsns[next]!, pgVersion);
+  }
+
+  /** Keeps the value that was found; `image` must never change. */
+  #keep(key: Key, image: Buffer): void {
+    const owner = this.#owner!;
+    const fromLsn = this.#chain.lsns[0]!;
+    if (fromLsn > owner.lastRecordLsn) return;
+    this.#cache.put(owner.number, key, fromLsn, Math.min(this.#ownerLsn, owner.lastRecordLsn), image);
+  }
+
+  /** Writes `count` pages to `out` from `offset` on. Pages past the fork's end at `lsn` are zeroes. */
   readPages(
     lineage: Lineage,
     fork: RelationFork,
@@ -125,13 +208,13 @@ export class HistoryReader {
   ): void {
     const { spc, db, rel, fork: forkNumber } = fork;
     const size = this.read(lineage, relationSizeKey(spc, db, rel, forkNumber), lsn, pgVersion);
-    if (size === undefined) return;
-    const end = Math.min(firstBlk + count, size.readUInt32LE(0));
-    for (let blk = firstBlk; blk < end; blk++) {
+    const end = size === undefined ? firstBlk : Math.max(firstBlk, Math.min(firstBlk + count, size.readUInt32LE(0)));
+    let at = offset;
+    for (let blk = firstBlk; blk < end; blk++, at += BLOCK_SIZE) {
       const key = makeKey(KEY_KIND.relationBlock, spc, db, rel, forkNumber, blk);
-      const page = this.read(lineage, key, lsn, pgVersion);
-      if (page !== undefined) page.copy(out, offset + (blk - firstBlk) * BLOCK_SIZE);
+      this.#readPage(lineage, key, lsn, pgVersion, out, at);
     }
+    out.fill(0, at, offset + count * BLOCK_SIZE);
   }
 
   /** The keys of the range that exist at `lsn`, sorted. */
@@ -145,26 +228,6 @@ export class HistoryReader {
       if (image !== undefined) found.push([key, image]);
     }
     return found;
-  }
-
-  #materialise(chain: Chain, floorBase: Buffer | undefined, pgVersion: PgVersion): Buffer | undefined {
-    const { values, lsns } = chain;
-    let next = values.length - 1;
-    let page: Buffer | undefined;
-    if (chain.end === 'base') {
-      const oldest = values[next]!;
-      if (oldest[0] === VALUE_KIND.image || oldest[0] === VALUE_KIND.tombstone) {
-        const base = oldest[0] === VALUE_KIND.image ? oldest.subarray(IMAGE_HEADER_BYTES) : undefined;
-        if (--next < 0) return base;
-        page = base === undefined ? undefined : Buffer.from(base);
-      }
-    } else if (floorBase !== undefined) {
-      page = Buffer.from(floorBase);
-    }
-    // A block below its fork's end that was never written is a page of zeroes.
-    page ??= Buffer.alloc(BLOCK_SIZE);
-    for (; next >= 0; next--) this.#replay(page, values[next]!, lsns[next]!, pgVersion);
-    return page;
   }
 }
 

@@ -340,12 +340,12 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   }
 
   getPages(fork: RelationFork, firstBlk: number, count: number, lsn: Lsn): Buffer {
-    const pages = Buffer.alloc(count * BLOCK_SIZE);
+    const pages = Buffer.allocUnsafe(count * BLOCK_SIZE);
     this.readPages(fork, firstBlk, count, lsn, pages, 0);
     return pages;
   }
 
-  /** As getPages, into `out`, which is zeroes from `offset` on. */
+  /** As getPages, into `out` from `offset` on. */
   readPages(fork: RelationFork, firstBlk: number, count: number, lsn: Lsn, out: Buffer, offset: number): void {
     this.assertReadable(lsn);
     this.#options.reader.readPages(this.lineage, fork, firstBlk, count, lsn, this.pgVersion, out, offset);

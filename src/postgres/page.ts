@@ -149,11 +149,18 @@ export function xidPrecedes(a: number, b: number): boolean {
 
 /** The line pointer itself, as its 32 bits. Offset numbers count from 1. */
 export function itemId(page: Buffer, offset: number): number {
-  return page.readUInt32LE(PAGE_HEADER_SIZE - ITEM_ID_SIZE + offset * ITEM_ID_SIZE);
+  const at = PAGE_HEADER_SIZE - ITEM_ID_SIZE + offset * ITEM_ID_SIZE;
+  if (at < 0 || at + ITEM_ID_SIZE > page.length) throw new RangeError(`line pointer ${offset} is outside of its page`);
+  return (page[at]! | (page[at + 1]! << 8) | (page[at + 2]! << 16) | (page[at + 3]! << 24)) >>> 0;
 }
 
 export function setItemId(page: Buffer, offset: number, id: number): void {
-  page.writeUInt32LE(id >>> 0, PAGE_HEADER_SIZE - ITEM_ID_SIZE + offset * ITEM_ID_SIZE);
+  const at = PAGE_HEADER_SIZE - ITEM_ID_SIZE + offset * ITEM_ID_SIZE;
+  if (at < 0 || at + ITEM_ID_SIZE > page.length) throw new RangeError(`line pointer ${offset} is outside of its page`);
+  page[at] = id;
+  page[at + 1] = id >>> 8;
+  page[at + 2] = id >>> 16;
+  page[at + 3] = id >>> 24;
 }
 
 export function makeItemId(itemOffset: number, flags: number, length: number): number {

@@ -24,6 +24,13 @@ export class Chain {
     return true;
   }
 
+  /** For another search. */
+  clear(): void {
+    this.values.length = 0;
+    this.lsns.length = 0;
+    this.end = undefined;
+  }
+
   /** Ends the search at the floor. */
   reachFloor(): true {
     this.end = 'floor';

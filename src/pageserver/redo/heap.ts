@@ -33,7 +33,9 @@ import {
 } from '../../postgres/page.ts';
 import { findBlock } from '../../postgres/wal/record.ts';
 import type { WalBlock, WalRecord } from '../../postgres/wal/record.ts';
+import { copyBytes, viewOf } from '../layers/copy-bytes.ts';
 import {
+  CID,
   COMBOCID,
   HOFF,
   INFOMASK,
@@ -252,6 +254,9 @@ function redoInplace(page: Buffer, record: WalRecord, block: WalBlock): void {
 }
 
 const scratch = Buffer.alloc(8192);
+const scratchView = viewOf(scratch);
+/** The first bytes of the scratch area, by their number, so that no view is made for each tuple. */
+const scratchStarts: (Buffer | undefined)[] = Array.from({ length: scratch.length + 1 }, () => undefined);
 
 /**
  * Makes a tuple of the header and body in `record.bytes[at, end)` and adds it at `offset`. `xmaxAt` is where the record has the new
@@ -269,16 +274,17 @@ export function addTuple(
   const length = TUPLE_HEADER_SIZE + end - at - WAL_TUPLE_HEADER_SIZE;
   if (length < TUPLE_HEADER_SIZE || length > scratch.length) throw new PageError(`a tuple of ${length} bytes`);
   startTuple(record, blk, offset, at, xmaxAt);
-  record.bytes.copy(scratch, TUPLE_HEADER_SIZE, at + WAL_TUPLE_HEADER_SIZE, end);
+  const from = record.sourceOffset + at + WAL_TUPLE_HEADER_SIZE;
+  copyBytes(record.sourceView, from, scratchView, TUPLE_HEADER_SIZE, length - TUPLE_HEADER_SIZE);
   placeTuple(page, offset, length);
 }
 
 /** Writes the fixed part of a new tuple to the scratch area; `at` is where the record has infomask2, infomask and hoff. */
 function startTuple(record: WalRecord, blk: number, offset: number, at: number, xmaxAt: number | undefined): void {
   const { bytes } = record;
-  scratch.fill(0, 0, TUPLE_HEADER_SIZE);
-  scratch.writeUInt32LE(record.xid, XMIN);
-  if (xmaxAt !== undefined) bytes.copy(scratch, XMAX, xmaxAt, xmaxAt + 4);
+  scratchView.setUint32(XMIN, record.xid, true);
+  scratchView.setUint32(XMAX, xmaxAt === undefined ? 0 : bytes.readUInt32LE(xmaxAt), true);
+  scratchView.setUint32(CID, 0, true);
   putCtid(scratch, 0, blk, offset);
   putU16(scratch, getU16(bytes, at), INFOMASK2);
   putU16(scratch, getU16(bytes, at + 2) & ~COMBOCID, INFOMASK);
@@ -289,7 +295,8 @@ function placeTuple(page: Buffer, offset: number, length: number): void {
   if (offset < 1 || offset > pageMaxOffset(page) + 1) {
     throw new PageError(`a tuple for item ${offset} where ${pageMaxOffset(page)} are`);
   }
-  if (pageAddItem(page, scratch.subarray(0, length), offset, PAI_OVERWRITE | PAI_IS_HEAP) === 0) {
+  const tuple = (scratchStarts[length] ??= scratch.subarray(0, length));
+  if (pageAddItem(page, tuple, offset, PAI_OVERWRITE | PAI_IS_HEAP) === 0) {
     throw new PageError(`a tuple of ${length} bytes does not fit at item ${offset}`);
   }
 }
