@@ -32,6 +32,11 @@ const plain = { noNullPrototype: true };
 const u64 = fc.integer({ min: 0, max: Number.MAX_SAFE_INTEGER });
 const u32 = fc.nat({ max: 0xffffffff });
 const history = fc.array(fc.record({ term: u64, startLsn: u64 }, plain), { maxLength: 20 });
+const nodeIds = fc.array(u32, { maxLength: 7 });
+const configuration = fc.oneof(
+  fc.record({ version: u32, members: nodeIds }, plain),
+  fc.record({ version: u32, members: nodeIds, newMembers: nodeIds }, plain),
+);
 const bytes = fc.uint8Array({ maxLength: 300 }).map((array) => Buffer.from(array));
 
 test('an append has the bytes that the table of frames describes', () => {
@@ -50,8 +55,8 @@ test('an append has the bytes that the table of frames describes', () => {
 
 test('what proposers send is decoded as it was encoded', () => {
   const messages: fc.Arbitrary<ProposerMessage> = fc.oneof(
-    fc.record({ kind: fc.constant('vote' as const), term: u64, generation: u32 }, plain),
-    fc.record({ kind: fc.constant('renew' as const), term: u64, generation: u32 }, plain),
+    fc.record({ kind: fc.constant('vote' as const), term: u64, generation: u32, configuration }, plain),
+    fc.record({ kind: fc.constant('renew' as const), term: u64, generation: u32, configuration }, plain),
     fc.record({ kind: fc.constant('elected' as const), term: u64, startLsn: u64, history }, plain),
     fc.record({ kind: fc.constant('append' as const), term: u64, beginLsn: u64, commitLsn: u64, bytes }, plain),
   );
@@ -74,6 +79,7 @@ test('what acceptors send is decoded as it was encoded', () => {
         granted: fc.boolean(),
         isVoter: fc.boolean(),
         generation: u32,
+        configuration,
         flushLsn: u64,
         commitLsn: u64,
         history,
@@ -88,6 +94,7 @@ test('what acceptors send is decoded as it was encoded', () => {
         writeLsn: u64,
         commitLsn: u64,
         generation: u32,
+        configurationVersion: u32,
       },
       plain,
     ),
@@ -104,10 +111,12 @@ test('what acceptors send is decoded as it was encoded', () => {
 
 test('hello, greeting-reply, wal and progress are decoded as they were encoded', () => {
   assert.equal(decodeHello(frame(encodeHello('a.b.c')).payload), 'a.b.c');
+  const joint = { version: 4, members: [1], newMembers: [1, 2, 3] };
+  const none = { version: 0, members: [] };
   const replies: GreetingReply[] = [
     { kind: 'absent', nodeId: 7, incarnation: '00ff00112233aabb' },
-    { kind: 'present', nodeId: 7, term: 9, generation: 3, isBlank: false, hasLeader: true },
-    { kind: 'present', nodeId: 7, term: 9, generation: 0, isBlank: true, hasLeader: false },
+    { kind: 'present', nodeId: 7, term: 9, generation: 3, configuration: joint, isBlank: false, hasLeader: true },
+    { kind: 'present', nodeId: 7, term: 9, generation: 0, configuration: none, isBlank: true, hasLeader: false },
   ];
   for (const reply of replies) assert.deepEqual(decodeGreetingReply(frame(encodeGreetingReply(reply)).payload), reply);
   const wal = frame(encodeWalHead(80, 90, 3), Buffer.from('wal'));

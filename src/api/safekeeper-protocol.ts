@@ -3,22 +3,23 @@
  * ({u32 payload length, u8 type, payload}), little-endian, LSNs and terms as u64 (below 2^53).
  *
  *   type  name            direction  payload
- *      1  hello           c → s      u32 magic "STRS", u16 version = 2, token (UTF-8, the rest)
+ *      1  hello           c → s      u32 magic "STRS", u16 version = 3, token (UTF-8, the rest)
  *      2  hello-reply     s → c      u32 node id
  *      3  error           s → c      JSON {code, message}: the server closes after it
  *
  *     10  greeting        c → s      JSON Greeting; makes the connection a proposer's
- *     11  greeting-reply  s → c      u32 node id, u8 flags (1 there is no log here, 2 blank, 4 has a leader), u64 incarnation, u64 term, u32 generation
- *     12  vote            c → s      u64 term, u32 generation
- *     13  vote-reply      s → c      u64 term, u64 flush LSN, u64 commit LSN, u32 generation, u8 flags (1 granted, 2 voter), history
+ *     11  greeting-reply  s → c      u32 node id, u8 flags (1 there is no log here, 2 blank, 4 has a leader), u64 incarnation, u64 term, u32 generation, configuration
+ *     12  vote            c → s      u64 term, u32 generation, configuration
+ *     13  vote-reply      s → c      u64 term, u64 flush LSN, u64 commit LSN, u32 generation, u8 flags (1 granted, 2 voter), configuration, history
  *     14  elected         c → s      u64 term, u64 start LSN, history
  *     15  append          c → s      u64 term, u64 begin LSN, u64 commit LSN, WAL bytes
- *     16  append-reply    s → c      u64 term, u64 flush LSN, u64 write LSN, u64 commit LSN, u32 generation
+ *     16  append-reply    s → c      u64 term, u64 flush LSN, u64 write LSN, u64 commit LSN, u32 generation, u32 version of the configuration
  *     17  refusal         s → c      u64 term, message (UTF-8)
  *     18  term-notice     s → c      u64 term
- *     19  renew           c → s      u64 term, u32 generation
+ *     19  renew           c → s      u64 term, u32 generation, configuration
  *      9  create          c → s      JSON CreateRequest: only after a greeting-reply that there is no log; answered with greeting-reply
  *         history = u32 count, count × {u64 term, u64 start LSN}
+ *         configuration = u32 version, u8 flags (1 joint), u8 count, count × u32 node id; when joint, u8 count, count × u32 node id of the new members
  *
  *     20  read            c → s      JSON ReadRequest; makes the connection a reader's
  *     21  wal             s → c      u64 LSN of the first byte, u64 commit LSN, WAL bytes (none: only the commit LSN is news)
@@ -35,11 +36,19 @@
 import { StrataError } from '../base/errors.ts';
 import { encodeFrame, FRAME_HEADER_BYTES } from '../base/frames.ts';
 import type { AcceptorState } from '../consensus/acceptor.ts';
-import type { AcceptorMessage, Append, ProposerMessage, TermHistory, TermStart } from '../consensus/messages.ts';
+import type { Configuration } from '../consensus/configuration.ts';
+import type {
+  AcceptorMessage,
+  Append,
+  ProposerMessage,
+  TermHistory,
+  TermStart,
+  VoteRequest,
+} from '../consensus/messages.ts';
 import { type Lsn, readLsn, writeLsn } from '../postgres/lsn.ts';
 
 export const PROTOCOL_MAGIC = 0x53525453; // "STRS"
-export const PROTOCOL_VERSION = 2;
+export const PROTOCOL_VERSION = 3;
 
 export const FRAME = {
   hello: 1,
@@ -73,7 +82,8 @@ export const MAX_WAL_BYTES = 512 * 1024;
 const HELLO_FIXED_BYTES = 6;
 /** Of an append's payload, before its WAL. */
 export const APPEND_FIXED_BYTES = 24;
-const APPEND_REPLY_BYTES = 36;
+const APPEND_REPLY_BYTES = 40;
+/** Without the configuration. */
 const GREETING_REPLY_BYTES = 25;
 const VOTE_BYTES = 12;
 const FLAG_ABSENT = 1;
@@ -81,6 +91,8 @@ const FLAG_BLANK = 2;
 const FLAG_LED = 4;
 const FLAG_GRANTED = 1;
 const FLAG_VOTER = 2;
+const FLAG_JOINT = 1;
+const CONFIGURATION_FIXED_BYTES = 6;
 const WAL_FIXED_BYTES = 16;
 const PROGRESS_ENTRY_BYTES = 48;
 const FEEDBACK_ENTRY_BYTES = 48;
@@ -106,6 +118,7 @@ export type GreetingReply =
       readonly nodeId: number;
       readonly term: number;
       readonly generation: number;
+      readonly configuration: Configuration;
       readonly isBlank: boolean;
       /** Another proposer is connected, and this is its log. */
       readonly hasLeader: boolean;
@@ -114,6 +127,13 @@ export type GreetingReply =
 export interface CreateRequest {
   readonly incarnation: string;
   readonly state: AcceptorState;
+}
+
+/** An empty log for a safekeeper that is new, as the incarnation that said that it is not there. */
+export interface GiveRequest {
+  readonly timeline: Greeting;
+  readonly incarnation: string;
+  readonly configuration: Configuration;
 }
 
 export interface ReadRequest {
@@ -209,6 +229,7 @@ export function encodeGreetingReply(reply: GreetingReply): Buffer {
     payload[4] = (reply.isBlank ? FLAG_BLANK : 0) | (reply.hasLeader ? FLAG_LED : 0);
     writeLsn(payload, reply.term, 13);
     payload.writeUInt32LE(reply.generation, 21);
+    return encodeFrame(FRAME.greetingReply, payload, encodeConfiguration(reply.configuration));
   }
   return encodeFrame(FRAME.greetingReply, payload);
 }
@@ -223,6 +244,7 @@ export function decodeGreetingReply(payload: Buffer): GreetingReply {
     nodeId,
     term: readLsn(payload, 13),
     generation: payload.readUInt32LE(21),
+    configuration: decodeConfiguration(payload, GREETING_REPLY_BYTES).configuration,
     isBlank: (flags & FLAG_BLANK) !== 0,
     hasLeader: (flags & FLAG_LED) !== 0,
   };
@@ -244,7 +266,7 @@ export function encodeProposerMessage(message: Exclude<ProposerMessage, Append>)
     const payload = Buffer.alloc(VOTE_BYTES);
     writeLsn(payload, message.term, 0);
     payload.writeUInt32LE(message.generation, 8);
-    return encodeFrame(FRAME[message.kind], payload);
+    return encodeFrame(FRAME[message.kind], payload, encodeConfiguration(message.configuration));
   }
   const fixed = Buffer.alloc(16);
   writeLsn(fixed, message.term, 0);
@@ -266,10 +288,10 @@ export function decodeProposerMessage(type: number, payload: Buffer): ProposerMe
       };
     case FRAME.vote:
       need(payload, VOTE_BYTES, 'vote');
-      return { kind: 'vote', term: readLsn(payload, 0), generation: payload.readUInt32LE(8) };
+      return { kind: 'vote', ...decodeVote(payload) };
     case FRAME.renew:
       need(payload, VOTE_BYTES, 'renew');
-      return { kind: 'renew', term: readLsn(payload, 0), generation: payload.readUInt32LE(8) };
+      return { kind: 'renew', ...decodeVote(payload) };
     case FRAME.elected:
       need(payload, 16, 'elected');
       return {
@@ -294,6 +316,7 @@ export function encodeAcceptorMessage(message: AcceptorMessage): Buffer {
       writeLsn(frame, message.writeLsn, 21);
       writeLsn(frame, message.commitLsn, 29);
       frame.writeUInt32LE(message.generation, 37);
+      frame.writeUInt32LE(message.configurationVersion, 41);
       return frame;
     }
     case 'vote-reply': {
@@ -303,7 +326,8 @@ export function encodeAcceptorMessage(message: AcceptorMessage): Buffer {
       writeLsn(fixed, message.commitLsn, 16);
       fixed.writeUInt32LE(message.generation, 24);
       fixed[28] = (message.granted ? FLAG_GRANTED : 0) | (message.isVoter ? FLAG_VOTER : 0);
-      return encodeFrame(FRAME.voteReply, fixed, encodeHistory(message.history));
+      const configuration = encodeConfiguration(message.configuration);
+      return encodeFrame(FRAME.voteReply, fixed, configuration, encodeHistory(message.history));
     }
     case 'refusal': {
       const fixed = Buffer.alloc(8);
@@ -330,9 +354,11 @@ export function decodeAcceptorMessage(type: number, payload: Buffer): AcceptorMe
         writeLsn: readLsn(payload, 16),
         commitLsn: readLsn(payload, 24),
         generation: payload.readUInt32LE(32),
+        configurationVersion: payload.readUInt32LE(36),
       };
-    case FRAME.voteReply:
+    case FRAME.voteReply: {
       need(payload, VOTE_REPLY_FIXED_BYTES, 'vote-reply');
+      const { configuration, end } = decodeConfiguration(payload, VOTE_REPLY_FIXED_BYTES);
       return {
         kind: 'vote-reply',
         term: readLsn(payload, 0),
@@ -341,8 +367,10 @@ export function decodeAcceptorMessage(type: number, payload: Buffer): AcceptorMe
         generation: payload.readUInt32LE(24),
         granted: (payload[28]! & FLAG_GRANTED) !== 0,
         isVoter: (payload[28]! & FLAG_VOTER) !== 0,
-        history: decodeHistory(payload, VOTE_REPLY_FIXED_BYTES),
+        configuration,
+        history: decodeHistory(payload, end),
       };
+    }
     case FRAME.refusal:
       need(payload, 8, 'refusal');
       return { kind: 'refusal', term: readLsn(payload, 0), message: payload.toString('utf8', 8) };
@@ -422,6 +450,38 @@ export function decodeFeedback(payload: Buffer): PageserverFeedback[] {
       oldestLsn: readLsn(payload, offset + 40),
     };
   });
+}
+
+function encodeConfiguration({ version, members, newMembers }: Configuration): Buffer {
+  const sets = newMembers === undefined ? [members] : [members, newMembers];
+  const bytes = Buffer.alloc(CONFIGURATION_FIXED_BYTES + 4 * sets.flat().length + sets.length - 1);
+  let offset = bytes.writeUInt32LE(version, 0);
+  offset = bytes.writeUInt8(newMembers === undefined ? 0 : FLAG_JOINT, offset);
+  for (const set of sets) {
+    offset = bytes.writeUInt8(set.length, offset);
+    for (const nodeId of set) offset = bytes.writeUInt32LE(nodeId, offset);
+  }
+  return bytes;
+}
+
+function decodeConfiguration(payload: Buffer, start: number): { configuration: Configuration; end: number } {
+  let end = start + CONFIGURATION_FIXED_BYTES - 1;
+  const readSet = (): number[] => {
+    need(payload, end + 1, 'configuration');
+    const count = payload[end++]!;
+    need(payload, end + 4 * count, 'configuration');
+    return Array.from({ length: count }, () => payload.readUInt32LE((end += 4) - 4));
+  };
+  need(payload, end + 1, 'configuration');
+  const version = payload.readUInt32LE(start);
+  const isJoint = (payload[start + 4]! & FLAG_JOINT) !== 0;
+  const members = readSet();
+  return { configuration: { version, members, ...(isJoint ? { newMembers: readSet() } : {}) }, end };
+}
+
+function decodeVote(payload: Buffer): Omit<VoteRequest, 'kind'> {
+  const { configuration } = decodeConfiguration(payload, VOTE_BYTES);
+  return { term: readLsn(payload, 0), generation: payload.readUInt32LE(8), configuration };
 }
 
 function encodeHistory(history: TermHistory): Buffer {

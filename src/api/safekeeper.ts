@@ -11,6 +11,7 @@
 import { connect, type Socket } from 'node:net';
 import { errorTable, type ErrorCode, StrataError } from '../base/errors.ts';
 import { type Frame, FrameReader } from '../base/frames.ts';
+import type { Configuration } from '../consensus/configuration.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import {
   decodeJson,
@@ -21,6 +22,7 @@ import {
   encodeHello,
   encodeJson,
   FRAME,
+  type GiveRequest,
   type Greeting,
   type PageserverFeedback,
   type ReadRequest,
@@ -133,6 +135,20 @@ export class SafekeeperClient {
   /** Durable when it resolves; the id can never be used again. Repeatable; deleting what never was leaves a tombstone too. */
   async deleteTimeline(tenantId: string, timelineId: string): Promise<void> {
     await this.#call('deleteTimeline', { tenantId, timelineId });
+  }
+
+  /** Durable when it resolves: from then on the safekeeper makes no timeline under an older configuration. Tells its incarnation. */
+  async configure(configuration: Configuration): Promise<{ readonly incarnation: string }> {
+    return (await this.#call('configure', { configuration })) as { incarnation: string };
+  }
+
+  /** Gives it an empty log, if it has none. Rejects with `conflict` when it has been started anew since `incarnation`. */
+  async giveTimeline(timeline: TimelineIdentity, incarnation: string, configuration: Configuration): Promise<void> {
+    await this.#call('giveTimeline', {
+      timeline: greetingOf(timeline),
+      incarnation,
+      configuration,
+    } satisfies GiveRequest);
   }
 
   close(): void {

@@ -36,6 +36,7 @@ const RECONNECT_MIN_MS = 20;
 const RECONNECT_MAX_MS = 1_000;
 const RECOVERY_RETRY_MS = 100;
 const STALL_MS = 10_000;
+const NEWCOMER_RETRY_MS = 50;
 const NO_BYTES = Buffer.alloc(0);
 
 export interface ProposerPeerOptions {
@@ -232,6 +233,14 @@ export class ProposerPeer {
       perform(state.absent(index, greeting.incarnation));
       const { timelineId } = this.#options.timeline;
       if (state.peer(index).state !== 'absent') return;
+      if (state.isNewcomer(index)) {
+        // It is about to be given one, by who changes the members.
+        const connection = this.#connection;
+        setTimeout(() => {
+          if (state.peer(index).state === 'absent') connection?.close();
+        }, NEWCOMER_RETRY_MS).unref();
+        return;
+      }
       this.#lastError = new StrataError('not-found', `safekeeper ${this.#name} has no timeline ${timelineId}`);
       this.#options.onRefused();
       return;

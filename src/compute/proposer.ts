@@ -12,6 +12,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
 import type { SafekeeperAddress, TimelineIdentity } from '../api/safekeeper.ts';
+import { fixedSafekeepers, type SafekeeperDirectory } from '../api/safekeeper-set.ts';
 import { ProposerState, type ProposerAction } from '../consensus/proposer.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { EagerPeers } from './eager-peers.ts';
@@ -19,7 +20,8 @@ import { ProposerPeer } from './proposer-peer.ts';
 import { WalBuffer } from './wal-buffer.ts';
 
 export interface ProposerOptions {
-  readonly safekeepers: readonly SafekeeperAddress[];
+  /** A directory is followed as it changes; addresses alone are taken as a set that never does. */
+  readonly safekeepers: SafekeeperDirectory | readonly SafekeeperAddress[];
   /** Scope `platform`, or `timeline` for this timeline. */
   readonly token: string;
   readonly timeline: TimelineIdentity;
@@ -81,8 +83,14 @@ export class Proposer extends EventEmitter<ProposerEvents> {
   readonly #options: ProposerOptions;
   readonly #maxPendingBytes: number;
   readonly #state: ProposerState;
-  readonly #peers: readonly ProposerPeer[];
-  readonly #eager: EagerPeers;
+  readonly #safekeepers: SafekeeperDirectory;
+  readonly #stopWatching: () => void;
+  /** By their index in the state machine, those that are gone too. */
+  readonly #peers: ProposerPeer[];
+  /** Indexes of those that are not gone. */
+  #active: readonly number[] = [];
+  /** Of those, by their place among them. */
+  #eager: EagerPeers;
   readonly #waiters = new Set<Waiter>();
   readonly #stallTimer: NodeJS.Timeout;
   readonly #onAbort = (): void => void this.close();
@@ -100,35 +108,20 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     super();
     this.#options = options;
     this.#maxPendingBytes = options.maxPendingBytes ?? MAX_PENDING_BYTES;
-    this.#state = new ProposerState(options.safekeepers.length, {
+    const { safekeepers } = options;
+    this.#safekeepers = 'current' in safekeepers ? safekeepers : fixedSafekeepers(safekeepers);
+    this.#state = new ProposerState(this.#safekeepers.current.configuration, {
       startLsn: options.timeline.startLsn,
       mayCreate: options.mayCreate,
     });
-    this.#eager = new EagerPeers(
-      options.safekeepers.length,
-      Number.parseInt(options.timeline.timelineId.slice(-4), 16),
-    );
+    this.#eager = this.#chooseEager();
     this.#elected = new Promise((resolve, reject) => {
       this.#settleElection = { resolve, reject };
     });
-    this.#peers = options.safekeepers.map(
-      (address, index) =>
-        new ProposerPeer({
-          index,
-          address,
-          token: options.token,
-          timeline: options.timeline,
-          yieldsToLeader: options.yieldsToLeader ?? false,
-          state: this.#state,
-          buffer: () => this.#buffer,
-          isEager: () => this.#eager.has(index),
-          perform: (actions) => this.#perform(actions),
-          addressOf: (peer) => options.safekeepers[peer]!,
-          onAcknowledged: () => this.#acknowledged(),
-          onRefused: () => this.#checkRefusals(),
-          log: options.log,
-        }),
-    );
+    this.#peers = Array.from({ length: this.#state.peerCount }, (_, index) => this.#newPeer(index));
+    this.#stopWatching = this.#safekeepers.watch(() => {
+      if (this.#closing === undefined) this.#perform(this.#state.configure(this.#safekeepers.current.configuration));
+    });
     this.#stallTimer = setInterval(() => {
       for (const peer of this.#peers) peer.checkStall();
     }, STALL_CHECK_MS);
@@ -216,7 +209,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
   /** Resolves when every safekeeper has all that is committed now; rejects by the signal. Without new WAL only: recovery of an idle log. */
   async waitEqual(signal: AbortSignal): Promise<void> {
     const { commitLsn } = this;
-    while (this.#peers.some((peer) => this.#state.peer(peer.index).ackedLsn < commitLsn)) {
+    while (this.#active.some((index) => this.#state.peer(index).ackedLsn < commitLsn)) {
       if (this.fenced) throw this.#fencedError();
       await sleep(EQUAL_CHECK_MS, undefined, { signal });
     }
@@ -241,6 +234,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     clearInterval(this.#stallTimer);
     clearTimeout(this.#pauseTimer);
     clearTimeout(this.#retryTimer);
+    this.#stopWatching();
   }
 
   #perform(actions: readonly ProposerAction[]): void {
@@ -272,6 +266,18 @@ export class Proposer extends EventEmitter<ProposerEvents> {
             RETRY_MIN_MS + Math.random() * RETRY_SPREAD_MS * 2 ** Math.min(this.#retryCount++, MAX_RETRY_DOUBLINGS),
           );
           break;
+        case 'added':
+          this.#peers[action.peer] = this.#newPeer(action.peer);
+          this.#eager = this.#chooseEager();
+          break;
+        case 'removed':
+          void this.#peers[action.peer]!.close(0);
+          this.#eager = this.#chooseEager();
+          break;
+        case 'settled':
+          this.#options.log?.info({ version: action.version }, 'the configuration is settled');
+          this.#safekeepers.settled(this.#options.timeline.timelineId, action.version);
+          break;
         case 'committed':
           this.#committed(action.lsn);
           break;
@@ -282,6 +288,46 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     }
   }
 
+  #newPeer(index: number): ProposerPeer {
+    const { token, timeline, yieldsToLeader, log } = this.#options;
+    return new ProposerPeer({
+      index,
+      address: this.#addressOf(index),
+      token,
+      timeline,
+      yieldsToLeader: yieldsToLeader ?? false,
+      state: this.#state,
+      buffer: () => this.#buffer,
+      isEager: () => this.#isEager(index),
+      perform: (actions) => this.#perform(actions),
+      addressOf: (peer) => this.#addressOf(peer),
+      onAcknowledged: () => this.#acknowledged(),
+      onRefused: () => this.#checkRefusals(),
+      log,
+    });
+  }
+
+  #addressOf(index: number): SafekeeperAddress {
+    const { nodeId } = this.#state.peer(index);
+    const address = this.#safekeepers.current.addresses.get(nodeId);
+    assert(
+      address !== undefined,
+      `safekeeper ${nodeId} of configuration ${this.#state.configuration.version} has an address`,
+    );
+    return address;
+  }
+
+  #chooseEager(): EagerPeers {
+    const indexes = Array.from({ length: this.#state.peerCount }, (_, index) => index);
+    this.#active = indexes.filter((index) => !this.#state.peer(index).isGone);
+    return new EagerPeers(this.#active.length, Number.parseInt(this.#options.timeline.timelineId.slice(-4), 16));
+  }
+
+  /** All of them while the members change. */
+  #isEager(index: number): boolean {
+    return this.#state.configuration.newMembers !== undefined || this.#eager.has(this.#active.indexOf(index));
+  }
+
   #pump(): void {
     for (const peer of this.#peers) peer.pump();
     this.#startPause();
@@ -290,7 +336,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
   #startPause(): void {
     this.#pauseTimer ??= setTimeout(() => {
       this.#pauseTimer = undefined;
-      this.#eager.choose((index) => this.#peers[index]!.isPrompt);
+      this.#eager.choose((place) => this.#peers[this.#active[place]!]!.isPrompt);
       let isMoreToSay = false;
       for (const peer of this.#peers) if (peer.catchUp()) isMoreToSay = true;
       if (isMoreToSay && this.#closing === undefined && !this.fenced) this.#startPause();
@@ -304,7 +350,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     }
     for (const waiter of this.#waiters) if (waiter.lsn <= lsn) waiter.resolve();
     this.emit('commit', lsn);
-    const ackedByAll = Math.min(...this.#peers.map((peer) => this.#state.peer(peer.index).ackedLsn));
+    const ackedByAll = Math.min(...this.#active.map((index) => this.#state.peer(index).ackedLsn));
     this.#buffer.trim(Math.min(lsn, Math.max(ackedByAll, lsn - (this.#options.retainedBytes ?? RETAINED_BYTES))));
     this.#startPause();
     this.#pump(); // One that recovers may find a source now.
@@ -336,9 +382,10 @@ export class Proposer extends EventEmitter<ProposerEvents> {
 
   /** Trying again cannot help when so many refuse for good that no quorum is left. */
   #checkRefusals(): void {
-    const refused = this.#peers.filter((peer) => peer.isRefused);
-    if (this.#settleElection === undefined || refused.length * 2 < this.#peers.length) return;
-    this.#settleElection.reject(refused[0]!.lastError!);
+    const refused = this.#peers.find((peer) => peer.isRefused);
+    if (this.#settleElection === undefined || refused === undefined) return;
+    if (this.#state.isQuorum((index) => !this.#peers[index]!.isRefused)) return;
+    this.#settleElection.reject(refused.lastError!);
     this.#settleElection = undefined;
     void this.close();
   }

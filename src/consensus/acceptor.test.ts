@@ -1,7 +1,8 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { Acceptor, type AcceptorAction, type AcceptorState, type BoundaryTracker } from './acceptor.ts';
-import type { AcceptorMessage, Elected, TermHistory } from './messages.ts';
+import { Acceptor, type AcceptorAction, type AcceptorState, blankState, type BoundaryTracker } from './acceptor.ts';
+import { NO_CONFIGURATION } from './configuration.ts';
+import type { AcceptorMessage, Elected, Renew, TermHistory, VoteRequest } from './messages.ts';
 
 /** A log whose records are 10 bytes long. */
 class Tens implements BoundaryTracker {
@@ -24,7 +25,8 @@ const START: TermHistory = [{ term: 0, startLsn: 100 }];
 
 function acceptorAt(flushLsn: number, state: Partial<AcceptorState> = {}): Acceptor<string> {
   return new Acceptor({
-    state: { term: 0, history: START, commitLsn: 100, generation: 0, ...state },
+    nodeId: 1,
+    state: { ...blankState(100), ...state },
     flushLsn,
     trackBoundaries: (startLsn) => new Tens(startLsn),
   });
@@ -37,6 +39,14 @@ function append(
   commitLsn = 0,
 ): Parameters<Acceptor<string>['receive']>[1] {
   return { kind: 'append', term, beginLsn, commitLsn, bytes: Buffer.alloc(length, 1) };
+}
+
+function vote(term: number, generation = 0, configuration = NO_CONFIGURATION): VoteRequest {
+  return { kind: 'vote', term, generation, configuration };
+}
+
+function renew(term: number, generation: number, configuration = NO_CONFIGURATION): Renew {
+  return { kind: 'renew', term, generation, configuration };
 }
 
 function elected(term: number, startLsn: number, history: TermHistory): Elected {
@@ -54,7 +64,7 @@ function sent(actions: readonly AcceptorAction<string>[]): AcceptorMessage[] {
 /** An acceptor that follows the leader of term 1 from its start. */
 function follower(): Acceptor<string> {
   const acceptor = acceptorAt(100);
-  acceptor.receive('a', { kind: 'vote', term: 1, generation: 0 });
+  acceptor.receive('a', vote(1, 0));
   acceptor.completed();
   acceptor.receive('a', elected(1, 100, [...START, { term: 1, startLsn: 100 }]));
   acceptor.completed();
@@ -63,9 +73,9 @@ function follower(): Acceptor<string> {
 
 test('a vote is replied to once its term is durable, and is granted once in a term', () => {
   const acceptor = acceptorAt(100);
-  const asked = acceptor.receive('a', { kind: 'vote', term: 5, generation: 0 });
-  assert.deepEqual(asked, [{ kind: 'persist', state: { term: 5, history: START, commitLsn: 100, generation: 0 } }]);
-  assert.deepEqual(acceptor.receive('b', { kind: 'vote', term: 5, generation: 0 }), []);
+  const asked = acceptor.receive('a', vote(5, 0));
+  assert.deepEqual(asked, [{ kind: 'persist', state: { ...blankState(100), term: 5 } }]);
+  assert.deepEqual(acceptor.receive('b', vote(5, 0)), []);
   const replies = sent(acceptor.completed());
   assert.deepEqual(
     replies.map((reply) => reply.kind === 'vote-reply' && [reply.term, reply.granted]),
@@ -80,7 +90,7 @@ test('a vote waits until all that was received is durable', () => {
   const acceptor = follower();
   acceptor.receive('a', append(1, 100, 10));
   acceptor.receive('a', append(1, 110, 10));
-  assert.deepEqual(acceptor.receive('b', { kind: 'vote', term: 2, generation: 0 }), []);
+  assert.deepEqual(acceptor.receive('b', vote(2, 0)), []);
   assert.deepEqual(kinds(acceptor.completed()), ['progress', 'append-reply', 'write']);
   assert.deepEqual(kinds(acceptor.completed()), ['progress', 'append-reply', 'persist']);
   const [reply] = sent(acceptor.completed());
@@ -94,7 +104,15 @@ test('appends that come during a write make up the next one, with one acknowledg
   const [, , write] = acceptor.completed();
   assert(write?.kind === 'write' && write.beginLsn === 110 && write.chunks.length === 3);
   assert.deepEqual(sent(acceptor.completed()), [
-    { kind: 'append-reply', term: 1, flushLsn: 140, writeLsn: 140, commitLsn: 100, generation: 0 },
+    {
+      kind: 'append-reply',
+      term: 1,
+      flushLsn: 140,
+      writeLsn: 140,
+      commitLsn: 100,
+      generation: 0,
+      configurationVersion: 0,
+    },
   ]);
 });
 
@@ -102,7 +120,15 @@ test('the flush LSN is the end of a whole record', () => {
   const acceptor = follower();
   acceptor.receive('a', append(1, 100, 17));
   assert.deepEqual(sent(acceptor.completed()), [
-    { kind: 'append-reply', term: 1, flushLsn: 110, writeLsn: 117, commitLsn: 100, generation: 0 },
+    {
+      kind: 'append-reply',
+      term: 1,
+      flushLsn: 110,
+      writeLsn: 117,
+      commitLsn: 100,
+      generation: 0,
+      configurationVersion: 0,
+    },
   ]);
   acceptor.receive('a', append(1, 117, 3));
   acceptor.completed();
@@ -128,7 +154,7 @@ test('appends are taken from the leader of the log only, and only at the write p
   for (const message of [append(1, 110, 10), append(1, 90, 10), append(0, 100, 10), append(2, 100, 10)]) {
     assert.deepEqual(kinds(acceptor.receive('x', message)), ['refusal']);
   }
-  acceptor.receive('b', { kind: 'vote', term: 2, generation: 0 });
+  acceptor.receive('b', vote(2, 0));
   acceptor.completed();
   assert.deepEqual(kinds(acceptor.receive('a', append(1, 100, 10))), ['refusal'], 'the old leader is over');
   assert.deepEqual(kinds(acceptor.receive('b', append(2, 100, 10))), ['refusal'], 'the new one is not elected yet');
@@ -155,7 +181,15 @@ test('a divergent tail is cut before the history that leaves it out is persisted
   assert.deepEqual(cut, [{ kind: 'truncate', lsn: 150 }]);
   assert.deepEqual(kinds(acceptor.completed()), ['progress', 'persist']);
   assert.deepEqual(sent(acceptor.completed()), [
-    { kind: 'append-reply', term: 3, flushLsn: 150, writeLsn: 150, commitLsn: 120, generation: 0 },
+    {
+      kind: 'append-reply',
+      term: 3,
+      flushLsn: 150,
+      writeLsn: 150,
+      commitLsn: 120,
+      generation: 0,
+      configurationVersion: 0,
+    },
   ]);
   assert.equal(acceptor.lastLogTerm, 2, 'the log ends where term 2 begins');
   assert.equal(acceptor.leaderTerm, undefined, 'up to here it is the log of an older leader');
@@ -182,28 +216,28 @@ test('a leader that is wrong about the common point, or would cut committed WAL,
 test('an election under a term it has not heard of makes the term durable first', () => {
   const acceptor = acceptorAt(100);
   const [persist] = acceptor.receive('a', elected(7, 100, [...START, { term: 7, startLsn: 100 }]));
-  assert.deepEqual(persist, { kind: 'persist', state: { term: 7, history: START, commitLsn: 100, generation: 0 } });
+  assert.deepEqual(persist, { kind: 'persist', state: { ...blankState(100), term: 7 } });
   assert.deepEqual(kinds(acceptor.completed()), ['term-raised', 'persist']);
   assert.deepEqual(kinds(acceptor.completed()), ['append-reply']);
 });
 
 test('who knows of a newer generation gives no vote to a candidate that does not', () => {
   const acceptor = follower();
-  assert.deepEqual(kinds(acceptor.receive('a', { kind: 'renew', term: 1, generation: 3 })), ['persist']);
+  assert.deepEqual(kinds(acceptor.receive('a', renew(1, 3))), ['persist']);
   assert.deepEqual(kinds(acceptor.completed()), ['append-reply']);
-  const [refused] = sent(acceptor.receive('b', { kind: 'vote', term: 7, generation: 2 }));
+  const [refused] = sent(acceptor.receive('b', vote(7, 2)));
   assert(refused?.kind === 'vote-reply' && !refused.granted && refused.generation === 3 && refused.term === 1);
-  acceptor.receive('b', { kind: 'vote', term: 7, generation: 3 });
+  acceptor.receive('b', vote(7, 3));
   const [granted] = sent(acceptor.completed());
   assert(granted?.kind === 'vote-reply' && granted.granted);
-  const [late] = sent(acceptor.receive('a', { kind: 'renew', term: 1, generation: 4 }));
+  const [late] = sent(acceptor.receive('a', renew(1, 4)));
   assert(late?.kind === 'refusal', 'only the leader whose log it is renews');
 });
 
 test('a log given anew votes only when it has come to where the lost one may have been', () => {
   const acceptor = acceptorAt(100, { term: 4, generation: 1, votesFrom: { lastLogTerm: 4, flushLsn: 120 } });
   assert(!acceptor.isVoter && !acceptor.isBlank);
-  acceptor.receive('a', { kind: 'vote', term: 5, generation: 1 });
+  acceptor.receive('a', vote(5, 1));
   const [reply] = sent(acceptor.completed());
   assert(reply?.kind === 'vote-reply' && !reply.granted && !reply.isVoter && reply.term === 5);
   acceptor.receive('a', elected(5, 100, [...START, { term: 4, startLsn: 100 }, { term: 5, startLsn: 130 }]));
@@ -211,4 +245,33 @@ test('a log given anew votes only when it has come to where the lost one may hav
   acceptor.receive('a', append(5, 100, 20));
   acceptor.completed();
   assert(acceptor.isVoter, 'the same term and as long');
+});
+
+test('a newer configuration is taken over and durable before the vote is given; under an older one there is none', () => {
+  const acceptor = acceptorAt(100);
+  const configuration = { version: 3, members: [1, 2, 3] };
+  const [persist] = acceptor.receive('a', vote(1, 0, configuration));
+  assert(persist?.kind === 'persist' && persist.state.configuration === configuration);
+  const [granted] = sent(acceptor.completed());
+  assert(granted?.kind === 'vote-reply' && granted.granted);
+  const [refused] = sent(acceptor.receive('b', vote(2, 0, { version: 2, members: [1] })));
+  assert(refused?.kind === 'vote-reply' && !refused.granted && refused.configuration === configuration);
+  assert.equal(acceptor.term, 1);
+});
+
+test('who is no member gives no vote and follows nobody', () => {
+  const acceptor = acceptorAt(100);
+  acceptor.receive('a', vote(1, 0, { version: 2, members: [2, 3, 4] }));
+  const [reply] = sent(acceptor.completed());
+  assert(reply?.kind === 'vote-reply' && !reply.granted && !reply.isVoter);
+  const [refusal] = sent(acceptor.receive('a', elected(1, 100, [...START, { term: 1, startLsn: 100 }])));
+  assert(refusal?.kind === 'refusal', 'removed is removed');
+});
+
+test('a leader tells those that follow it of a newer configuration, and it is confirmed once it is durable', () => {
+  const acceptor = follower();
+  const configuration = { version: 1, members: [1], newMembers: [1, 2, 3] };
+  assert.deepEqual(kinds(acceptor.receive('a', renew(1, 0, configuration))), ['persist']);
+  const [reply] = sent(acceptor.completed());
+  assert(reply?.kind === 'append-reply' && reply.configurationVersion === 1);
 });

@@ -8,6 +8,7 @@
  *
  * Invariants:
  *   - A vote is granted only for a term above every term known, and replied to only once the term is durable and so is all WAL received.
+ *   - No vote is given under a configuration older than one that is known here, nor by who is no member. A newer one is durable before it is confirmed.
  *   - A log that was given anew, in place of one that was lost, gives no vote before it has reached `votesFrom`.
  *   - WAL is taken only from the leader whose history this log carries, and only exactly at the write position.
  *   - flushLsn is the end of a whole record and durable. Nothing above it was ever acknowledged.
@@ -17,6 +18,7 @@
  */
 import assert from 'node:assert/strict';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+import { type Configuration, isMember, NO_CONFIGURATION } from './configuration.ts';
 import type { AcceptorMessage, Append, Elected, ProposerMessage, Renew, TermHistory, VoteRequest } from './messages.ts';
 import { compareLogs, type LogPosition, highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
 
@@ -28,13 +30,15 @@ export interface AcceptorState {
   readonly commitLsn: Lsn;
   /** Raised each time that an acceptor of this log came back empty. */
   readonly generation: number;
+  /** The newest that is known here. */
+  readonly configuration: Configuration;
   /** Of a log that was given anew: this acceptor votes once its log has got so far. */
   readonly votesFrom?: LogPosition;
 }
 
 /** Of a log that nobody has written to yet. */
-export function blankState(startLsn: Lsn): AcceptorState {
-  return { term: 0, history: [{ term: 0, startLsn }], commitLsn: startLsn, generation: 0 };
+export function blankState(startLsn: Lsn, configuration = NO_CONFIGURATION): AcceptorState {
+  return { term: 0, history: [{ term: 0, startLsn }], commitLsn: startLsn, generation: 0, configuration };
 }
 
 /** Finds where records end in a log that goes on from an LSN. Throws on bytes that are no log. */
@@ -45,6 +49,8 @@ export interface BoundaryTracker {
 }
 
 export interface AcceptorOptions {
+  /** Its name in configurations. */
+  readonly nodeId: number;
   readonly state: AcceptorState;
   /** End of the last whole record found on disk; nothing follows it there. */
   readonly flushLsn: Lsn;
@@ -70,11 +76,13 @@ interface Waiting<Sender> {
 }
 
 export class Acceptor<Sender> {
+  readonly #nodeId: number;
   readonly #trackBoundaries: (startLsn: Lsn) => BoundaryTracker;
   #term: number;
   #history: TermHistory;
   #commitLsn: Lsn;
   #generation: number;
+  #configuration: Configuration;
   readonly #votesFrom: LogPosition | undefined;
   #persistedCommitLsn: Lsn;
   #flushLsn: Lsn;
@@ -100,12 +108,14 @@ export class Acceptor<Sender> {
   #saveWanted = false;
 
   constructor(options: AcceptorOptions) {
-    const { state, flushLsn, trackBoundaries } = options;
+    const { nodeId, state, flushLsn, trackBoundaries } = options;
     assert(state.commitLsn <= flushLsn, 'what is committed is found on disk');
+    this.#nodeId = nodeId;
     this.#term = state.term;
     this.#history = state.history;
     this.#commitLsn = state.commitLsn;
     this.#generation = state.generation;
+    this.#configuration = state.configuration;
     this.#votesFrom = state.votesFrom;
     this.#persistedCommitLsn = state.commitLsn;
     this.#announcedCommitLsn = state.commitLsn;
@@ -137,6 +147,10 @@ export class Acceptor<Sender> {
     return this.#generation;
   }
 
+  get configuration(): Configuration {
+    return this.#configuration;
+  }
+
   /** Nobody's log yet: no vote was given and no leader followed here, and it was not given in place of a lost one. */
   get isBlank(): boolean {
     return this.#term === 0 && this.#history.length === 1 && this.#votesFrom === undefined;
@@ -144,6 +158,7 @@ export class Acceptor<Sender> {
 
   get isVoter(): boolean {
     const votesFrom = this.#votesFrom;
+    if (!isMember(this.#configuration, this.#nodeId)) return false;
     if (votesFrom === undefined) return true;
     return compareLogs({ lastLogTerm: this.lastLogTerm, flushLsn: this.#flushLsn }, votesFrom) >= 0;
   }
@@ -211,6 +226,7 @@ export class Acceptor<Sender> {
   clone(): Acceptor<Sender> {
     assert(this.isIdle && this.#writeLsn === this.#flushLsn, 'nothing is under way in what is cloned');
     const copy = new Acceptor<Sender>({
+      nodeId: this.#nodeId,
       state: this.#state(),
       flushLsn: this.#flushLsn,
       trackBoundaries: this.#trackBoundaries,
@@ -255,10 +271,13 @@ export class Acceptor<Sender> {
   }
 
   #vote(sender: Sender, message: VoteRequest, actions: AcceptorAction<Sender>[]): void {
-    if (message.term <= this.#term || message.generation < this.#generation) {
+    const { configuration } = message;
+    const isOutdated = message.generation < this.#generation || configuration.version < this.#configuration.version;
+    if (message.term <= this.#term || isOutdated) {
       actions.push({ kind: 'send', to: sender, message: this.#voteReply(false) });
       return;
     }
+    this.#configuration = configuration;
     const granted = this.isVoter;
     this.#raiseTerm(message.term);
     this.#generation = message.generation;
@@ -275,6 +294,7 @@ export class Acceptor<Sender> {
       granted,
       isVoter: this.isVoter,
       generation: this.#generation,
+      configuration: this.#configuration,
       flushLsn: this.#flushLsn,
       commitLsn: this.#commitLsn,
       history: historyUpTo(this.#history, this.#flushLsn),
@@ -292,6 +312,11 @@ export class Acceptor<Sender> {
       this.#raiseTerm(term);
       this.#queue.unshift({ sender, message });
       this.#persist(actions, (later) => later.push({ kind: 'term-raised', by: sender, term }));
+      return;
+    }
+    if (!isMember(this.#configuration, this.#nodeId)) {
+      const { version } = this.#configuration;
+      this.#refuse(sender, `safekeeper ${this.#nodeId} is no member in configuration ${version}`, actions);
       return;
     }
     if (history[history.length - 1]?.term !== term) {
@@ -326,16 +351,18 @@ export class Acceptor<Sender> {
   }
 
   #renew(sender: Sender, message: Renew, actions: AcceptorAction<Sender>[]): void {
-    const { term, generation } = message;
+    const { term, generation, configuration } = message;
     if (term !== this.#term || !this.#following) {
       this.#refuse(sender, `renewal by the leader of term ${term}, which is not followed here`, actions);
       return;
     }
-    if (generation <= this.#generation) {
+    const isNews = generation > this.#generation || configuration.version > this.#configuration.version;
+    if (!isNews) {
       actions.push({ kind: 'send', to: sender, message: this.#appendReply() });
       return;
     }
-    this.#generation = generation;
+    this.#generation = Math.max(generation, this.#generation);
+    if (configuration.version > this.#configuration.version) this.#configuration = configuration;
     this.#persist(actions, (later) => later.push({ kind: 'send', to: sender, message: this.#appendReply() }));
   }
 
@@ -417,7 +444,9 @@ export class Acceptor<Sender> {
   #appendReply(): AcceptorMessage {
     const { term } = this.#history[this.#history.length - 1]!;
     const [flushLsn, writeLsn, commitLsn] = [this.#flushLsn, this.#durableLsn, this.#commitLsn];
-    return { kind: 'append-reply', term, flushLsn, writeLsn, commitLsn, generation: this.#generation };
+    const { version: configurationVersion } = this.#configuration;
+    const generation = this.#generation;
+    return { kind: 'append-reply', term, flushLsn, writeLsn, commitLsn, generation, configurationVersion };
   }
 
   #refuse(sender: Sender, message: string, actions: AcceptorAction<Sender>[]): void {
@@ -431,6 +460,7 @@ export class Acceptor<Sender> {
       history: this.#history,
       commitLsn: this.#commitLsn,
       generation: this.#generation,
+      configuration: this.#configuration,
       ...(votesFrom === undefined ? {} : { votesFrom }),
     };
   }

@@ -10,8 +10,12 @@
  * two things are true (proposer.ts, "Acceptors that come back empty"):
  *   - a majority without it knows, durably, that what it said before is void: the *generation* was raised there;
  *   - its new log has reached all that may have been committed with its help: `votesFrom`.
+ *
+ * Who keeps the log is the *configuration* (configuration.ts). A vote is asked for, and given, under one; an acceptor takes over a newer one and gives no
+ * vote under an older one. Everybody tells the newest that they know.
  */
 import type { Lsn } from '../postgres/lsn.ts';
+import type { Configuration } from './configuration.ts';
 
 /** From `startLsn` on, the log was written by the leader of `term`. */
 export interface TermStart {
@@ -27,13 +31,15 @@ export interface VoteRequest {
   readonly term: number;
   /** The highest that the proposer knows. An acceptor that knows a higher one gives no vote: the proposer may hold votes that are void. */
   readonly generation: number;
+  readonly configuration: Configuration;
 }
 
-/** From the leader whose log this is: remember the generation. Answered with append-reply. */
+/** From the leader whose log this is: remember the generation and the configuration. Answered with append-reply. */
 export interface Renew {
   readonly kind: 'renew';
   readonly term: number;
   readonly generation: number;
+  readonly configuration: Configuration;
 }
 
 export interface VoteReply {
@@ -41,9 +47,10 @@ export interface VoteReply {
   /** The acceptor's term after the request. */
   readonly term: number;
   readonly granted: boolean;
-  /** False: its log was given to it anew and is not complete yet. It has raised its term, but cannot vote. */
+  /** False: it is no member, or its log was given to it anew and is not complete yet. It has raised its term, but cannot vote. */
   readonly isVoter: boolean;
   readonly generation: number;
+  readonly configuration: Configuration;
   readonly flushLsn: Lsn;
   readonly commitLsn: Lsn;
   /** Of what is flushed: entries that start past flushLsn are left out. */
@@ -78,6 +85,8 @@ export interface AppendReply {
   readonly writeLsn: Lsn;
   readonly commitLsn: Lsn;
   readonly generation: number;
+  /** Of the configuration that the acceptor has written down. */
+  readonly configurationVersion: number;
 }
 
 /** The message was not obeyed; the proposer connects anew, or gives up when the term is above its own. */

@@ -1,23 +1,27 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
+import type { Configuration } from './configuration.ts';
 import type { AcceptorMessage, TermHistory } from './messages.ts';
 import { type AcceptorGreeting, type ProposerAction, ProposerState } from './proposer.ts';
 import { acknowledgedBound, compareLogs, highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
 
 const START: TermHistory = [{ term: 0, startLsn: 100 }];
 
+const THREE: Configuration = { version: 0, members: [1, 2, 3] };
 const ORIGIN = { startLsn: 100, mayCreate: false };
 
 function at(term: number, generation = 0): AcceptorGreeting {
-  return { term, generation, isBlank: false };
+  return { term, generation, configuration: THREE, isBlank: false };
 }
 
 function vote(term: number, flushLsn: number, history = START, granted = true): AcceptorMessage {
-  return { kind: 'vote-reply', term, granted, isVoter: true, generation: 0, flushLsn, commitLsn: 100, history };
+  const position = { flushLsn, commitLsn: 100, history };
+  return { kind: 'vote-reply', term, granted, isVoter: true, generation: 0, configuration: THREE, ...position };
 }
 
 function ack(term: number, flushLsn: number): AcceptorMessage {
-  return { kind: 'append-reply', term, flushLsn, writeLsn: flushLsn, commitLsn: 100, generation: 0 };
+  const position = { flushLsn, writeLsn: flushLsn, commitLsn: 100 };
+  return { kind: 'append-reply', term, ...position, generation: 0, configurationVersion: 0 };
 }
 
 function kinds(actions: readonly ProposerAction[]): string[] {
@@ -25,7 +29,7 @@ function kinds(actions: readonly ProposerAction[]): string[] {
 }
 
 test('the term is above all that a quorum knows, and the log is that of the most advanced voter', () => {
-  const proposer = new ProposerState(3, ORIGIN);
+  const proposer = new ProposerState(THREE, ORIGIN);
   assert.deepEqual(proposer.greeted(0, at(4)), []);
   assert.deepEqual(kinds(proposer.greeted(2, at(7))), ['vote to 0', 'vote to 2']);
   assert.equal(proposer.term, 8);
@@ -40,7 +44,7 @@ test('the term is above all that a quorum knows, and the log is that of the most
 });
 
 function leader(): ProposerState {
-  const proposer = new ProposerState(3, ORIGIN);
+  const proposer = new ProposerState(THREE, ORIGIN);
   proposer.greeted(0, at(0));
   proposer.greeted(1, at(0));
   proposer.receive(0, vote(1, 200));
@@ -62,7 +66,7 @@ test('nothing is committed before a quorum has the log up to the start of the te
 });
 
 test('a leader is fenced by a higher term; a candidate tries again under one still higher', () => {
-  const candidate = new ProposerState(3, ORIGIN);
+  const candidate = new ProposerState(THREE, ORIGIN);
   candidate.greeted(0, at(0));
   candidate.greeted(1, at(0));
   assert.deepEqual(kinds(candidate.receive(0, vote(5, 100, START, false))), ['retry']);
@@ -79,7 +83,7 @@ test('a leader is fenced by a higher term; a candidate tries again under one sti
 });
 
 test('a vote that may have gone to another proposer is not counted', () => {
-  const proposer = new ProposerState(3, ORIGIN);
+  const proposer = new ProposerState(THREE, ORIGIN);
   proposer.greeted(0, at(0));
   proposer.greeted(1, at(0));
   proposer.receive(0, vote(1, 100));
@@ -132,21 +136,73 @@ test('a lost log is given anew when a majority without it knows the new generati
   assert.deepEqual(proposer.receive(0, { ...ack(1, 200), generation: 1 } as AcceptorMessage), []);
   const actions = proposer.receive(1, { ...ack(1, 200), generation: 1 } as AcceptorMessage);
   const votesFrom = { lastLogTerm: 1, flushLsn: 200 };
-  const state = { term: 1, history: START, commitLsn: 100, generation: 1, votesFrom };
+  const state = { term: 1, history: START, commitLsn: 100, generation: 1, configuration: THREE, votesFrom };
   assert.deepEqual(actions, [{ kind: 'create', peer: 2, incarnation: 'aa', state }]);
 });
 
 test('a log is made where it is missing only when it is known to be unused and nobody of a quorum has used it', () => {
   const origin = { startLsn: 100, mayCreate: true };
-  const fresh = new ProposerState(3, origin);
+  const fresh = new ProposerState(THREE, origin);
   assert.deepEqual(fresh.absent(0, 'aa'), []);
   assert.deepEqual(kinds(fresh.absent(1, 'bb')), ['create', 'create']);
-  const used = new ProposerState(3, origin);
+  const used = new ProposerState(THREE, origin);
   used.absent(0, 'aa');
   assert.deepEqual(used.greeted(1, at(3)), []);
-  assert(!used.isHopeless);
-  used.absent(2, 'cc');
-  assert(used.isHopeless);
+  assert.deepEqual(used.absent(2, 'cc'), []);
+});
+
+const FROM_1: Configuration = { version: 1, members: [1, 2, 3] };
+const TO_4: Configuration = { version: 2, members: [1, 2, 3], newMembers: [1, 2, 4] };
+const AT_4: Configuration = { version: 3, members: [1, 2, 4] };
+
+function ackOf(version: number, flushLsn: number): AcceptorMessage {
+  return { ...ack(1, flushLsn), configurationVersion: version } as AcceptorMessage;
+}
+
+/** Established under configuration 1, followed by nodes 1 and 2. */
+function leaderOf1(): ProposerState {
+  const proposer = new ProposerState(FROM_1, ORIGIN);
+  for (const peer of [0, 1]) proposer.greeted(peer, { ...at(0), configuration: FROM_1 });
+  for (const peer of [0, 1]) proposer.receive(peer, { ...vote(1, 200), configuration: FROM_1 } as AcceptorMessage);
+  proposer.receive(0, ackOf(1, 200));
+  assert.deepEqual(kinds(proposer.receive(1, ackOf(1, 200))), ['stream', 'committed', 'settled']);
+  return proposer;
+}
+
+test('a leader takes a joint configuration over, and commits by a majority of both sets', () => {
+  const proposer = leaderOf1();
+  assert.deepEqual(kinds(proposer.configure(TO_4)), ['added', 'renew to 0', 'renew to 1']);
+  assert.deepEqual(proposer.configure(FROM_1), [], 'an older one is nothing');
+  proposer.receive(2, ackOf(1, 300));
+  proposer.receive(0, ackOf(1, 300));
+  assert.equal(proposer.commitLsn, 200, 'node 3 is lost');
+  proposer.greeted(3, { ...at(0), configuration: FROM_1 });
+  proposer.receive(3, { ...vote(1, 200, START, false), configuration: FROM_1 } as AcceptorMessage);
+  assert.deepEqual(kinds(proposer.receive(3, ackOf(1, 300))), ['stream', 'renew to 3']);
+  assert.equal(proposer.commitLsn, 200, 'of nodes 1, 2 and 3 only 1 has it');
+  assert.deepEqual(kinds(proposer.receive(1, ackOf(2, 300))), ['committed']);
+  assert.equal(proposer.settledVersion, 1);
+  assert.deepEqual(proposer.receive(0, ackOf(2, 300)), [{ kind: 'settled', version: 2 }]);
+  assert.deepEqual(kinds(proposer.configure(AT_4)), ['removed', 'renew to 0', 'renew to 1', 'renew to 3']);
+  assert.deepEqual(proposer.receive(2, { kind: 'term-notice', term: 9 }), [], 'who is gone is not listened to');
+  assert.equal(proposer.phase, 'established');
+});
+
+test('a candidate that hears of a newer configuration begins anew under it, and needs votes of both sets', () => {
+  const proposer = new ProposerState(FROM_1, ORIGIN);
+  proposer.greeted(0, { ...at(0), configuration: FROM_1 });
+  proposer.greeted(1, { ...at(0), configuration: FROM_1 });
+  proposer.receive(0, { ...vote(1, 200), configuration: FROM_1 } as AcceptorMessage);
+  const heard = proposer.receive(1, { ...vote(1, 200, START, false), configuration: TO_4 } as AcceptorMessage);
+  assert.deepEqual(kinds(heard), ['added', 'retry']);
+  assert.deepEqual(kinds(proposer.elect()), ['vote to 0', 'vote to 1']);
+  assert.equal(proposer.term, 2);
+  proposer.receive(0, { ...vote(2, 200), configuration: TO_4 } as AcceptorMessage);
+  assert.deepEqual(kinds(proposer.receive(1, { ...vote(2, 200), configuration: TO_4 } as AcceptorMessage)), [
+    'leading',
+    'elected to 0',
+    'elected to 1',
+  ]);
 });
 
 test('what was acknowledged is bounded by reading positions, the closer the more answer', () => {

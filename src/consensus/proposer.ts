@@ -12,7 +12,14 @@
  * acknowledgements. Only an established leader lets it in again:
  *   1. it raises the generation on a majority without it. From then on no candidate that holds one of its old votes gets a quorum.
  *   2. it gives it an empty log that votes once it has come to the leader's commit LSN: all that the old log helped to commit is below.
+ * In a joint configuration, a majority of both sets without it must know, under this configuration.
  * A log that no acceptor of a quorum has written to yet is made on all that are there, if the caller knows that it was never used (mayCreate).
+ *
+ * Configurations. A proposer takes over a newer one at any time, from its shell or from an acceptor. A candidate then begins anew: votes of one
+ * configuration make no quorum of another. A leader goes on, commits by the quorums of the new one, and tells those that follow it. The configuration is
+ * *settled* once a quorum of it has confirmed that it wrote it down, and has everything committed up to then. Before that, no other set of members may
+ * follow. Terms do the rest: who was elected under an older configuration, by votes given before a majority wrote down the new one, has a lower
+ * term than the leader that settled it, and finds no quorum.
  *
  * Before it is established a proposer may begin a new election (a higher term was seen, or the voter that alone had the newest log is
  * gone); afterwards never, since its Postgres runs on the log of this term.
@@ -20,12 +27,14 @@
  * Invariants:
  *   - A term is used for one election only, and is above every term that the quorum knew.
  *   - Acknowledgements below the term's start count for nothing: what an older term left is committed only together with this term's start.
+ *   - Votes count under the configuration under which they were asked for only.
  *   - An acceptor without the log, or with one that cannot vote yet, counts for no election.
  *   - commitLsn never goes back and is acknowledged by a quorum.
  */
 import assert from 'node:assert/strict';
 import type { Lsn } from '../postgres/lsn.ts';
 import { type AcceptorState, blankState } from './acceptor.ts';
+import { type Configuration, isQuorum, nodesOf, quorumLsn } from './configuration.ts';
 import type { AcceptorMessage, AppendReply, Elected, Renew, TermHistory, VoteReply, VoteRequest } from './messages.ts';
 import { compareLogs, highestCommonPoint, lastLogTerm } from './term-history.ts';
 
@@ -47,6 +56,12 @@ export type ProposerAction =
   /** Call `elect` after a short random pause: another proposer may be at it. */
   | { readonly kind: 'retry'; readonly reason: string }
   | { readonly kind: 'committed'; readonly lsn: Lsn }
+  /** A newer configuration has a member more, at a new index or at one that was removed. Connect to it. */
+  | { readonly kind: 'added'; readonly peer: number; readonly nodeId: number }
+  /** Disconnect: a newer configuration does not have it. */
+  | { readonly kind: 'removed'; readonly peer: number }
+  /** The configuration of this version may be followed by the final one of it. */
+  | { readonly kind: 'settled'; readonly version: number }
   | { readonly kind: 'fenced'; readonly term: number };
 
 /** Where the log began, for who may make it. */
@@ -60,6 +75,7 @@ export interface LogOrigin {
 export interface AcceptorGreeting {
   readonly term: number;
   readonly generation: number;
+  readonly configuration: Configuration;
   /** See Acceptor.isBlank. */
   readonly isBlank: boolean;
 }
@@ -67,11 +83,15 @@ export interface AcceptorGreeting {
 export type ProposerPhase = 'electing' | 'leading' | 'established' | 'fenced';
 
 interface Peer {
+  readonly nodeId: number;
+  /** The configuration does not have it any more. */
+  isGone: boolean;
   state: 'lost' | 'absent' | 'creating' | 'greeted' | 'voting' | 'voted' | 'joining' | 'streaming';
   /** The highest term it is known to have. */
   term: number;
-  /** As far as it has confirmed. */
+  /** As far as it has confirmed, in this connection. */
   generation: number;
+  configurationVersion: number;
   isBlank: boolean;
   /** Of one that does not have the log. */
   incarnation: string;
@@ -90,6 +110,8 @@ interface Peer {
 }
 
 export interface PeerView {
+  readonly nodeId: number;
+  readonly isGone: boolean;
   readonly state: Peer['state'];
   readonly ackedLsn: Lsn;
   readonly writtenLsn: Lsn;
@@ -99,7 +121,7 @@ export interface PeerView {
 
 export class ProposerState {
   readonly #peers: Peer[];
-  readonly #quorum: number;
+  #configuration: Configuration;
   readonly #origin: LogOrigin;
   #phase: ProposerPhase = 'electing';
   #candidateTerm = 0;
@@ -113,26 +135,16 @@ export class ProposerState {
   #generation = 0;
   /** What the votes of this election were asked under. */
   #candidateGeneration = 0;
+  #candidateVersion = 0;
+  #settledVersion = 0;
 
-  constructor(peerCount: number, origin: LogOrigin) {
-    assert(peerCount > 0, 'a log has at least one acceptor');
+  /** Its peers are the configuration's nodes, in this order. */
+  constructor(configuration: Configuration, origin: LogOrigin) {
+    assert(configuration.members.length > 0, 'a log has at least one acceptor');
     this.#origin = origin;
     this.#mayCreate = origin.mayCreate;
-    this.#quorum = Math.floor(peerCount / 2) + 1;
-    this.#peers = Array.from({ length: peerCount }, () => ({
-      state: 'lost',
-      term: 0,
-      generation: 0,
-      isBlank: false,
-      incarnation: '',
-      admittedBy: 0,
-      votedTerm: 0,
-      vote: undefined,
-      ackedLsn: 0,
-      writtenLsn: 0,
-      sendLsn: 0,
-      sentCommitLsn: 0,
-    }));
+    this.#configuration = configuration;
+    this.#peers = nodesOf(configuration).map(newPeer);
   }
 
   get phase(): ProposerPhase {
@@ -141,7 +153,7 @@ export class ProposerState {
 
   /** An independent machine in the same state, for who looks at more than one future. */
   clone(): ProposerState {
-    const copy = new ProposerState(this.#peers.length, this.#origin);
+    const copy = new ProposerState(this.#configuration, this.#origin);
     this.#peers.forEach((peer, index) => {
       copy.#peers[index] = { ...peer };
     });
@@ -155,6 +167,8 @@ export class ProposerState {
     copy.#mayCreate = this.#mayCreate;
     copy.#generation = this.#generation;
     copy.#candidateGeneration = this.#candidateGeneration;
+    copy.#candidateVersion = this.#candidateVersion;
+    copy.#settledVersion = this.#settledVersion;
     return copy;
   }
 
@@ -182,7 +196,7 @@ export class ProposerState {
 
   /** What a quorum has taken in, records or not; 0 before the election. */
   get quorumWrittenLsn(): Lsn {
-    return this.#peers.map((peer) => peer.writtenLsn).sort((a, b) => b - a)[this.#quorum - 1]!;
+    return quorumLsn(this.#configuration, (nodeId) => this.#peerOf(nodeId).writtenLsn);
   }
 
   /** The voter whose log became this term's past; -1 before the election. */
@@ -194,26 +208,56 @@ export class ProposerState {
     return this.#peers[index]!;
   }
 
+  /** Those that are gone keep their index. */
+  get peerCount(): number {
+    return this.#peers.length;
+  }
+
+  get configuration(): Configuration {
+    return this.#configuration;
+  }
+
+  /** The last one that this leader has settled; 0 when none. */
+  get settledVersion(): number {
+    return this.#settledVersion;
+  }
+
   get generation(): number {
     return this.#generation;
   }
 
-  /** The election can never be won: so many acceptors do not have the log that the others are no quorum, and it may not be made anew. */
-  get isHopeless(): boolean {
-    const absent = this.#peers.filter((peer) => peer.state === 'absent');
-    return this.#phase === 'electing' && this.#peers.length - absent.length < this.#quorum;
+  /** Whether those peers, by index, are a quorum of the configuration. */
+  isQuorum(has: (index: number) => boolean): boolean {
+    return isQuorum(this.#configuration, (nodeId) => has(this.#peers.indexOf(this.#peerOf(nodeId))));
+  }
+
+  /** Joins the next set of members with a joint configuration. Who does that gives it an empty log, if it has none. */
+  isNewcomer(index: number): boolean {
+    return !this.#configuration.members.includes(this.#peers[index]!.nodeId);
+  }
+
+  /** Takes over a configuration if it is newer. */
+  configure(configuration: Configuration): ProposerAction[] {
+    const actions: ProposerAction[] = [];
+    this.#configure(configuration, actions);
+    return actions;
   }
 
   /** The peer is connected, has the log and has answered the greeting. */
   greeted(index: number, greeting: AcceptorGreeting): ProposerAction[] {
-    const { term, generation, isBlank } = greeting;
+    const { term, generation, configuration, isBlank } = greeting;
     const actions: ProposerAction[] = [];
     const peer = this.#peers[index]!;
+    this.#configure(configuration, actions);
+    if (peer.isGone) return actions;
     peer.state = 'greeted';
+    // What a greeting tells may not be durable yet.
+    peer.generation = 0;
+    peer.configurationVersion = 0;
     peer.isBlank = isBlank;
     peer.vote = undefined;
     if (this.#noteTerm(peer, term, actions)) return actions;
-    this.#noteGeneration(peer, generation, actions);
+    this.#noteGeneration(generation, actions);
     if (this.#candidateTerm > 0) this.#askVote(index, actions);
     else this.#elect(actions);
     this.#createFirst(actions);
@@ -224,6 +268,7 @@ export class ProposerState {
   absent(index: number, incarnation: string): ProposerAction[] {
     const actions: ProposerAction[] = [];
     const peer = this.#peers[index]!;
+    if (peer.isGone) return actions;
     peer.state = 'absent';
     peer.incarnation = incarnation;
     peer.vote = undefined;
@@ -231,6 +276,7 @@ export class ProposerState {
     peer.ackedLsn = 0;
     peer.writtenLsn = 0;
     peer.generation = 0;
+    peer.configurationVersion = 0;
     if (this.#phase === 'established') this.#admit(peer, actions);
     else if (this.#phase === 'leading' && index === this.#donor)
       this.#retry('the voter with the newest log has lost it', actions);
@@ -263,10 +309,26 @@ export class ProposerState {
     const actions: ProposerAction[] = [];
     if (this.#phase === 'fenced') return actions;
     const peer = this.#peers[index]!;
-    if (this.#noteTerm(peer, message.term, actions)) return actions;
+    if (peer.isGone || this.#noteTerm(peer, message.term, actions)) return actions;
     if (peer.state === 'lost' || peer.state === 'absent' || peer.state === 'creating') return actions;
+    if (message.kind === 'vote-reply') {
+      this.#configure(message.configuration, actions);
+      if (peer.isGone) return actions;
+      peer.configurationVersion = message.configuration.version;
+    } else if (message.kind === 'append-reply') {
+      peer.configurationVersion = message.configurationVersion;
+      if (message.configurationVersion > this.#configuration.version) {
+        actions.push({
+          kind: 'reconnect',
+          peer: index,
+          reason: 'it knows a newer configuration, which it tells first',
+        });
+        return actions;
+      }
+    }
     if (message.kind === 'vote-reply' || message.kind === 'append-reply') {
-      if (this.#noteGeneration(peer, message.generation, actions)) return actions;
+      peer.generation = Math.max(peer.generation, message.generation);
+      if (this.#noteGeneration(message.generation, actions)) return actions;
     }
     if (message.kind === 'vote-reply') this.#voted(index, peer, message, actions);
     else if (message.kind === 'append-reply') this.#acknowledged(index, peer, message, actions);
@@ -305,9 +367,46 @@ export class ProposerState {
     return true;
   }
 
-  /** Notes the generation that the peer knows. True when that ends what was going on. */
-  #noteGeneration(peer: Peer, generation: number, actions: ProposerAction[]): boolean {
-    if (generation > peer.generation) peer.generation = generation;
+  #configure(configuration: Configuration, actions: ProposerAction[]): void {
+    if (configuration.version <= this.#configuration.version || this.#phase === 'fenced') return;
+    this.#configuration = configuration;
+    const nodes = nodesOf(configuration);
+    this.#peers.forEach((peer, index) => {
+      if (peer.isGone || nodes.includes(peer.nodeId)) return;
+      Object.assign(peer, newPeer(peer.nodeId), { isGone: true }); // Shells hold on to the object.
+      actions.push({ kind: 'removed', peer: index });
+    });
+    for (const nodeId of nodes) {
+      const index = this.#peers.findIndex((peer) => peer.nodeId === nodeId);
+      if (index >= 0 && !this.#peers[index]!.isGone) continue;
+      if (index >= 0) Object.assign(this.#peers[index]!, newPeer(nodeId));
+      else this.#peers.push(newPeer(nodeId));
+      actions.push({ kind: 'added', peer: index >= 0 ? index : this.#peers.length - 1, nodeId });
+    }
+    const { version } = configuration;
+    if (this.#phase === 'electing') {
+      if (this.#candidateTerm > 0) this.#retry(`configuration ${version} exists`, actions);
+      else this.#elect(actions);
+      return;
+    }
+    this.#peers.forEach((peer, index) => {
+      if (peer.state === 'streaming') this.#renew(index, actions);
+    });
+    this.#advanceCommit(actions);
+    if (this.#phase === 'leading' && this.#peers[this.#donor]!.isGone)
+      this.#retry('the voter with the newest log is no member any more', actions);
+  }
+
+  #peerOf(nodeId: number): Peer {
+    return this.#peers.find((peer) => peer.nodeId === nodeId)!;
+  }
+
+  #isQuorum(has: (peer: Peer) => boolean): boolean {
+    return isQuorum(this.#configuration, (nodeId) => has(this.#peerOf(nodeId)));
+  }
+
+  /** Notes a generation that a peer knows. True when that ends what was going on. */
+  #noteGeneration(generation: number, actions: ProposerAction[]): boolean {
     const isNews = generation > this.#generation;
     if (isNews) this.#generation = generation;
     if (this.#phase === 'established') {
@@ -323,12 +422,13 @@ export class ProposerState {
   #createFirst(actions: ProposerAction[]): void {
     if (!this.#mayCreate || this.#phase !== 'electing') return;
     const connected = this.#peers.filter((peer) => peer.state !== 'lost');
+    const isConnected = this.#isQuorum((peer) => peer.state !== 'lost');
     const isFresh = connected.every((peer) => peer.state === 'absent' || peer.state === 'creating' || peer.isBlank);
-    if (connected.length < this.#quorum || !isFresh) return;
+    if (!isConnected || !isFresh) return;
     this.#peers.forEach((peer, index) => {
       if (peer.state !== 'absent') return;
       peer.state = 'creating';
-      const state = blankState(this.#origin.startLsn);
+      const state = blankState(this.#origin.startLsn, this.#configuration);
       actions.push({ kind: 'create', peer: index, incarnation: peer.incarnation, state });
     });
   }
@@ -343,8 +443,8 @@ export class ProposerState {
   }
 
   #renew(index: number, actions: ProposerAction[]): void {
-    const { generation } = this;
-    const message: Renew = { kind: 'renew', term: this.#candidateTerm, generation };
+    const { generation, configuration } = this;
+    const message: Renew = { kind: 'renew', term: this.#candidateTerm, generation, configuration };
     actions.push({ kind: 'send', peer: index, message });
   }
 
@@ -352,11 +452,14 @@ export class ProposerState {
   #createAgain(actions: ProposerAction[]): void {
     this.#peers.forEach((peer, index) => {
       if (peer.state !== 'absent') return;
-      const aware = this.#peers.filter((other) => other !== peer && other.generation >= peer.admittedBy);
-      if (aware.length < this.#quorum) return;
+      const { version } = this.#configuration;
+      const isKnown = this.#isQuorum(
+        (other) => other !== peer && other.generation >= peer.admittedBy && other.configurationVersion === version,
+      );
+      if (!isKnown) return;
       peer.state = 'creating';
       const state: AcceptorState = {
-        ...blankState(this.#history[0]!.startLsn),
+        ...blankState(this.#history[0]!.startLsn, this.#configuration),
         term: this.#candidateTerm,
         generation: this.#generation,
         votesFrom: { lastLogTerm: this.#candidateTerm, flushLsn: this.#commitLsn },
@@ -377,10 +480,10 @@ export class ProposerState {
   }
 
   #elect(actions: ProposerAction[]): void {
-    const connected = this.#peers.filter(hasLog);
-    if (this.#retrying || connected.length < this.#quorum) return;
+    if (this.#retrying || !this.#isQuorum(hasLog)) return;
     this.#candidateTerm = Math.max(...this.#peers.map((peer) => peer.term)) + 1;
     this.#candidateGeneration = this.#generation;
+    this.#candidateVersion = this.#configuration.version;
     this.#donor = -1;
     this.#peers.forEach((peer, index) => {
       peer.vote = undefined;
@@ -391,15 +494,17 @@ export class ProposerState {
   }
 
   #askVote(index: number, actions: ProposerAction[]): void {
-    const { term, generation } = this;
+    const { term, generation, configuration } = this;
     this.#peers[index]!.state = 'voting';
-    actions.push({ kind: 'send', peer: index, message: { kind: 'vote', term, generation } });
+    actions.push({ kind: 'send', peer: index, message: { kind: 'vote', term, generation, configuration } });
   }
 
   #voted(index: number, peer: Peer, reply: VoteReply, actions: ProposerAction[]): void {
     if (peer.state !== 'voting' || reply.term !== this.#candidateTerm) return;
     if (this.#isOutrun()) return; // Winning now would only mean to be fenced later; `elect` asks again.
-    if (this.#phase === 'electing' && this.#generation !== this.#candidateGeneration) return; // A vote may be void.
+    const isOther =
+      this.#generation !== this.#candidateGeneration || this.#configuration.version !== this.#candidateVersion;
+    if (this.#phase === 'electing' && isOther) return; // A vote may be void, or be no part of a quorum.
     if (reply.granted) peer.votedTerm = reply.term;
     if (this.#phase === 'electing' && peer.votedTerm !== this.#candidateTerm && reply.isVoter) {
       this.#retry(`a vote for term ${reply.term} went to another proposer, or was lost on the way`, actions);
@@ -414,15 +519,13 @@ export class ProposerState {
 
   #win(actions: ProposerAction[]): void {
     let donor: VoteReply | undefined;
-    let count = 0;
     this.#peers.forEach((peer, index) => {
-      if (peer.state !== 'voted' || peer.vote === undefined || peer.votedTerm !== this.#candidateTerm) return;
-      count++;
+      if (!this.#hasVote(peer) || peer.vote === undefined) return;
       if (donor !== undefined && compareLogs(positionOf(peer.vote), positionOf(donor)) <= 0) return;
       donor = peer.vote;
       this.#donor = index;
     });
-    if (donor === undefined || count < this.#quorum) return;
+    if (donor === undefined || !this.#isQuorum((peer) => this.#hasVote(peer))) return;
     this.#phase = 'leading';
     this.#mayCreate = false;
     this.#startLsn = donor.flushLsn;
@@ -433,12 +536,19 @@ export class ProposerState {
     });
   }
 
+  #hasVote(peer: Peer): boolean {
+    return peer.state === 'voted' && peer.vote !== undefined && peer.votedTerm === this.#candidateTerm;
+  }
+
   #join(index: number, actions: ProposerAction[]): void {
     const peer = this.#peers[index]!;
     const vote = peer.vote!;
     const startLsn = highestCommonPoint(this.#history, vote.history, vote.flushLsn);
     peer.state = 'joining';
     peer.sendLsn = startLsn;
+    // Less only for a log that was made anew since, by who gives newcomers theirs.
+    peer.ackedLsn = Math.min(peer.ackedLsn, startLsn);
+    peer.writtenLsn = Math.min(peer.writtenLsn, startLsn);
     peer.sentCommitLsn = 0;
     const message: Elected = { kind: 'elected', term: this.#candidateTerm, startLsn, history: this.#history };
     actions.push({ kind: 'send', peer: index, message });
@@ -450,19 +560,33 @@ export class ProposerState {
     if (peer.state === 'joining') {
       peer.state = 'streaming';
       actions.push({ kind: 'stream', peer: index });
-      if (peer.generation < this.#generation && this.#phase === 'established') this.#renew(index, actions);
+      const isBehind = peer.generation < this.#generation || peer.configurationVersion < this.#configuration.version;
+      if (isBehind) this.#renew(index, actions);
     }
     if (writeLsn > peer.writtenLsn) peer.writtenLsn = writeLsn;
-    if (flushLsn <= peer.ackedLsn) return;
-    peer.ackedLsn = flushLsn;
-    this.#advanceCommit(actions);
+    if (flushLsn > peer.ackedLsn) {
+      peer.ackedLsn = flushLsn;
+      this.#advanceCommit(actions);
+    }
+    this.#settle(actions);
+  }
+
+  #settle(actions: ProposerAction[]): void {
+    const { version } = this.#configuration;
+    if (this.#phase !== 'established' || version === 0 || this.#settledVersion === version) return;
+    const isSettled = this.#isQuorum(
+      (peer) => peer.state === 'streaming' && peer.configurationVersion === version && peer.ackedLsn >= this.#commitLsn,
+    );
+    if (!isSettled) return;
+    this.#settledVersion = version;
+    actions.push({ kind: 'settled', version });
   }
 
   #advanceCommit(actions: ProposerAction[]): void {
-    const acked = this.#peers
-      .map((peer) => (peer.ackedLsn >= this.#startLsn ? peer.ackedLsn : 0))
-      .sort((a, b) => b - a);
-    const lsn = acked[this.#quorum - 1]!;
+    const lsn = quorumLsn(this.#configuration, (nodeId) => {
+      const { ackedLsn } = this.#peerOf(nodeId);
+      return ackedLsn >= this.#startLsn ? ackedLsn : 0;
+    });
     if (lsn < this.#startLsn || lsn === 0) return;
     if (this.#phase === 'leading' && this.#isOutrun()) return;
     const isFirst = this.#phase === 'leading';
@@ -473,6 +597,26 @@ export class ProposerState {
     if (!isFirst) return;
     for (const peer of this.#peers) if (peer.state === 'absent') this.#admit(peer, actions);
   }
+}
+
+function newPeer(nodeId: number): Peer {
+  return {
+    nodeId,
+    isGone: false,
+    state: 'lost',
+    term: 0,
+    generation: 0,
+    configurationVersion: 0,
+    isBlank: false,
+    incarnation: '',
+    admittedBy: 0,
+    votedTerm: 0,
+    vote: undefined,
+    ackedLsn: 0,
+    writtenLsn: 0,
+    sendLsn: 0,
+    sentCommitLsn: 0,
+  };
 }
 
 function hasLog(peer: Peer): boolean {

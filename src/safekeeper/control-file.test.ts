@@ -13,7 +13,7 @@ import {
   writeControlFile,
 } from './control-file.ts';
 
-const control: ControlFile = {
+const control: Extract<ControlFile, { kind: 'timeline' }> = {
   kind: 'timeline',
   identity: {
     tenantId: 'a'.repeat(32),
@@ -22,19 +22,36 @@ const control: ControlFile = {
     pgVersion: 17,
     systemId: '18446744073709551615',
   },
-  acceptor: { term: 3, history: [{ term: 0, startLsn: 0x1528a68 }], commitLsn: 0x1528a68, generation: 1 },
+  acceptor: {
+    term: 3,
+    history: [{ term: 0, startLsn: 0x1528a68 }],
+    commitLsn: 0x1528a68,
+    generation: 1,
+    configuration: { version: 2, members: [1], newMembers: [1, 2, 3] },
+  },
 };
 
 test('a control file has the bytes that its header describes', () => {
   const bytes = encodeControlFile({ kind: 'deleted', tenantId: '0', timelineId: '1' });
   const payload = '{"kind":"deleted","tenantId":"0","timelineId":"1"}';
-  const head = Buffer.from('STRATASK\x02\x00\x00\x00\x32\x00\x00\x00', 'latin1');
+  const head = Buffer.from('STRATASK\x03\x00\x00\x00\x32\x00\x00\x00', 'latin1');
   assert.deepEqual(bytes.subarray(0, -4), Buffer.concat([head, Buffer.from(payload)]));
   assert.equal(bytes.readUInt32LE(bytes.length - 4), crc32c(bytes, 0, bytes.length - 4));
 });
 
 test('what was encoded is decoded', () => {
   assert.deepEqual(decodeControlFile(encodeControlFile(control)), control);
+});
+
+test('what older versions did not have is read as nothing', () => {
+  const { configuration, ...acceptor } = control.acceptor;
+  assert(configuration.version > 0);
+  const bytes = encodeControlFile({ ...control, acceptor: acceptor as typeof control.acceptor });
+  bytes.writeUInt32LE(2, 8);
+  bytes.writeUInt32LE(crc32c(bytes, 0, bytes.length - 4), bytes.length - 4);
+  const decoded = decodeControlFile(bytes);
+  assert(decoded.kind === 'timeline');
+  assert.deepEqual(decoded.acceptor.configuration, { version: 0, members: [] });
 });
 
 test('any flipped byte and any other length is refused', () => {

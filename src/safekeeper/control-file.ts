@@ -3,7 +3,7 @@
  *
  *   offset  size  field
  *        0     8  magic "STRATASK"
- *        8     4  version, u32 little-endian: 2 (1 had no generations and is read as generation 0)
+ *        8     4  version, u32 little-endian: 3 (1 had no generations and is read as generation 0; 2 had no configurations and is read as version 0)
  *       12     4  length n of the payload, u32
  *       16     n  payload, JSON: ControlFile
  *     16+n     4  CRC32C of bytes 0 to 16+n, u32
@@ -16,15 +16,18 @@ import { join } from 'node:path';
 import type { TimelineIdentity } from '../api/safekeeper.ts';
 import { crc32c } from '../base/crc32c.ts';
 import type { AcceptorState } from '../consensus/acceptor.ts';
+import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration.ts';
 
 export type ControlFile =
   | { readonly kind: 'timeline'; readonly identity: TimelineIdentity; readonly acceptor: AcceptorState }
-  | { readonly kind: 'deleted'; readonly tenantId: string; readonly timelineId: string };
+  | { readonly kind: 'deleted'; readonly tenantId: string; readonly timelineId: string }
+  /** Of the safekeeper itself, beside the folders of its tenants: the newest configuration that it was told. */
+  | { readonly kind: 'safekeeper'; readonly configuration: Configuration };
 
 export const CONTROL_FILE_NAME = 'control';
 
 const MAGIC = Buffer.from('STRATASK');
-const VERSION = 2;
+const VERSION = 3;
 const OLDEST_VERSION = 1;
 const HEADER_BYTES = 16;
 const CRC_BYTES = 4;
@@ -57,8 +60,10 @@ export function decodeControlFile(file: Buffer): ControlFile {
     throw new Error(`control file has CRC ${stored.toString(16)}, its bytes give ${computed.toString(16)}`);
   }
   const control = JSON.parse(file.toString('utf8', HEADER_BYTES, end)) as ControlFile;
-  if (control.kind === 'deleted') return control;
-  return { ...control, acceptor: { ...control.acceptor, generation: control.acceptor.generation ?? 0 } };
+  if (control.kind !== 'timeline') return control;
+  const acceptor: Partial<AcceptorState> = control.acceptor;
+  const { generation = 0, configuration = NO_CONFIGURATION } = acceptor;
+  return { ...control, acceptor: { ...control.acceptor, generation, configuration } };
 }
 
 /** Durable when it resolves. After a rejection it is not known which content the disk holds. */

@@ -15,6 +15,7 @@ import {
 } from '../api/safekeeper-protocol.ts';
 import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
+import { NO_CONFIGURATION } from '../consensus/configuration.ts';
 import type { AcceptorMessage } from '../consensus/messages.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { runSafekeeper, type Safekeeper, type SafekeeperConfig } from './main.ts';
@@ -80,7 +81,7 @@ export async function startLedTimeline(
   const first = { term: 0, startLsn: MID_SEGMENT_LSN };
   const history = [first, { term: 1, startLsn: MID_SEGMENT_LSN }];
   proposer.write(encodeJson(FRAME.greeting, greetingOf(timeline)));
-  proposer.write(encodeProposerMessage({ kind: 'vote', term: 1, generation: 0 }));
+  proposer.write(encodeProposerMessage({ kind: 'vote', term: 1, generation: 0, configuration: NO_CONFIGURATION }));
   proposer.write(encodeProposerMessage({ kind: 'elected', term: 1, startLsn: MID_SEGMENT_LSN, history }));
   return {
     root,

@@ -31,6 +31,7 @@ import type { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
 import { blankState } from '../consensus/acceptor.ts';
+import { NO_CONFIGURATION } from '../consensus/configuration.ts';
 import type { AcceptorMessage, ProposerMessage } from '../consensus/messages.ts';
 import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from './made-wal.test-data.ts';
 import { runSafekeeper, type Safekeeper } from './main.ts';
@@ -121,7 +122,7 @@ class RawProposer {
   /** Greeting, vote and election under a term; the log begins where the timeline does. */
   async lead(term: number): Promise<void> {
     assert.equal(await this.next(), 'greeted');
-    this.send({ kind: 'vote', term, generation: 0 });
+    this.send({ kind: 'vote', term, generation: 0, configuration: NO_CONFIGURATION });
     const vote = await this.next();
     assert(vote !== 'greeted' && vote.kind === 'vote-reply' && vote.granted);
     this.send({
@@ -196,7 +197,7 @@ test('readers get what is committed, then what comes; the leader of the term wha
   assert.equal(third.lsn + third.bytes.length, wal.endLsn);
   const other = new RawProposer(served.endpoint, timeline);
   assert.equal(await other.next(), 'greeted');
-  other.send({ kind: 'vote', term: 5, generation: 0 });
+  other.send({ kind: 'vote', term: 5, generation: 0, configuration: NO_CONFIGURATION });
   await assert.rejects(flushed.next(), { code: 'conflict' }, 'the old leader reads no more');
   assert.deepEqual(await proposer.next(), { kind: 'term-notice', term: 5 });
   await assert.rejects(readWal({ ...request, fromLsn: MID_SEGMENT_LSN - 8 }).next(), { code: 'bad-request' });
@@ -220,7 +221,7 @@ test('bytes that are no WAL, gaps and appends without an election are refused', 
   assert.equal(await proposer.next(), 'greeted');
   append(MID_SEGMENT_LSN, wal.bytes);
   await refused(/term 1/);
-  proposer.send({ kind: 'vote', term: 1, generation: 0 });
+  proposer.send({ kind: 'vote', term: 1, generation: 0, configuration: NO_CONFIGURATION });
   await proposer.next();
   append(MID_SEGMENT_LSN, wal.bytes);
   await refused(/introduced/);

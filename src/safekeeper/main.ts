@@ -43,7 +43,7 @@ export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeepe
   const lock = await lockDirectory(dataDir, LOCK_WAIT_MS);
   try {
     const offloading = await startOffloading(config);
-    const timelines = await Timelines.load(dataDir, log, offloading);
+    const timelines = await Timelines.load(nodeId, dataDir, log, offloading);
     const sockets = new Set<Socket>();
     const server = createServer((socket) => {
       sockets.add(socket);

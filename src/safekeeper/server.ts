@@ -23,10 +23,13 @@ import {
   encodeProgress,
   FRAME,
   type CreateRequest,
+  type GiveRequest,
   type Greeting,
   MAX_FRAME_BYTES,
   type ReadRequest,
 } from '../api/safekeeper-protocol.ts';
+import { blankState } from '../consensus/acceptor.ts';
+import type { Configuration } from '../consensus/configuration.ts';
 import type { AcceptorMessage, Append, ProposerMessage } from '../consensus/messages.ts';
 import { serveReplication } from './replication.ts';
 import type { ProposerLink, Timeline } from './timeline.ts';
@@ -236,12 +239,7 @@ class Connection implements ProposerLink {
   async #create(request: CreateRequest): Promise<void> {
     const { timelines } = this.#context;
     if (this.#offered === undefined) throw new StrataError('bad-request', 'a log is made after a greeting only');
-    if (request.incarnation !== timelines.incarnation) {
-      throw new StrataError(
-        'conflict',
-        `this safekeeper is incarnation ${timelines.incarnation}, not ${request.incarnation}`,
-      );
-    }
+    assertIncarnation(timelines, request.incarnation);
     await this.#follow(await timelines.getOrCreate(this.#offered, request.state));
   }
 
@@ -324,6 +322,17 @@ class Connection implements ProposerLink {
         this.#requirePlatform();
         await timelines.getOrCreate(params as TimelineIdentity);
         return null;
+      case 'configure':
+        this.#requirePlatform();
+        await timelines.configure((params as { configuration: Configuration }).configuration);
+        return { incarnation: timelines.incarnation };
+      case 'giveTimeline': {
+        this.#requirePlatform();
+        const { timeline, incarnation, configuration } = params as GiveRequest;
+        assertIncarnation(timelines, incarnation);
+        await timelines.getOrCreate(timeline, blankState(timeline.startLsn, configuration));
+        return null;
+      }
       case 'deleteTimeline':
         this.#requirePlatform();
         await timelines.delete(tenantId, timelineId);
@@ -342,4 +351,9 @@ class Connection implements ProposerLink {
   #requirePlatform(): void {
     if (this.#claims?.scope !== 'platform') throw new StrataError('forbidden', 'this token is for one timeline only');
   }
+}
+
+function assertIncarnation(timelines: Timelines, incarnation: string): void {
+  if (incarnation === timelines.incarnation) return;
+  throw new StrataError('conflict', `this safekeeper is incarnation ${timelines.incarnation}, not ${incarnation}`);
 }

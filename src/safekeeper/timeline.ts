@@ -36,6 +36,7 @@ export class Timeline {
   readonly kept: KeptWal;
   /** Where WAL is that is not here any more; undefined without an object store. */
   readonly offloadedWal: OffloadedWal | undefined;
+  readonly #nodeId: number;
   readonly #store: WalStore;
   readonly #log: Logger;
   readonly #onProgress: (timeline: Timeline) => void;
@@ -52,6 +53,8 @@ export class Timeline {
   #failure: StrataError | undefined;
 
   constructor(options: {
+    /** Of the safekeeper. */
+    readonly nodeId: number;
     readonly directory: string;
     readonly identity: TimelineIdentity;
     readonly state: AcceptorState;
@@ -62,6 +65,7 @@ export class Timeline {
     readonly log: Logger;
     readonly onProgress: (timeline: Timeline) => void;
   }) {
+    this.#nodeId = options.nodeId;
     this.directory = options.directory;
     this.identity = options.identity;
     this.kept = options.kept;
@@ -107,8 +111,8 @@ export class Timeline {
 
   /** What a proposer is told. The timeline must be open. */
   get greeting(): AcceptorGreeting {
-    const { term, generation, isBlank } = this.#acceptor!;
-    return { term, generation, isBlank };
+    const { term, generation, configuration, isBlank } = this.#acceptor!;
+    return { term, generation, configuration, isBlank };
   }
 
   /** A proposer whose log this is, is connected. */
@@ -212,6 +216,7 @@ export class Timeline {
   #opened(flushLsn: Lsn): void {
     const state = this.#state;
     this.#acceptor = new Acceptor({
+      nodeId: this.#nodeId,
       state,
       flushLsn,
       trackBoundaries: (startLsn) => new Boundaries(startLsn),

@@ -12,6 +12,7 @@ import { StrataError } from '../base/errors.ts';
 import type { TimelineIdentity } from '../api/safekeeper.ts';
 import type { PageserverFeedback, TimelineProgress } from '../api/safekeeper-protocol.ts';
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
+import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import { toPgVersion } from '../postgres/version.ts';
 import { readControlFile, syncDirectory, writeControlFile } from './control-file.ts';
@@ -35,6 +36,7 @@ export interface Offloading {
 export class Timelines {
   /** Of this start of the safekeeper, 16 hex digits: who was told that a timeline is not here makes it in this life of it or not at all. */
   readonly incarnation = randomBytes(8).toString('hex');
+  readonly #nodeId: number;
   readonly #dataDir: string;
   readonly #log: Logger;
   readonly #offloading: Offloading | undefined;
@@ -44,17 +46,23 @@ export class Timelines {
   readonly #creations = new Map<string, Promise<Timeline>>();
   readonly #watchers = new Set<(timeline: Timeline) => void>();
   readonly #unsaved = new Set<Timeline>();
+  /** The newest that this safekeeper was told, whichever of its timelines know it. */
+  #configuration = NO_CONFIGURATION;
+  #configuring: Promise<void> = Promise.resolve();
   #saveTimer: NodeJS.Timeout | undefined;
 
-  private constructor(dataDir: string, log: Logger, offloading: Offloading | undefined) {
+  private constructor(nodeId: number, dataDir: string, log: Logger, offloading: Offloading | undefined) {
+    this.#nodeId = nodeId;
     this.#dataDir = dataDir;
     this.#log = log;
     this.#offloading = offloading;
   }
 
-  static async load(dataDir: string, log: Logger, offloading?: Offloading): Promise<Timelines> {
-    const timelines = new Timelines(dataDir, log, offloading);
+  static async load(nodeId: number, dataDir: string, log: Logger, offloading?: Offloading): Promise<Timelines> {
+    const timelines = new Timelines(nodeId, dataDir, log, offloading);
     await makeDirectory(dataDir);
+    const control = await readControlFile(dataDir);
+    if (control?.kind === 'safekeeper') timelines.#configuration = control.configuration;
     const found: { tenantId: string; timelineId: string }[] = [];
     for (const tenantId of (await readdir(dataDir)).filter(isId)) {
       for (const timelineId of (await readdir(join(dataDir, tenantId))).filter(isId))
@@ -101,6 +109,11 @@ export class Timelines {
     const known = await this.find(identity);
     if (known !== undefined) return known;
     checkState(identity, state);
+    const { version } = this.#configuration;
+    if (state.configuration.version < version) {
+      const told = `configuration ${state.configuration.version}`;
+      throw new StrataError('conflict', `this safekeeper knows configuration ${version}, newer than ${told}`);
+    }
     const key = keyOf(identity.tenantId, identity.timelineId);
     const creation = this.#create(identity, state).finally(() => this.#creations.delete(key));
     this.#creations.set(key, creation);
@@ -126,6 +139,22 @@ export class Timelines {
     // An object that another safekeeper puts after this is found by whoever deletes there.
     await this.#offloading?.wal.removeBefore({ tenantId, timelineId }, Infinity);
     this.#log.info({ tenantId, timelineId }, 'timeline deleted');
+  }
+
+  get configuration(): Configuration {
+    return this.#configuration;
+  }
+
+  /** Durable when it resolves. From then on no timeline is made under an older configuration. */
+  async configure(configuration: Configuration): Promise<void> {
+    this.#configuring = this.#configuring
+      .catch(() => {})
+      .then(async () => {
+        if (configuration.version <= this.#configuration.version) return;
+        await writeControlFile(this.#dataDir, { kind: 'safekeeper', configuration });
+        this.#configuration = configuration;
+      });
+    await this.#configuring;
   }
 
   list(): TimelineProgress[] {
@@ -159,7 +188,7 @@ export class Timelines {
     const control = await readControlFile(directory);
     if (control === undefined) {
       await rm(directory, { recursive: true });
-    } else if (control.kind === 'deleted') {
+    } else if (control.kind !== 'timeline') {
       this.#tombstones.add(keyOf(tenantId, timelineId));
       for (const name of await readdir(directory)) {
         if (/^[0-9A-F]{24}$/.test(name) || name.startsWith(EXTENT_FILE_NAME)) await rm(join(directory, name)); // A deletion that did not finish.
@@ -191,6 +220,7 @@ export class Timelines {
     isNew: boolean,
   ): Timeline {
     const timeline = new Timeline({
+      nodeId: this.#nodeId,
       directory,
       identity,
       state,

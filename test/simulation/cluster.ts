@@ -1,7 +1,8 @@
 /**
- * A whole cluster in one process and virtual time: three acceptors, proposers that come and go, sometimes several at once, and a network and disks
- * that fail. One seed decides everything, so a seed repeats a run exactly.
+ * A whole cluster in one process and virtual time: acceptors, of which some are members, proposers that come and go, sometimes several at once, those who
+ * change the membership, and a network and disks that fail. One seed decides everything, so a seed repeats a run exactly.
  */
+import { type Configuration, nodesOf } from '../../src/consensus/configuration.ts';
 import { Invariants, Violation } from './invariants.ts';
 import { Random } from './random.ts';
 import { Scheduler } from './scheduler.ts';
@@ -13,9 +14,10 @@ import {
   type ToAcceptor,
 } from './simulated-acceptor.ts';
 import { NO_TRACE, type Trace } from './trace.ts';
+import { type ChangerWorld, startChanger } from './simulated-changer.ts';
 import { type ProposerWorld, SimulatedProposer } from './simulated-proposer.ts';
 
-const ACCEPTOR_COUNT = 3;
+const ACCEPTOR_COUNT = 6;
 const FAULTS_MS = 2_500;
 const HEALING_ROUND_MS = 500;
 const MAX_HEALING_ROUNDS = 20;
@@ -34,6 +36,9 @@ interface Faults {
   readonly wipeEveryMs: number;
   readonly partitionEveryMs: number;
   readonly newProposerEveryMs: number;
+  readonly changeEveryMs: number;
+  /** That who changes the membership dies, at each step. */
+  readonly changerDeathRate: number;
   /** How often who wins an election, or has just started to write, reaches only one acceptor from then on. */
   readonly isolationRate: number;
 }
@@ -43,6 +48,7 @@ export interface RunResult {
   readonly proposerCount: number;
   readonly crashCount: number;
   readonly wipeCount: number;
+  readonly configurationCount: number;
 }
 
 export interface RunOptions {
@@ -64,7 +70,7 @@ export function simulate(seed: number, options: RunOptions = {}): RunResult {
   }
 }
 
-class Cluster implements AcceptorWorld, ProposerWorld {
+class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
   readonly scheduler = new Scheduler();
   readonly random: Random;
   readonly invariants = new Invariants();
@@ -78,13 +84,17 @@ class Cluster implements AcceptorWorld, ProposerWorld {
   readonly #cut = new Set<string>();
   readonly #lastArrival = new Map<string, number>();
   #faults: Faults;
+  /** As who assigns versions has written them down. */
+  readonly #configurations: Configuration[];
+  readonly #settled = new Set<number>();
+  #changerCount = 0;
   #proposerCount = 0;
   #connectionCount = 0;
   #crashCount = 0;
   #wipeCount = 0;
   /** As the control plane would remember it. */
   #wasEstablished = false;
-  #isHealing = false;
+  isHealing = false;
 
   constructor(seed: number, options: RunOptions) {
     const { bug, onEvent } = options;
@@ -93,6 +103,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
     this.trace = onEvent === undefined ? NO_TRACE : (who, what) => onEvent(this.now, who, what());
     this.#faults = drawFaults(this.random);
     this.trace('world', () => `faults: ${JSON.stringify(this.#faults)}`);
+    this.#configurations = [{ version: 1, members: drawNodes(this.random, this.random.pick([1, 3, 3, 3, 3, 5])) }];
     for (let index = 0; index < ACCEPTOR_COUNT; index++) this.#acceptors.push(new SimulatedAcceptor(index, this));
   }
 
@@ -106,6 +117,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
     this.#repeat(this.#faults.wipeEveryMs, () => this.#wipeOne());
     this.#repeat(this.#faults.partitionEveryMs, () => this.#partition());
     this.#repeat(this.#faults.newProposerEveryMs, () => this.#startProposer());
+    this.#repeat(this.#faults.changeEveryMs, () => this.#startChanger());
     this.#repeat(200, () => this.random.pick(this.#acceptors).save());
     this.scheduler.runUntil(FAULTS_MS);
     this.#heal();
@@ -114,7 +126,43 @@ class Cluster implements AcceptorWorld, ProposerWorld {
       proposerCount: this.#proposerCount,
       crashCount: this.#crashCount,
       wipeCount: this.#wipeCount,
+      configurationCount: this.#configurations.length,
     };
+  }
+
+  get configuration(): Configuration {
+    return this.#configurations.at(-1)!;
+  }
+
+  compareAndSet(expectedVersion: number, next: Configuration): boolean {
+    if (this.configuration.version !== expectedVersion) return false;
+    this.#configurations.push(next);
+    for (const proposer of this.#proposers.values()) {
+      if (this.isHealing || this.random.chance(0.5)) this.#tell(proposer);
+    }
+    return true;
+  }
+
+  settled(proposer: SimulatedProposer, version: number): void {
+    this.#settled.add(version);
+    this.#isolate(proposer.name);
+  }
+
+  isSettled(version: number): boolean {
+    return this.#settled.has(version);
+  }
+
+  acceptor(nodeId: number): SimulatedAcceptor {
+    return this.#acceptors[nodeId]!;
+  }
+
+  /** Mostly one is replaced. */
+  drawMembers(): number[] {
+    const { members } = this.configuration;
+    const others = this.#acceptors.map(({ index }) => index).filter((index) => !members.includes(index));
+    if (others.length === 0 || this.random.chance(0.4)) return drawNodes(this.random, this.random.pick([1, 3, 3, 5]));
+    const leaving = this.random.pick(members);
+    return [...members.filter((index) => index !== leaving), this.random.pick(others)];
   }
 
   connect(proposer: SimulatedProposer, acceptor: number): string {
@@ -176,13 +224,36 @@ class Cluster implements AcceptorWorld, ProposerWorld {
       const [oldest] = this.#proposers.values();
       oldest!.stop();
       this.#proposers.delete(oldest!.name);
+      for (const connection of this.#connections.keys()) {
+        if (nameOf(connection) === oldest!.name) this.#connections.delete(connection);
+      }
     }
     const name = `p${this.#proposerCount++}`;
     this.trace(name, () => 'starts');
-    const all = this.#acceptors.map((acceptor) => acceptor.index);
-    const members = this.bug === 'quorum-of-one' ? [this.random.pick(all)] : all;
-    const proposer = new SimulatedProposer(name, members, !this.#wasEstablished, this);
+    const isStale = !this.isHealing && this.random.chance(0.3);
+    const known = isStale ? this.random.pick(this.#configurations.slice(-4)) : this.configuration;
+    const members = this.bug === 'quorum-of-one' ? [this.random.pick(known.members)] : known.members;
+    const proposer = new SimulatedProposer(name, { ...known, members }, !this.#wasEstablished, this);
     this.#proposers.set(name, proposer);
+  }
+
+  #startChanger(): void {
+    // Whoever may still make the log believes that it was never used: as long as there may be one, nobody leaves.
+    if (!this.#wasEstablished || this.#mayStillCreate) return;
+    startChanger(`c${this.#changerCount++}`, this.#faults.changerDeathRate, this);
+  }
+
+  get #mayStillCreate(): boolean {
+    return [...this.#proposers.values()].some((proposer) => proposer.mayStillCreate);
+  }
+
+  #tell(proposer: SimulatedProposer): void {
+    const { configuration } = this;
+    const delayMs = this.random.between(0, this.random.pick([5, 5, 200]));
+    this.scheduler.after(delayMs, () => {
+      proposer.configure(configuration);
+      if (this.random.chance(0.3)) this.#isolate(proposer.name);
+    });
   }
 
   #crashOne(): void {
@@ -196,14 +267,21 @@ class Cluster implements AcceptorWorld, ProposerWorld {
     this.#restartLater(acceptor, false);
   }
 
-  /** One at a time: who lost its disk is made whole by the others before another may fail in this way. */
+  /**
+   * One at a time: who lost its disk is made whole by the others before another may fail in this way. Not the only one that a set of members has. Who is no
+   * member may lose it at any time.
+   */
   #wipeOne(): void {
     const acceptor = this.random.pick(this.#acceptors);
-    const others = this.#acceptors.filter((other) => other !== acceptor);
-    if (!others.every((other) => other.isWhole)) return;
+    const { members, newMembers } = this.configuration;
+    const nodes = nodesOf(this.configuration);
+    if (nodes.includes(acceptor.index)) {
+      const others = nodes.map((index) => this.#acceptors[index]!).filter((other) => other !== acceptor);
+      const sets = [members, newMembers ?? []].filter((set) => set.includes(acceptor.index));
+      if (sets.some((set) => set.length < 3) || !others.every((other) => other.isWhole)) return;
+    }
     // Whoever may still make the log believes that it was never used, and disks are not lost before it is.
-    if (!this.#wasEstablished) return;
-    if ([...this.#proposers.values()].some((proposer) => proposer.mayStillCreate)) return;
+    if (!this.#wasEstablished || this.#mayStillCreate) return;
     this.#wipeCount++;
     if (acceptor.isUp) {
       acceptor.crash(false);
@@ -235,7 +313,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
 
   /** A leader that reaches one acceptor only leaves logs behind that a quorum never had. */
   #isolate(name: string): void {
-    if (this.#isHealing || !this.random.chance(this.#faults.isolationRate)) return;
+    if (this.isHealing || !this.random.chance(this.#faults.isolationRate)) return;
     const reached = this.random.between(0, ACCEPTOR_COUNT - 1);
     this.trace('network', () => `${name} reaches only a${reached}`);
     for (const { index } of this.#acceptors) if (index !== reached) this.#cutFor(`${name}/${index}`);
@@ -249,7 +327,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
   #repeat(meanMs: number, act: () => void): void {
     if (meanMs === Infinity) return;
     this.scheduler.after(this.random.between(1, 2 * meanMs), () => {
-      if (this.#isHealing) return;
+      if (this.isHealing) return;
       act();
       this.#repeat(meanMs, act);
     });
@@ -258,7 +336,7 @@ class Cluster implements AcceptorWorld, ProposerWorld {
   /** Faults stop: one of the proposers, or a new one, must get through, and all logs become the same. */
   #heal(): void {
     this.trace('world', () => 'faults stop');
-    this.#isHealing = true;
+    this.isHealing = true;
     this.#faults = { ...this.#faults, dropRate: 0, duplicateRate: 0, isReordering: false, maxDelayMs: 3 };
     this.#cut.clear();
     for (const acceptor of this.#acceptors) if (!acceptor.isUp) acceptor.start();
@@ -267,13 +345,19 @@ class Cluster implements AcceptorWorld, ProposerWorld {
       this.#proposers.clear();
     }
     const before = this.invariants.committedEnd;
+    for (const proposer of this.#proposers.values()) this.#tell(proposer);
+    startChanger('last', 0, this);
     for (let round = 0; round < MAX_HEALING_ROUNDS; round++) {
       // Whoever runs computes starts another when one was fenced, as by a term that a candidate left and never led.
       if ([...this.#proposers.values()].every((proposer) => proposer.isFenced)) this.#startProposer();
       this.scheduler.runUntil(this.now + HEALING_ROUND_MS);
       // Candidates that are left take over from each other, once each.
       const [first, ...others] = [...this.#proposers.values()].filter((proposer) => !proposer.isFenced);
-      if (first?.isEstablished === true && others.length === 0) break;
+      const isStable = this.configuration.newMembers === undefined && this.isSettled(this.configuration.version);
+      if (first?.isEstablished === true && others.length === 0 && isStable) {
+        this.scheduler.runUntil(this.now + HEALING_ROUND_MS);
+        break;
+      }
     }
     const established = [...this.#proposers.values()].filter((proposer) => proposer.isEstablished);
     if (this.bug !== 'quorum-of-one') {
@@ -285,7 +369,10 @@ class Cluster implements AcceptorWorld, ProposerWorld {
     this.scheduler.runUntil(this.now + CATCHING_UP_MS);
     if (this.bug === 'quorum-of-one') return;
     this.invariants.check(last!.isQuiet, 'everything that was written is committed once faults have stopped');
-    for (const acceptor of this.#acceptors) {
+    const { version, members, newMembers } = this.configuration;
+    const isFinal = newMembers === undefined && this.isSettled(version);
+    this.invariants.check(isFinal, `configuration ${version} is final and settled in the end`);
+    for (const acceptor of members.map((index) => this.#acceptors[index]!)) {
       this.invariants.check(
         acceptor.flushLsn === last!.commitLsn,
         `acceptor ${acceptor.index} has everything in the end: ${acceptor.flushLsn}, not ${last!.commitLsn}`,
@@ -306,10 +393,18 @@ function drawFaults(random: Random): Faults {
     powerCutRate: random.pick([0, 0.5, 1]),
     partitionEveryMs: random.pick([Infinity, 50, 100, 300]),
     newProposerEveryMs: random.pick([40, 80, 150, 300, 900]),
+    changeEveryMs: random.pick([Infinity, 100, 200, 400, 800]),
+    changerDeathRate: random.pick([0.01, 0.05, 0.2]),
     isolationRate: random.pick([0, 0.3, 0.7]),
   };
 }
 
+function drawNodes(random: Random, count: number): number[] {
+  const nodes = Array.from({ length: ACCEPTOR_COUNT }, (_, index) => index);
+  while (nodes.length > count) nodes.splice(random.between(0, nodes.length - 1), 1);
+  return nodes;
+}
+
 function nameOf(connection: string): string {
-  return connection.split('#')[0]!;
+  return connection.slice(0, connection.indexOf('#'));
 }

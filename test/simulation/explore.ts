@@ -163,7 +163,12 @@ class World {
     const world = new World(bounds, bug);
     const state = blankState(START);
     world.#acceptors = Array.from({ length: bounds.acceptors }, () => ({
-      machine: new Acceptor<number>({ state, flushLsn: START, trackBoundaries: (lsn) => new WholeEntries(lsn) }),
+      machine: new Acceptor<number>({
+        nodeId: 0,
+        state,
+        flushLsn: START,
+        trackBoundaries: (lsn) => new WholeEntries(lsn),
+      }),
       log: [],
     }));
     world.#proposers = Array.from({ length: bounds.proposers }, () => newProposer(bounds.acceptors));
@@ -281,7 +286,8 @@ class World {
     // With the bug, what was not written down with the log is forgotten.
     const term = this.#bug === 'vote-without-persisting' ? history[history.length - 1]!.term : machine.term;
     this.#acceptors[a]!.machine = new Acceptor<number>({
-      state: { term, history, commitLsn, generation: 0 },
+      nodeId: 0,
+      state: { term, history, commitLsn, generation: 0, configuration: machine.configuration },
       flushLsn,
       trackBoundaries: (lsn) => new WholeEntries(lsn),
     });
@@ -321,8 +327,8 @@ class World {
     const message = this.#proposers[p]!.requests[a]!.shift()!;
     const { machine, log } = this.#acceptors[a]!;
     if (this.#bug === 'reuse-of-term' && message.kind === 'vote' && message.term === machine.term) {
-      const { term, flushLsn, commitLsn, history, generation } = machine;
-      const position = { flushLsn, commitLsn, history };
+      const { term, flushLsn, commitLsn, history, generation, configuration } = machine;
+      const position = { configuration, flushLsn, commitLsn, history };
       const reply = { kind: 'vote-reply', term, granted: true, isVoter: true, generation, ...position } as const;
       this.#proposers[p]!.replies[a]!.push(reply);
       return;
@@ -460,7 +466,10 @@ class World {
 function newProposer(acceptors: number): ProposerSide {
   const queues = <T>(): T[][] => Array.from({ length: acceptors }, () => []);
   return {
-    machine: new ProposerState(acceptors, { startLsn: START, mayCreate: false }),
+    machine: new ProposerState(
+      { version: 0, members: [0, 1, 2].slice(0, acceptors) },
+      { startLsn: START, mayCreate: false },
+    ),
     log: [],
     isEstablished: false,
     requests: queues(),

@@ -29,6 +29,7 @@ interface Tally {
   proposers: number;
   crashes: number;
   wipes: number;
+  configurations: number;
   violations: string[];
 }
 
@@ -92,7 +93,7 @@ async function main(): Promise<void> {
   const total = tallies.reduce(add, emptyTally());
   for (const violation of total.violations) console.error(violation);
   const perSeedMs = tookMs / total.seeds;
-  const work = `${total.committedBytes} bytes committed, ${total.proposers} proposers, ${total.crashes} crashes, ${total.wipes} disks lost`;
+  const work = `${total.committedBytes} bytes committed, ${total.proposers} proposers, ${total.crashes} crashes, ${total.wipes} disks lost, ${total.configurations} configurations`;
   console.log(`${total.seeds} seeds in ${(tookMs / 1000).toFixed(1)} s (${perSeedMs.toFixed(2)} ms each): ${work}`);
   console.log(`${total.violations.length} violations`);
   if (total.violations.length > 0) process.exitCode = 1;
@@ -141,6 +142,7 @@ function runShare({ from, end, step, bug }: Share, report: (tally: Tally) => voi
       tally.proposers += result.proposerCount;
       tally.crashes += result.crashCount;
       tally.wipes += result.wipeCount;
+      tally.configurations += result.configurationCount;
     } catch (error) {
       tally.violations.push(String(error));
     }
@@ -152,7 +154,7 @@ function runShare({ from, end, step, bug }: Share, report: (tally: Tally) => voi
 }
 
 function emptyTally(): Tally {
-  return { seeds: 0, committedBytes: 0, proposers: 0, crashes: 0, wipes: 0, violations: [] };
+  return { seeds: 0, committedBytes: 0, proposers: 0, crashes: 0, wipes: 0, configurations: 0, violations: [] };
 }
 
 function add(a: Tally, b: Tally): Tally {
@@ -162,6 +164,7 @@ function add(a: Tally, b: Tally): Tally {
     proposers: a.proposers + b.proposers,
     crashes: a.crashes + b.crashes,
     wipes: a.wipes + b.wipes,
+    configurations: a.configurations + b.configurations,
     violations: [...a.violations, ...b.violations],
   };
 }

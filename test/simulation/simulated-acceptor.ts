@@ -1,5 +1,6 @@
 /** One safekeeper of the simulation: the real acceptor on a simulated disk, which crashes and comes back. */
 import { Acceptor, type AcceptorAction, type AcceptorState, blankState } from '../../src/consensus/acceptor.ts';
+import { type Configuration, NO_CONFIGURATION } from '../../src/consensus/configuration.ts';
 import type { AcceptorMessage, ProposerMessage, VoteReply } from '../../src/consensus/messages.ts';
 import type { AcceptorGreeting } from '../../src/consensus/proposer.ts';
 import type { Invariants } from './invariants.ts';
@@ -21,6 +22,12 @@ export const BUGS = [
   'lost-control-file-rename',
   'recreate-when-wiped',
   'vote-before-caught-up',
+  'skip-joint-phase',
+  'finish-before-settled',
+  'count-new-set-only',
+  'accept-older-configuration',
+  'settle-unconfirmed',
+  'give-without-renewing',
 ] as const;
 
 export type Bug = (typeof BUGS)[number];
@@ -86,6 +93,15 @@ export class SimulatedAcceptor {
     return this.#acceptor?.isVoter ?? this.#isWhole;
   }
 
+  get hasLog(): boolean {
+    return this.#acceptor !== undefined;
+  }
+
+  /** Names this life of the process. */
+  get incarnation(): string {
+    return `${this.index}.${this.#life}`;
+  }
+
   get flushLsn(): number {
     return this.#acceptor?.flushLsn ?? 0;
   }
@@ -103,6 +119,7 @@ export class SimulatedAcceptor {
     const { endLsn } = findEnd(this.disk.visible, state.commitLsn, LOG_START + this.disk.visible.length);
     this.disk.settle(endLsn);
     this.#acceptor = new Acceptor({
+      nodeId: this.index,
       state,
       flushLsn: endLsn,
       trackBoundaries: (startLsn) =>
@@ -133,14 +150,19 @@ export class SimulatedAcceptor {
     this.#world.invariants.wiped(this.index);
   }
 
+  /** From who changes the membership: an empty log, if there is none and if this is still the life that was asked. */
+  give(incarnation: string, state: AcceptorState): void {
+    if (this.#isUp && this.#acceptor === undefined && incarnation === this.incarnation) this.#create(undefined, state);
+  }
+
   deliver(connection: string, message: ToAcceptor): void {
     if (!this.#isUp) return;
     this.#world.trace(this.#name, () => `hears ${connection}: ${describe(message)}`);
     const acceptor = this.#acceptor;
     if (acceptor === undefined) {
       if (message.kind === 'greeting') {
-        this.#world.reply(this, connection, { kind: 'absent', incarnation: this.#incarnation });
-      } else if (message.kind === 'create' && message.incarnation === this.#incarnation) {
+        this.#world.reply(this, connection, { kind: 'absent', incarnation: this.incarnation });
+      } else if (message.kind === 'create' && message.incarnation === this.incarnation) {
         this.#create(connection, message.state);
       } else if (message.kind === 'read') {
         this.#world.reply(this, connection, { kind: 'read-refusal' });
@@ -156,6 +178,10 @@ export class SimulatedAcceptor {
       this.#world.reply(this, connection, { kind: 'read-reply', lsn: message.fromLsn, bytes });
     } else if (this.#world.bug === 'reuse-of-term' && message.kind === 'vote' && message.term === acceptor.term) {
       this.#voteAgain(acceptor, connection);
+    } else if (this.#world.bug === 'accept-older-configuration' && message.kind === 'vote') {
+      this.#perform(
+        acceptor.receive(connection, { ...message, configuration: newer(message.configuration, acceptor) }),
+      );
     } else {
       this.#perform(acceptor.receive(connection, message));
     }
@@ -165,16 +191,13 @@ export class SimulatedAcceptor {
     if (this.#acceptor !== undefined) this.#perform(this.#acceptor.save());
   }
 
-  get #incarnation(): string {
-    return `${this.index}.${this.#life}`;
-  }
-
   #greet(acceptor: Acceptor<string>, connection: string): void {
     const { term, generation, isBlank } = acceptor;
-    this.#world.reply(this, connection, { kind: 'greeting-reply', term, generation, isBlank });
+    const configuration = this.#told(acceptor.configuration);
+    this.#world.reply(this, connection, { kind: 'greeting-reply', term, generation, configuration, isBlank });
   }
 
-  #create(connection: string, told: AcceptorState): void {
+  #create(connection: string | undefined, told: AcceptorState): void {
     if (this.#isCreating) return;
     this.#isCreating = true;
     const { votesFrom, ...others } = told;
@@ -186,7 +209,7 @@ export class SimulatedAcceptor {
       if (this.#life !== life) return;
       this.disk.finishPersist(state);
       this.start();
-      this.#greet(this.#acceptor!, connection);
+      if (connection !== undefined) this.#greet(this.#acceptor!, connection);
     });
   }
 
@@ -244,11 +267,20 @@ export class SimulatedAcceptor {
 
   #withImage(message: AcceptorMessage): FromAcceptor {
     if (message.kind !== 'vote-reply') return message;
-    return { ...message, image: Buffer.from(this.disk.visible.subarray(0, message.flushLsn - LOG_START)) };
+    const configuration = this.#told(message.configuration);
+    return {
+      ...message,
+      configuration,
+      image: Buffer.from(this.disk.visible.subarray(0, message.flushLsn - LOG_START)),
+    };
+  }
+
+  #told(configuration: Configuration): Configuration {
+    return this.#world.bug === 'accept-older-configuration' ? NO_CONFIGURATION : configuration;
   }
 
   #voteAgain(acceptor: Acceptor<string>, connection: string): void {
-    const { term, flushLsn, commitLsn, history, generation } = acceptor;
+    const { term, flushLsn, commitLsn, history, generation, configuration } = acceptor;
     const position = { flushLsn, commitLsn, history };
     const reply: AcceptorMessage = {
       kind: 'vote-reply',
@@ -256,6 +288,7 @@ export class SimulatedAcceptor {
       granted: true,
       isVoter: true,
       generation,
+      configuration,
       ...position,
     };
     this.#perform([{ kind: 'send', to: connection, message: reply }]);
@@ -277,13 +310,18 @@ export class SimulatedAcceptor {
   }
 }
 
+function newer(told: Configuration, { configuration }: Acceptor<string>): Configuration {
+  return told.version > configuration.version ? told : configuration;
+}
+
 function describeLog(state: AcceptorState, endLsn: number): string {
   return `log to ${endLsn}, ${describeState(state)}`;
 }
 
-function describeState({ term, history, commitLsn, generation, votesFrom }: AcceptorState): string {
+function describeState(state: AcceptorState): string {
+  const { term, history, commitLsn, generation, configuration, votesFrom } = state;
   const voter = votesFrom === undefined ? '' : `, votes from ${votesFrom.flushLsn} of term ${votesFrom.lastLogTerm}`;
-  return `term ${term}, generation ${generation}, committed ${commitLsn}, history ${describeHistory(history)}${voter}`;
+  return `term ${term}, generation ${generation}, configuration ${configuration.version}, committed ${commitLsn}, history ${describeHistory(history)}${voter}`;
 }
 
 class EveryByteABoundary {

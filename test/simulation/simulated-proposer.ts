@@ -1,5 +1,6 @@
 /** One proposer of the simulation: the real state machine with a memory for its log, and a Postgres that never stops writing records. */
-import type { Elected, Renew, VoteRequest } from '../../src/consensus/messages.ts';
+import { type Configuration, quorumLsn } from '../../src/consensus/configuration.ts';
+import type { AcceptorMessage, Elected, Renew, VoteRequest } from '../../src/consensus/messages.ts';
 import { type ProposerAction, ProposerState } from '../../src/consensus/proposer.ts';
 import type { Invariants } from './invariants.ts';
 import { findEnd, LOG_START, makeRecord } from './log-records.ts';
@@ -27,6 +28,8 @@ export interface ProposerWorld {
   /** Opens a connection to an acceptor, in place of an earlier one. */
   connect(proposer: SimulatedProposer, acceptor: number): string;
   send(connection: string, acceptor: number, message: ToAcceptor): void;
+  /** The leader has settled a configuration. */
+  settled(proposer: SimulatedProposer, version: number): void;
   /** It leads now, or what it began with is committed. */
   advanced(proposer: SimulatedProposer): void;
 }
@@ -35,13 +38,12 @@ export class SimulatedProposer {
   readonly name: string;
   readonly #world: ProposerWorld;
   readonly #state: ProposerState;
-  /** Acceptors that it knows, in its own order. */
-  readonly #members: readonly number[];
-  readonly #connections: string[];
-  readonly #heardAt: number[];
-  readonly #reading: boolean[];
+  // By peer:
+  readonly #connections: string[] = [];
+  readonly #heardAt: number[] = [];
+  readonly #reading: boolean[] = [];
   /** The logs that the last votes came with. */
-  readonly #images: Buffer[];
+  readonly #images: Buffer[] = [];
   /** The whole log; what is below #memoryStart would not be in a real proposer's memory and has to be read from another acceptor. */
   readonly #log = Buffer.alloc(LOG_CAPACITY);
   #memoryStart = LOG_START;
@@ -54,17 +56,12 @@ export class SimulatedProposer {
   /** This term's first commit is to come. */
   #isStart = true;
 
-  constructor(name: string, members: readonly number[], mayCreate: boolean, world: ProposerWorld) {
+  constructor(name: string, configuration: Configuration, mayCreate: boolean, world: ProposerWorld) {
     this.name = name;
     this.#mayCreate = mayCreate;
     this.#world = world;
-    this.#members = members;
-    this.#state = new ProposerState(members.length, { startLsn: LOG_START, mayCreate });
-    this.#connections = members.map(() => '');
-    this.#heardAt = members.map(() => 0);
-    this.#reading = members.map(() => false);
-    this.#images = members.map(() => NO_IMAGE);
-    members.forEach((_, peer) => this.#connect(peer));
+    this.#state = new ProposerState(this.#doctored(configuration), { startLsn: LOG_START, mayCreate });
+    for (let peer = 0; peer < this.#state.peerCount; peer++) this.#added(peer);
     this.#watch();
     this.#write();
   }
@@ -86,6 +83,16 @@ export class SimulatedProposer {
     return this.#state.commitLsn;
   }
 
+  get configuration(): Configuration {
+    return this.#state.configuration;
+  }
+
+  /** Who assigns versions tells of a newer configuration. */
+  configure(configuration: Configuration): void {
+    if (this.#stopped) return;
+    this.#perform(this.#state.configure(this.#doctored(configuration)));
+  }
+
   /** Writes no more records; goes on committing those there are. */
   quiesce(): void {
     this.#writing = false;
@@ -104,7 +111,7 @@ export class SimulatedProposer {
     const peer = this.#connections.indexOf(connection);
     if (this.#stopped || peer < 0) return;
     this.#heardAt[peer] = this.#world.scheduler.now;
-    this.#world.trace(this.name, () => `hears a${this.#members[peer]}: ${describe(message)}`);
+    this.#world.trace(this.name, () => `hears a${this.#nodeOf(peer)}: ${describe(message)}`);
     if (message.kind === 'read-reply') return; // deliverRead
     if (message.kind === 'greeting-reply') {
       this.#perform(this.#state.greeted(peer, message));
@@ -113,7 +120,7 @@ export class SimulatedProposer {
     } else if (message.kind !== 'read-refusal') {
       const isVote = message.kind === 'vote-reply' && message.term === this.#state.term;
       if (isVote) this.#images[peer] = message.image ?? NO_IMAGE;
-      this.#perform(this.#state.receive(peer, message));
+      this.#perform(this.#state.receive(peer, this.#misread(message)));
       if (this.#world.bug === 'count-old-term-acks') this.#countOldTermAcks();
       this.#pump(peer);
     }
@@ -130,8 +137,9 @@ export class SimulatedProposer {
 
   /** The acceptor that was read from has lost its log. */
   readRefused(acceptor: number): void {
-    const peer = this.#members.indexOf(acceptor);
-    if (!this.#stopped && this.#state.peer(peer).state === 'streaming') this.#reconnect(peer);
+    const peer = this.#peers().find((each) => this.#nodeOf(each) === acceptor);
+    if (peer === undefined || this.#stopped) return;
+    if (this.#state.peer(peer).state === 'streaming') this.#reconnect(peer);
   }
 
   #perform(actions: readonly ProposerAction[]): void {
@@ -148,7 +156,17 @@ export class SimulatedProposer {
           this.#reconnect(action.peer);
           break;
         case 'stream':
-          this.#members.forEach((_, peer) => this.#pump(peer));
+          for (const peer of this.#peers()) this.#pump(peer);
+          break;
+        case 'added':
+          this.#added(action.peer);
+          break;
+        case 'removed':
+          this.#connections[action.peer] = '';
+          break;
+        case 'settled':
+          this.#world.trace(this.name, () => `has settled configuration ${action.version}`);
+          this.#world.settled(this, action.version);
           break;
         case 'retry':
           scheduler.after(random.between(1, RETRY_MS * 2 ** Math.min(this.#retryCount++, MAX_DOUBLINGS)), () => {
@@ -175,8 +193,9 @@ export class SimulatedProposer {
   /** The bug that the commit rule is there to avoid: what an older term left is called committed as soon as a quorum has it. */
   #countOldTermAcks(): void {
     if (this.#state.phase !== 'leading') return;
-    const acked = this.#members.map((_, peer) => this.#state.peer(peer).ackedLsn).sort((a, b) => b - a);
-    const lsn = acked[Math.floor(acked.length / 2)]!;
+    const peers = this.#peers();
+    const nodes = peers.map((peer) => this.#nodeOf(peer));
+    const lsn = quorumLsn(this.configuration, (nodeId) => this.#state.peer(peers[nodes.indexOf(nodeId)]!).ackedLsn);
     if (lsn < LOG_START || lsn >= this.#state.startLsn) return;
     this.#world.trace(this.name, () => `commits up to ${lsn}, of an older term`);
     this.#world.invariants.committed(this.name, this.#state.term, this.#log, lsn, false);
@@ -199,12 +218,12 @@ export class SimulatedProposer {
     this.#memoryStart = Math.max(this.#memoryStart, Math.min(lsn, lsn - RETAINED_BYTES));
     scheduler.after(1, () => {
       if (this.#stopped) return;
-      this.#members.forEach((_, peer) => {
+      for (const peer of this.#peers()) {
         const view = this.#state.peer(peer);
         if (view.state === 'streaming' && view.sentCommitLsn < this.#state.commitLsn) {
           this.#append(peer, view.sendLsn, Buffer.alloc(0));
         }
-      });
+      }
     });
   }
 
@@ -233,7 +252,7 @@ export class SimulatedProposer {
     if (source === undefined || this.#reading[peer]!) return;
     this.#reading[peer] = true;
     const fromLsn = this.#state.peer(peer).sendLsn;
-    this.#world.send(`${this.name}#read${peer}`, this.#members[source]!, {
+    this.#world.send(`${this.name}#read${peer}`, this.#nodeOf(source), {
       kind: 'read',
       fromLsn,
       term: this.#state.term,
@@ -244,16 +263,42 @@ export class SimulatedProposer {
   }
 
   #send(peer: number, message: VoteRequest | Elected | Renew | ToAcceptor): void {
-    this.#world.send(this.#connections[peer]!, this.#members[peer]!, message);
+    this.#world.send(this.#connections[peer]!, this.#nodeOf(peer), message);
+  }
+
+  #added(peer: number): void {
+    this.#reading[peer] = false;
+    this.#images[peer] = NO_IMAGE;
+    this.#connect(peer);
+  }
+
+  #nodeOf(peer: number): number {
+    return this.#state.peer(peer).nodeId;
+  }
+
+  /** Those that are not gone. */
+  #peers(): number[] {
+    return this.#connections.map((_, peer) => peer).filter((peer) => !this.#state.peer(peer).isGone);
+  }
+
+  #doctored(configuration: Configuration): Configuration {
+    if (this.#world.bug !== 'count-new-set-only' || configuration.newMembers === undefined) return configuration;
+    return { version: configuration.version, members: configuration.newMembers };
+  }
+
+  #misread(message: AcceptorMessage): AcceptorMessage {
+    if (this.#world.bug !== 'settle-unconfirmed' || message.kind !== 'append-reply') return message;
+    return { ...message, configurationVersion: Math.max(message.configurationVersion, this.configuration.version) };
   }
 
   #connect(peer: number): void {
-    this.#connections[peer] = this.#world.connect(this, this.#members[peer]!);
+    this.#connections[peer] = this.#world.connect(this, this.#nodeOf(peer));
     this.#heardAt[peer] = this.#world.scheduler.now;
     this.#send(peer, { kind: 'greeting' });
   }
 
   #reconnect(peer: number): void {
+    if (this.#state.peer(peer).isGone) return;
     this.#perform(this.#state.lost(peer));
     this.#connect(peer);
   }
@@ -262,12 +307,12 @@ export class SimulatedProposer {
   #watch(): void {
     if (this.#stopped) return;
     const { scheduler, random } = this.#world;
-    this.#members.forEach((_, peer) => {
+    for (const peer of this.#peers()) {
       const view = this.#state.peer(peer);
       const isOwed = view.state === 'streaming' ? view.writtenLsn < view.sendLsn : true;
       if (isOwed && scheduler.now - this.#heardAt[peer]! > PATIENCE_MS) this.#reconnect(peer);
       else this.#pump(peer);
-    });
+    }
     scheduler.after(random.between(20, 40), () => this.#watch());
   }
 
@@ -282,7 +327,7 @@ export class SimulatedProposer {
         this.#lastRecordStart = this.#endLsn;
         this.#endLsn += record.length;
       }
-      this.#members.forEach((_, peer) => this.#pump(peer));
+      for (const peer of this.#peers()) this.#pump(peer);
     }
     scheduler.after(random.between(2, 20), () => this.#write());
   }

@@ -12,13 +12,13 @@ export function describe(message: ToAcceptor | FromAcceptor): string {
     case 'greeting':
       return 'greeting';
     case 'greeting-reply':
-      return `greeting-reply: term ${message.term}, generation ${message.generation}${message.isBlank ? ', blank' : ''}`;
+      return `greeting-reply: term ${message.term}, generation ${message.generation}, configuration ${message.configuration.version}${message.isBlank ? ', blank' : ''}`;
     case 'absent':
       return `there is no log here, incarnation ${message.incarnation}`;
     case 'create':
       return `make the log, incarnation ${message.incarnation}: ${JSON.stringify(message.state)}`;
     case 'renew':
-      return `renew: term ${message.term}, generation ${message.generation}`;
+      return `renew: term ${message.term}, generation ${message.generation}, configuration ${message.configuration.version}`;
     case 'read':
       return `read from ${message.fromLsn}, term ${message.term}`;
     case 'read-reply':
@@ -26,19 +26,19 @@ export function describe(message: ToAcceptor | FromAcceptor): string {
     case 'read-refusal':
       return 'there is no log here to read';
     case 'vote':
-      return `vote for term ${message.term}, generation ${message.generation}?`;
+      return `vote for term ${message.term}, generation ${message.generation}, configuration ${message.configuration.version}?`;
     case 'vote-reply': {
-      const { granted, isVoter, term, generation, flushLsn, commitLsn, history } = message;
+      const { granted, isVoter, term, generation, configuration, flushLsn, commitLsn, history } = message;
       const log = `log to ${flushLsn}, committed ${commitLsn}, history ${describeHistory(history)}`;
-      return `vote-reply: ${granted ? 'granted' : isVoter ? 'not granted' : 'no voter yet'}, term ${term}, generation ${generation}, ${log}`;
+      return `vote-reply: ${granted ? 'granted' : isVoter ? 'not granted' : 'no voter yet'}, term ${term}, generation ${generation}, configuration ${configuration.version}, ${log}`;
     }
     case 'elected':
       return `elected: term ${message.term}, go on from ${message.startLsn}, history ${describeHistory(message.history)}`;
     case 'append':
       return `append ${range(message.beginLsn, message.bytes)}, term ${message.term}, committed ${message.commitLsn}`;
     case 'append-reply': {
-      const { term, flushLsn, writeLsn, commitLsn } = message;
-      return `append-reply: term ${term}, flushed ${flushLsn}, written ${writeLsn}, committed ${commitLsn}`;
+      const { term, flushLsn, writeLsn, commitLsn, configurationVersion } = message;
+      return `append-reply: term ${term}, configuration ${configurationVersion}, flushed ${flushLsn}, written ${writeLsn}, committed ${commitLsn}`;
     }
     case 'refusal':
       return `refusal: term ${message.term}, ${message.message}`;
