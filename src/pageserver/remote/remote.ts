@@ -338,7 +338,9 @@ export class Remote {
       known.lsn = Math.max(known.lsn, more.lsn);
       known.deletions.push(...more.deletions);
     }
-    this.#confirming ??= this.#confirmAll().finally(() => (this.#confirming = undefined));
+    this.#confirming ??= this.#confirmAll()
+      .catch((error: unknown) => this.#options.log.error({ err: error }, 'confirmation ended'))
+      .finally(() => (this.#confirming = undefined));
   }
 
   async #confirmAll(): Promise<void> {
