@@ -123,7 +123,10 @@ export class Repairs {
       log.info({ timelineId, file }, 'the layer was made anew from WAL');
     } catch (error) {
       log.error({ timelineId, file, err: error }, 'the layer cannot be repaired');
-      throw error;
+      if (!isAbsent) throw error;
+      const reason = error instanceof Error ? error.message : String(error);
+      const message = `${damage.message}, nor in the object store; it cannot be made anew: ${reason}`;
+      throw new StrataError('internal', message, { cause: error });
     }
   }
 

@@ -34,7 +34,7 @@ const HISTORY = 150 * RECORD;
 const ROOT = 1;
 
 const firstSeed = Number(process.env['STRATA_TEST_SEED'] ?? Date.now() % 1_000_000);
-const runs = Number(process.env['STRATA_TEST_RUNS'] ?? 12);
+const runs = Number(process.env['STRATA_TEST_RUNS'] ?? 4);
 
 function id(n: number): string {
   return n.toString(16).padStart(32, '0');
@@ -87,6 +87,16 @@ class World {
   // ---- pageservers
 
   async start(directory: string): Promise<void> {
+    for (;;) {
+      try {
+        return await this.#start(directory);
+      } catch (error) {
+        if (!(error instanceof NodeDeath)) throw error; // else it died on the way
+      }
+    }
+  }
+
+  async #start(directory: string): Promise<void> {
     const store = new FaultyStore(farStore(this.plain) as ObjectStore);
     let now = Date.now();
     const node = await TestNode.open({
