@@ -6,7 +6,7 @@
  * Every method may reject with a StrataError; `unavailable` and `timeout` are tried again where that can help.
  */
 import type { Lsn } from '../postgres/lsn.ts';
-import type { ChangesPage, ChangesRequest, TimelineSizes } from './pageserver.ts';
+import type { ChangesPage, ChangesRequest, ObjectStoreStatus, TimelineSizes } from './pageserver.ts';
 import type { RunningCompute } from './wake.ts';
 
 /** A place in history: the state of a timeline with every record whose end is at or below `lsn`. */
@@ -55,6 +55,8 @@ export interface Storage {
   status(timelineId: string): Promise<TimelineStatus>;
   /** What each of these timelines takes; those that storage does not have are left out. */
   sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]>;
+  /** How uploads to the object store are doing; undefined when there is none. */
+  objectStore(): Promise<ObjectStoreStatus | undefined>;
   /** A page of what changed in a window that is ingested. `history-gone` when one of its LSNs is no longer kept. */
   changes(request: ChangesRequest): Promise<ChangesPage>;
   /** The end of the last commit in the state at `lsn`; `lsn` itself when there is none near. */

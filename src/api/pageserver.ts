@@ -174,6 +174,8 @@ export interface PageserverClientOptions {
 
 const WAIT_MARGIN_MS = 5_000;
 const DEFAULT_TIMEOUT_MS = 60_000;
+/** A person waits. */
+const STATUS_TIMEOUT_MS = 5_000;
 const IMPORT_TIMEOUT_MS = 60 * 60_000;
 const FLUSH_TIMEOUT_MS = 10 * 60_000;
 const CHANGES_TIMEOUT_MS = 10 * 60_000;
@@ -302,7 +304,10 @@ export class PageserverClient {
 
   /** Undefined when there is no object store. */
   async objectStoreStatus(): Promise<ObjectStoreStatus | undefined> {
-    return ((await this.#rpc.call('objectStoreStatus', {})).result as ObjectStoreStatus | null) ?? undefined;
+    return (
+      ((await this.#rpc.call('objectStoreStatus', {}, { timeoutMs: STATUS_TIMEOUT_MS }))
+        .result as ObjectStoreStatus | null) ?? undefined
+    );
   }
 
   /** Makes what is ingested durable in layers. */

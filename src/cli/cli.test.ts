@@ -145,6 +145,7 @@ test('status shows what runs', async () => {
   const text = await terminal.ok('status');
   assert.match(text, /ready, up 1 minute/);
   assert.match(text, /1, 1 of them active/);
+  assert.match(text, /\/fake\/object-store, 3.15 MB of 2 branches to be uploaded/);
   assert.match(text, /pageserver, safekeeper 1; not answering: safekeeper 1/);
   const status = await terminal.json<{ ready: boolean; data_directory: string; project_count: number }>('status');
   assert.deepEqual(

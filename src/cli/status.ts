@@ -3,8 +3,10 @@ import { connect } from 'node:net';
 import type { Command } from 'commander';
 import { type CliContext, type CommonOptions, openPlatform, platformCommand, show } from './context.ts';
 import type { PlatformFile } from '../api/control.ts';
+import { CliError } from './errors.ts';
+import type { ApiClient } from './platform.ts';
 import { listEndpoints, listProjects } from './entities.ts';
-import { formatDuration, formatFields } from './format.ts';
+import { formatBytes, formatDuration, formatFields } from './format.ts';
 
 const PROBE_TIMEOUT_MS = 1_000;
 
@@ -17,6 +19,7 @@ export function statusCommand(context: CliContext): Command {
       const endpoints = (await Promise.all(projects.map((project) => listEndpoints(api, project)))).flat();
       const activeCount = endpoints.filter((endpoint) => endpoint.current_state === 'active').length;
       const services = await probeServices(file);
+      const objectStore = ready && services[0]?.up === true ? await readObjectStore(api) : undefined;
       const downNames = services.filter((service) => !service.up).map((service) => service.name);
       const status = {
         ready,
@@ -27,6 +30,7 @@ export function statusCommand(context: CliContext): Command {
         postgres_address: `${file.host}:${file.pgPort}`,
         api_url: `${api.origin}/api/v2`,
         services,
+        ...(objectStore === undefined ? {} : { object_store: objectStore }),
         project_count: projects.length,
         endpoint_count: endpoints.length,
         active_endpoint_count: activeCount,
@@ -45,12 +49,43 @@ export function statusCommand(context: CliContext): Command {
             'services',
             `${services.map((service) => service.name).join(', ')}${downNames.length > 0 ? `; not answering: ${downNames.join(', ')}` : ''}`,
           ],
+          ...(objectStore === undefined ? [] : [['object store', describeObjectStore(objectStore)] as const]),
           ['projects', String(projects.length)],
           ['endpoints', `${endpoints.length}, ${activeCount} of them active`],
         ]),
       );
     },
   );
+}
+
+interface ObjectStore {
+  readonly location: string;
+  readonly stale: boolean;
+  readonly pending_branches: number;
+  readonly pending_size: number;
+  readonly failure?: string;
+  readonly failing_since?: string;
+}
+
+/** Undefined when the pageserver does not answer. */
+async function readObjectStore(api: ApiClient): Promise<ObjectStore | undefined> {
+  try {
+    const { object_store } = await api.get<{ object_store: ObjectStore | null }>('/object_store');
+    return object_store ?? undefined;
+  } catch (error) {
+    if (error instanceof CliError) return undefined;
+    throw error;
+  }
+}
+
+function describeObjectStore(store: ObjectStore): string {
+  const { location, pending_branches: count, pending_size: size, failure, failing_since: since } = store;
+  const pending =
+    count === 0
+      ? 'all is uploaded'
+      : `${formatBytes(size)} of ${count} ${count === 1 ? 'branch' : 'branches'} to be uploaded`;
+  const trouble = failure === undefined ? '' : `; not answering since ${since}: ${failure}`;
+  return `${location}, ${store.stale ? 'written by a later pageserver' : pending}${trouble}`;
 }
 
 interface ServiceStatus {

@@ -18,7 +18,7 @@ import type {
   Storage,
   TimelineStatus,
 } from '../api/control.ts';
-import type { ChangesPage, ChangesRequest, TimelineSizes } from '../api/pageserver.ts';
+import type { ChangesPage, ChangesRequest, ObjectStoreStatus, TimelineSizes } from '../api/pageserver.ts';
 import type { RunningCompute } from '../api/wake.ts';
 import { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
@@ -106,6 +106,17 @@ export class FakeStorage implements Storage {
   async status(timelineId: string): Promise<TimelineStatus> {
     const timeline = this.#get(timelineId);
     return { oldestLsn: 0, newestLsn: timeline.head, logicalSizeBytes: 7_654_321 };
+  }
+
+  async objectStore(): Promise<ObjectStoreStatus> {
+    return {
+      store: '/fake/object-store',
+      generation: 1,
+      isStale: false,
+      pendingTimelines: 2,
+      pendingBytes: 3 * 1024 * 1024,
+      pendingDeletions: 0,
+    };
   }
 
   async sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]> {

@@ -137,6 +137,12 @@ function registerProjects(api: FastifyInstance, control: Control): void {
     },
   );
 
+  // Not Neon's: how uploads to the object store are doing.
+  api.get('/object_store', async () => {
+    const status = await context.storage.objectStore();
+    return { object_store: status === undefined ? null : shapes.objectStore(status) };
+  });
+
   // Not Neon's: what each branch takes.
   api.get<{ Params: ProjectParams }>('/projects/:project/storage', async (request) => {
     const rows = control.branches.all(projects.get(request.params.project).id);

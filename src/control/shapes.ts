@@ -2,7 +2,7 @@
  * Rows as the API shows them: Neon's entities, every required field, plus those optional ones that we know.
  * What Strata does not count (billing figures) is 0; what it does not limit is shown as the largest value that clients take.
  */
-import type { TimelineSizes } from '../api/pageserver.ts';
+import type { ObjectStoreStatus, TimelineSizes } from '../api/pageserver.ts';
 import type { PointInHistory } from './branch-points.ts';
 import type { BranchChanges } from './branch-changes.ts';
 import type { BranchRow, DatabaseRow, EndpointRow, OperationRow, ProjectRow, RoleRow } from './state.ts';
@@ -215,3 +215,16 @@ export function branchChanges(changes: BranchChanges): object {
 }
 
 const FORK_NAMES = ['main', 'fsm', 'vm', 'init'];
+
+export function objectStore(status: ObjectStoreStatus): Record<string, unknown> {
+  return {
+    location: status.store,
+    generation: status.generation,
+    stale: status.isStale,
+    pending_branches: status.pendingTimelines,
+    pending_size: status.pendingBytes,
+    pending_deletions: status.pendingDeletions,
+    ...(status.failure === undefined ? {} : { failure: status.failure }),
+    ...(status.failingSinceMs === undefined ? {} : { failing_since: formatTimestampMs(status.failingSinceMs) }),
+  };
+}

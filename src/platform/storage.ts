@@ -8,6 +8,7 @@ import {
   type ChangesRequest,
   type PageserverClient,
   RETENTION_MS,
+  type ObjectStoreStatus,
   type TimelineSizes,
 } from '../api/pageserver.ts';
 import { type SafekeeperAddress, SafekeeperClient, type SafekeeperTimelineStatus } from '../api/safekeeper.ts';
@@ -99,6 +100,10 @@ export class ClusterStorage implements Storage {
   async status(timelineId: string): Promise<TimelineStatus> {
     const { oldestLsn, oldestTimeMs, lastRecordLsn } = await this.#options.pageserver.timelineStatus(timelineId);
     return { oldestLsn, newestLsn: lastRecordLsn, ...(oldestTimeMs === undefined ? {} : { oldestTimeMs }) };
+  }
+
+  objectStore(): Promise<ObjectStoreStatus | undefined> {
+    return this.#options.pageserver.objectStoreStatus();
   }
 
   sizes(timelineIds: readonly string[]): Promise<readonly TimelineSizes[]> {

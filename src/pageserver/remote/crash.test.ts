@@ -150,7 +150,7 @@ test(
         settings.close();
       }
       assert(model.lastRecordLsn > START_LSN + 400 * RECORD_BYTES, 'much was written');
-  assert(stepsReached.size >= rounds / 4, `it came to ${[...stepsReached].join()} only`);
+      assert(stepsReached.size >= rounds / 4, `it came to ${[...stepsReached].join()} only`);
     } finally {
       rmSync(directory, { recursive: true, force: true, maxRetries: 5 });
     }
