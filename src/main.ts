@@ -1,6 +1,6 @@
 /**
  * The one executable: the command line for people, and the roles that the supervisor starts as child processes of its own (`pageserver`,
- * `safekeeper`), whose configuration comes on standard input. Each loads only what it runs: code takes memory, in every process anew.
+ * `safekeeper`, `proxy`), whose configuration comes on standard input. Each loads only what it runs: code takes memory, in every process anew.
  */
 import { readFileSync } from 'node:fs';
 import { flushCompileCache } from 'node:module';
@@ -40,6 +40,16 @@ interface PageserverProcessConfig {
   };
 }
 
+interface ProxyProcessConfig {
+  readonly host: string;
+  readonly port: number;
+  readonly certificate: { readonly cert: string; readonly key: string };
+  readonly supervisor: { readonly host: string; readonly port: number };
+  readonly refusedRoles: readonly string[];
+  /** Hex. */
+  readonly secret: string;
+}
+
 const PARENT_POLL_MS = 250;
 
 const [role] = process.argv.slice(2);
@@ -70,6 +80,15 @@ if (role === 'safekeeper') {
     const service = await runPageserver({ ...config, secret, remote, log });
     flushCompileCache();
     return { service, ready: { rpcPort: service.rpcPort, pagePort: service.pagePort } };
+  });
+} else if (role === 'proxy') {
+  const { createLog, runServiceProcess } = await loadService();
+  const { runProxy } = await import('./proxy/main.ts');
+  await runServiceProcess(async (config: ProxyProcessConfig) => {
+    const log = createLog({ name: 'proxy' });
+    const service = await runProxy({ ...config, secret: Buffer.from(config.secret, 'hex'), log });
+    flushCompileCache();
+    return { service, ready: { port: service.port } };
   });
 } else {
   const { runCli } = await import('./cli/program.ts');

@@ -1,10 +1,12 @@
 /**
- * The whole platform on one machine: safekeepers and a pageserver as child processes, the control plane, the computes and the proxy in this one.
+ * The whole platform on one machine: safekeepers, a pageserver and the proxy as child processes, the control plane and the computes in this one.
  */
 import { createServer } from 'node:net';
 import { join } from 'node:path';
 import { PLATFORM_FILE_NAME, type PlatformFile } from '../api/control.ts';
 import { PageserverClient } from '../api/pageserver.ts';
+import type { WakeService } from '../api/wake.ts';
+import { wakeMethods } from '../api/wake-rpc.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
 import { type DirectoryLock, lockDirectory } from '../base/directory-lock.ts';
 import { writeFileDurably } from '../base/durable-file.ts';
@@ -19,8 +21,7 @@ import { buildShim } from '../compute/shim/build.ts';
 import { Control } from '../control/control.ts';
 import { createApiServer } from '../control/server.ts';
 import { generationMethods, Settings } from '../control/settings.ts';
-import { loadOrMakeCertificate } from '../proxy/certificate.ts';
-import { startProxy } from '../proxy/proxy.ts';
+import { type Certificate, loadOrMakeCertificate } from '../proxy/certificate.ts';
 import { ChildService } from './child-service.ts';
 import { LocalComputes } from './computes.ts';
 import { chooseObjectStore } from './object-store.ts';
@@ -92,15 +93,19 @@ async function bringUp(
   const objectStoreUrl = await chooseObjectStore(options.objectStore, directory.path, settings);
 
   progress('starting storage');
-  const { safekeepers, pageserver, pageserverAddress, pageAddress, services } = await startServices(
+  const wakeService = Promise.withResolvers<WakeService>();
+  const { safekeepers, pageserver, pageserverAddress, pageAddress, services, startProxy } = await startServices(
     options,
     directory,
     secrets,
     settings,
     objectStoreUrl,
+    wakeService.promise,
     log,
     cleanup,
   );
+  const proxy = startProxy(certificate);
+  proxy.catch(() => {}); // awaited below
   const storage = new ClusterStorage({
     pageserver,
     safekeepers,
@@ -165,15 +170,9 @@ async function bringUp(
     progress('creating the first project');
     await control.projects.create({ name: FIRST_PROJECT_NAME });
   }
-  const proxy = await startProxy({
-    host: LOOPBACK,
-    port: options.pgPort,
-    certificate,
-    wakeService: control,
-    refusedRoles: [ADMIN_ROLE],
-    log,
-  });
-  cleanup.add(() => proxy.close());
+  wakeService.resolve(control);
+  const proxyService = await proxy;
+  cleanup.add(() => proxyService.stop()); // first of all: its clients
   control.startIdleMonitor();
   isReady = true;
 
@@ -205,6 +204,7 @@ interface Services {
   readonly pageserverAddress: SafekeeperAddress;
   readonly pageAddress: SafekeeperAddress;
   readonly services: readonly ChildService[];
+  readonly startProxy: (certificate: Certificate) => Promise<ChildService>;
 }
 
 async function startServices(
@@ -213,6 +213,7 @@ async function startServices(
   secrets: Secrets,
   settings: Settings,
   objectStoreUrl: string,
+  wakeService: Promise<WakeService>,
   log: Logger,
   cleanup: Cleanup,
 ): Promise<Services> {
@@ -220,7 +221,7 @@ async function startServices(
     host: LOOPBACK,
     port: 0,
     secret: secrets.platformSecret,
-    methods: generationMethods(settings),
+    methods: { ...generationMethods(settings), ...wakeMethods(wakeService) },
   });
   cleanup.add(() => supervisor.close());
   const ports = await servicePorts(directory.path, LOOPBACK, options.safekeeperCount);
@@ -280,6 +281,13 @@ async function startServices(
     pageserverAddress,
     pageAddress: { host: LOOPBACK, port: pagePort },
     services,
+    startProxy: (certificate) =>
+      start('proxy', ['proxy'], {
+        port: options.pgPort,
+        certificate,
+        supervisor: { host: LOOPBACK, port: supervisor.port },
+        refusedRoles: [ADMIN_ROLE],
+      }),
   };
 }
 

@@ -33,8 +33,6 @@ export interface ProxyOptions {
 
 export interface Proxy {
   readonly port: number;
-  /** Number of clients relayed now, by endpoint id. */
-  connections(): ReadonlyMap<string, number>;
   close(): Promise<void>;
 }
 
@@ -68,7 +66,6 @@ class RunningProxy implements Proxy {
   readonly #options: ProxyOptions;
   readonly #server: Server;
   readonly #sockets = new Set<Socket>();
-  readonly #counts = new Map<string, number>();
   /** Cancel key (pid and secret, hex) → socket path of its compute. */
   readonly #cancelKeys = new Map<string, string>();
   readonly #secureContext;
@@ -95,10 +92,6 @@ class RunningProxy implements Proxy {
 
   get port(): number {
     return this.#port;
-  }
-
-  connections(): ReadonlyMap<string, number> {
-    return this.#counts;
   }
 
   async close(): Promise<void> {
@@ -239,8 +232,7 @@ class RunningProxy implements Proxy {
   }
 
   #relay(client: Socket, upstream: Socket, compute: Admission): void {
-    const { endpointId, socketPath } = compute;
-    this.#counts.set(endpointId, (this.#counts.get(endpointId) ?? 0) + 1);
+    const { socketPath } = compute;
     let cancelKey: string | undefined;
     const watcher = new SessionStartWatcher((key) => {
       cancelKey = key;
@@ -258,9 +250,6 @@ class RunningProxy implements Proxy {
       ended = true;
       compute.settled();
       if (cancelKey !== undefined) this.#cancelKeys.delete(cancelKey);
-      const left = (this.#counts.get(endpointId) ?? 1) - 1;
-      if (left === 0) this.#counts.delete(endpointId);
-      else this.#counts.set(endpointId, left);
     };
     upstream.once('close', () => {
       end();

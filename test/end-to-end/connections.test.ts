@@ -117,6 +117,23 @@ describe('connections', () => {
     assert.equal((await endpoint()).current_state, 'active');
   });
 
+  test('a proxy that is killed is there again at the same port, before a Postgres that went on', async () => {
+    const [before] = platform.postmasters();
+    const client = await platform.connect();
+    const gone = new Promise<void>((resolve) => client.once('end', resolve));
+    platform.killService('proxy');
+    await gone;
+    await waitUntil(
+      () =>
+        platform.psql('SELECT 1').then(
+          (row) => row === '1',
+          () => false,
+        ),
+      'clients connect again',
+    );
+    assert.deepEqual(platform.postmasters(), [before]);
+  });
+
   test('files that hold secrets are only for their owner', () => {
     for (const name of ['api-key', 'secrets.json', 'password-key', 'state.db', 'tls/key.pem']) {
       assert.equal(statSync(join(platform.dataDir, name)).mode & 0o077, 0, name);
