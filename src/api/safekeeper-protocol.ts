@@ -145,6 +145,8 @@ export interface ReadRequest {
    * as long as the safekeeper's log is that of the leader of this term.
    */
   readonly term?: number;
+  /** For the rebuilding of logs that a quorum has lost: up to the flush LSN, whoever's log it is. */
+  readonly isRebuild?: boolean;
 }
 
 export interface WalChunk {

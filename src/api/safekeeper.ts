@@ -11,7 +11,9 @@
 import { connect, type Socket } from 'node:net';
 import { errorTable, type ErrorCode, StrataError } from '../base/errors.ts';
 import { type Frame, FrameReader } from '../base/frames.ts';
+import type { AcceptorState } from '../consensus/acceptor.ts';
 import type { Configuration } from '../consensus/configuration.ts';
+import type { TermHistory } from '../consensus/messages.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import {
   decodeJson,
@@ -55,15 +57,36 @@ export interface TimelineIdentity {
 
 export interface SafekeeperTimelineStatus extends TimelineIdentity {
   readonly term: number;
+  readonly generation: number;
+  readonly configuration: Configuration;
   readonly lastLogTerm: number;
+  /** Of what is flushed. */
+  readonly history: TermHistory;
   readonly flushLsn: Lsn;
   readonly commitLsn: Lsn;
+  /** The first byte that is on its disk; what is before is in the object store, if anywhere. */
+  readonly localStartLsn: Lsn;
+  /** What is before was seen in the object store. */
+  readonly offloadedLsn: Lsn;
   /** False: the log was lost and given anew, and is not complete yet. */
   readonly isVoter: boolean;
   /** A proposer whose log this is, is connected. */
   readonly hasLeader: boolean;
   /** Proposers that are connected now. */
   readonly proposerCount: number;
+}
+
+/** A log that was lost with a quorum of its disks, as it is to be again. */
+export interface RebuildRequest {
+  readonly timeline: TimelineIdentity;
+  /** Its first byte: the timeline's start, or later when what is before is nowhere. */
+  readonly logStartLsn: Lsn;
+  /** The state of its acceptor; its commitLsn is the end of a record, and of the log unless there is a source. */
+  readonly state: AcceptorState;
+  /** A safekeeper that has the log from logStartLsn to endLsn; without it the log's last segment is in the object store. */
+  readonly source?: { readonly address: SafekeeperAddress; readonly endLsn: Lsn };
+  /** A log that is there is put aside; otherwise it is refused. */
+  readonly replace: boolean;
 }
 
 export interface SafekeeperEndpoint {
@@ -80,8 +103,14 @@ export interface ReadWalOptions extends SafekeeperEndpoint, ReadRequest {
  * brings a newer commit LSN. Ends by the signal; rejects with `not-found`, `bad-request` (before the timeline's start), `unavailable`.
  */
 export async function* readWal(options: ReadWalOptions): AsyncGenerator<WalChunk, void, void> {
-  const { tenantId, timelineId, fromLsn, term } = options;
-  const request: ReadRequest = { tenantId, timelineId, fromLsn, ...(term === undefined ? {} : { term }) };
+  const { tenantId, timelineId, fromLsn, term, isRebuild } = options;
+  const request: ReadRequest = {
+    tenantId,
+    timelineId,
+    fromLsn,
+    ...(term === undefined ? {} : { term }),
+    ...(isRebuild === undefined ? {} : { isRebuild }),
+  };
   for await (const frame of streamFrames(options, encodeJson(FRAME.read, request), options.signal)) {
     if (frame.type === FRAME.wal) yield decodeWal(frame.payload);
   }
@@ -121,6 +150,16 @@ export class SafekeeperClient {
   /** Rejects with `not-found` for a timeline that this safekeeper does not have. */
   async status(tenantId: string, timelineId: string): Promise<SafekeeperTimelineStatus> {
     return (await this.#call('status', { tenantId, timelineId })) as SafekeeperTimelineStatus;
+  }
+
+  /** Where a log that is given anew may begin: the end of a record before which everybody has what he needs. */
+  async resumePoint(tenantId: string, timelineId: string): Promise<Lsn> {
+    return (await this.#call('resumePoint', { tenantId, timelineId })) as Lsn;
+  }
+
+  /** Durable when it resolves. Rejects with `conflict` when the safekeeper has the log and is not told to replace it. */
+  async rebuildTimeline(rebuild: RebuildRequest): Promise<void> {
+    await this.#call('rebuildTimeline', rebuild);
   }
 
   async list(): Promise<TimelineProgress[]> {

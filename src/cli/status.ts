@@ -3,12 +3,15 @@ import { connect } from 'node:net';
 import type { Command } from 'commander';
 import { type CliContext, type CommonOptions, openPlatform, platformCommand, show } from './context.ts';
 import type { PlatformFile } from '../api/control.ts';
+import { describeRebuiltLog, readRebuiltLogs } from '../api/rebuilt-logs.ts';
 import { CliError } from './errors.ts';
 import type { ApiClient } from './platform.ts';
 import { listEndpoints, listProjects } from './entities.ts';
 import { formatBytes, formatDuration, formatFields } from './format.ts';
+import { formatLsn } from '../postgres/lsn.ts';
 
 const PROBE_TIMEOUT_MS = 1_000;
+const SHOWN_REBUILT_LOGS = 5;
 
 export function statusCommand(context: CliContext): Command {
   return platformCommand('status', 'show whether the platform runs, and where', 'status').action(
@@ -21,6 +24,7 @@ export function statusCommand(context: CliContext): Command {
       const services = await probeServices(file);
       const objectStore = ready && services[0]?.up === true ? await readObjectStore(api) : undefined;
       const downNames = services.filter((service) => !service.up).map((service) => service.name);
+      const rebuilt = readRebuiltLogs(dataDirectory);
       const status = {
         ready,
         version: file.version,
@@ -34,6 +38,14 @@ export function statusCommand(context: CliContext): Command {
         project_count: projects.length,
         endpoint_count: endpoints.length,
         active_endpoint_count: activeCount,
+        rebuilt_logs: rebuilt.map((each) => ({
+          timeline_id: each.timelineId,
+          rebuilt_at: new Date(each.atMs).toISOString(),
+          kept_lsn: formatLsn(each.keptLsn),
+          last_commit_at: each.lastCommitMs === undefined ? null : new Date(each.lastCommitMs).toISOString(),
+          source: each.source,
+          safekeepers: each.safekeepers,
+        })),
       };
       show(context, options, status, () =>
         formatFields([
@@ -52,6 +64,12 @@ export function statusCommand(context: CliContext): Command {
           ...(objectStore === undefined ? [] : [['object store', describeObjectStore(objectStore)] as const]),
           ['projects', String(projects.length)],
           ['endpoints', `${endpoints.length}, ${activeCount} of them active`],
+          ...rebuilt
+            .slice(-SHOWN_REBUILT_LOGS)
+            .map((each): [string, string] => [
+              'rebuilt',
+              `${new Date(each.atMs).toISOString()}: ${describeRebuiltLog(each)}`,
+            ]),
         ]),
       );
     },

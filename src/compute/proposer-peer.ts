@@ -9,6 +9,7 @@ import {
   greetingOf,
   readWal,
   type SafekeeperAddress,
+  SafekeeperClient,
   SafekeeperConnection,
   type TimelineIdentity,
 } from '../api/safekeeper.ts';
@@ -24,6 +25,7 @@ import {
 import type { AcceptorState } from '../consensus/acceptor.ts';
 import type { Elected, Renew, VoteRequest } from '../consensus/messages.ts';
 import type { ProposerAction, ProposerState } from '../consensus/proposer.ts';
+import { historyUpTo } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import type { WalBuffer } from './wal-buffer.ts';
 
@@ -103,10 +105,37 @@ export class ProposerPeer {
 
   /** Gives an empty log to the safekeeper, which said in this incarnation that it has none. */
   create(incarnation: string, state: AcceptorState): void {
-    const { log } = this.#options;
-    if (state.votesFrom !== undefined)
-      log?.warn({ safekeeper: this.#name }, 'it has lost this timeline and gets it anew');
-    this.#connection?.write(encodeJson(FRAME.create, { incarnation, state } satisfies CreateRequest));
+    const connection = this.#connection;
+    const give = (given: AcceptorState): void => {
+      if (this.#connection !== connection) return;
+      connection?.write(encodeJson(FRAME.create, { incarnation, state: given } satisfies CreateRequest));
+    };
+    if (state.votesFrom === undefined) {
+      give(state);
+      return;
+    }
+    this.#options.log?.warn({ safekeeper: this.#name }, 'it has lost this timeline and gets it anew');
+    this.#resumed(state).then(give, (error: unknown) => {
+      if (this.#connection === connection) this.reconnect(String(error));
+    });
+  }
+
+  /**
+   * The same log, but beginning where the disk of another safekeeper does: what is before is in the object store, and its pages too, or is not kept any more.
+   * It is committed and the leader's, so a log that had it would have this history there.
+   */
+  async #resumed(state: AcceptorState): Promise<AcceptorState> {
+    const { state: proposer, index, addressOf, token, timeline } = this.#options;
+    const source = proposer.recoverySource(index);
+    if (source === undefined) return state;
+    const client = new SafekeeperClient({ address: addressOf(source), token });
+    try {
+      const resumeLsn = await client.resumePoint(timeline.tenantId, timeline.timelineId);
+      if (resumeLsn <= state.commitLsn || resumeLsn > proposer.commitLsn) return state;
+      return { ...state, commitLsn: resumeLsn, history: historyUpTo(proposer.history, resumeLsn) };
+    } finally {
+      client.close();
+    }
   }
 
   reconnect(reason: string): void {

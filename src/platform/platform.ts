@@ -7,6 +7,7 @@ import { PLATFORM_FILE_NAME, type PlatformFile } from '../api/control.ts';
 import { PageserverClient } from '../api/pageserver.ts';
 import type { WakeService } from '../api/wake.ts';
 import { wakeMethods } from '../api/wake-rpc.ts';
+import { describeRebuiltLog, noteRebuiltLog, type RebuiltLog } from '../api/rebuilt-logs.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
 import { type DirectoryLock, lockDirectory } from '../base/directory-lock.ts';
 import { writeFileDurably } from '../base/durable-file.ts';
@@ -22,8 +23,11 @@ import { Control } from '../control/control.ts';
 import { createApiServer } from '../control/server.ts';
 import { generationMethods, Settings } from '../control/settings.ts';
 import { type Certificate, loadOrMakeCertificate } from '../proxy/certificate.ts';
+import { openObjectStore } from '../object-store/open-object-store.ts';
+import { OffloadedWal } from '../safekeeper/offloaded-wal.ts';
 import { ChildService } from './child-service.ts';
 import { LocalComputes } from './computes.ts';
+import { LogRebuild } from './log-rebuild.ts';
 import { chooseObjectStore } from './object-store.ts';
 import {
   loadOrMakeSecrets,
@@ -118,12 +122,15 @@ async function bringUp(
     progress,
     log,
   });
-  const healer = new WalHealer({
+  const healer = await startHealer(
     safekeepers,
     pageserver,
-    token: await signToken(secrets.platformSecret, { scope: 'platform' }),
+    await signToken(secrets.platformSecret, { scope: 'platform' }),
+    objectStoreUrl,
+    directory,
+    progress,
     log,
-  });
+  );
   cleanup.add(() => healer.close());
   const computes = new LocalComputes({
     directory,
@@ -196,6 +203,27 @@ async function bringUp(
     apiUrl: `http://${LOOPBACK}:${options.httpPort}/api/v2`,
     stop: () => cleanup.run(),
   };
+}
+
+/** Looks once before anything is woken: what was lost with a majority of the safekeepers' disks is rebuilt then, and told. */
+async function startHealer(
+  safekeepers: readonly SafekeeperAddress[],
+  pageserver: PageserverClient,
+  token: string,
+  objectStoreUrl: string,
+  directory: PlatformDirectory,
+  progress: (text: string) => void,
+  log: Logger,
+): Promise<WalHealer> {
+  const wal = new OffloadedWal(await openObjectStore(objectStoreUrl));
+  const rebuild = new LogRebuild({ safekeepers, pageserver, token, wal, log });
+  const onRebuilt = (rebuilt: RebuiltLog): void => {
+    noteRebuiltLog(directory.path, rebuilt);
+    progress(describeRebuiltLog(rebuilt));
+  };
+  const healer = new WalHealer({ safekeepers, pageserver, token, log, rebuild, onRebuilt });
+  await healer.heal();
+  return healer;
 }
 
 interface Services {

@@ -31,7 +31,10 @@ test('a safekeeper that was down, and then one that has lost its disk, get every
   const token = await signToken(SECRET, { scope: 'platform' });
   const [tenantId, timelineId] = [randomBytes(16).toString('hex'), randomBytes(16).toString('hex')];
   const identity = { tenantId, timelineId, startLsn: MID_SEGMENT_LSN, pgVersion: 17, systemId: String(SYSTEM_ID) };
-  const pageserver = { timelineIdentity: () => Promise.resolve({ ...identity, hasWal: true }) };
+  const pageserver = {
+    listTimelines: () => Promise.resolve([]),
+    timelineIdentity: () => Promise.resolve({ ...identity, hasWal: true }),
+  };
   const healer = new WalHealer({ safekeepers: addresses, pageserver, token, log, intervalMs: 1 << 30 });
   context.after(async () => {
     await healer.close();

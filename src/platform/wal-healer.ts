@@ -1,22 +1,27 @@
 /**
  * Makes safekeepers equal where no compute does: one that was down while a branch was written, or has lost its disk, is brought on from the others' disks
  * although the branch sleeps. A running compute's proposer does that for its own branch; here a proposer is elected for the others, for as long as it
- * takes. It yields to any leader, and so never disturbs a compute.
+ * takes. It yields to any leader, and so never disturbs a compute. A log that a majority has lost is rebuilt (log-rebuild.ts).
  *
  * Safekeepers tell the LSNs of all their timelines in one message, so a look at thousands of equal ones costs little.
  */
 import type { PageserverClient } from '../api/pageserver.ts';
+import type { RebuiltLog } from '../api/rebuilt-logs.ts';
 import { type SafekeeperAddress, SafekeeperClient, type TimelineProgress } from '../api/safekeeper.ts';
 import { toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { electProposer } from '../compute/proposer.ts';
+import type { LogRebuild } from './log-rebuild.ts';
 
 export interface WalHealerOptions {
   readonly safekeepers: readonly SafekeeperAddress[];
-  readonly pageserver: Pick<PageserverClient, 'timelineIdentity'>;
+  readonly pageserver: Pick<PageserverClient, 'timelineIdentity' | 'listTimelines'>;
   /** Scope `platform`. */
   readonly token: string;
   readonly log: Logger;
+  /** For logs that a majority has lost; without it they stay lost. */
+  readonly rebuild?: LogRebuild;
+  readonly onRebuilt?: (rebuilt: RebuiltLog) => void;
   readonly intervalMs?: number;
 }
 
@@ -36,6 +41,8 @@ export class WalHealer {
   readonly #timer: NodeJS.Timeout;
   #seen = new Map<string, string>();
   #healing: Promise<void> | undefined;
+  /** How many timelines each safekeeper had at the last look: fewer means that some are lost, or deleted. */
+  #counts: readonly number[] | undefined;
 
   constructor(options: WalHealerOptions) {
     this.#options = options;
@@ -56,12 +63,20 @@ export class WalHealer {
     this.#closing.abort();
     await this.#healing;
     for (const client of this.#clients) client.close();
+    this.#options.rebuild?.close();
   }
 
   async #heal(): Promise<void> {
+    await this.#look().catch((error: unknown) => {
+      this.#options.log.warn({ reason: toStrataError(error).message }, 'safekeepers could not be looked at');
+    });
+  }
+
+  async #look(): Promise<void> {
     const lists = await Promise.all(this.#clients.map((client) => client.list().catch(() => undefined)));
     const answers = lists.filter((list) => list !== undefined);
     if (answers.length < lists.length) return; // What is down will be unequal when it is back.
+    await this.#rebuildLost(answers);
     const unequal = unequalTimelines(answers);
     const stuck = unequal.filter(({ timelineId, positions }) => this.#seen.get(timelineId) === positions);
     this.#seen = new Map(unequal.map(({ timelineId, positions }) => [timelineId, positions]));
@@ -72,6 +87,31 @@ export class WalHealer {
         this.#options.log.warn({ timelineId, err: error }, 'safekeepers could not be made equal');
       });
     }
+  }
+
+  async #rebuildLost(lists: readonly (readonly TimelineProgress[])[]): Promise<void> {
+    const { rebuild, onRebuilt, pageserver, log } = this.#options;
+    const counts = lists.map((list) => list.length);
+    const before = this.#counts;
+    if (rebuild === undefined || (before !== undefined && counts.every((count, index) => count >= before[index]!)))
+      return;
+    const quorum = Math.floor(lists.length / 2) + 1;
+    const known = lists.map((list) => new Set(list.map(({ timelineId }) => timelineId)));
+    let failedCount = 0;
+    for (const timeline of await pageserver.listTimelines()) {
+      if (timeline.kind !== 'loaded' || timeline.ancestorTimelineId === undefined) continue; // A template has no log.
+      const { timelineId } = timeline;
+      if (known.filter((ids) => !ids.has(timelineId)).length < quorum) continue;
+      if (this.#closing.signal.aborted) return;
+      try {
+        const rebuilt = await rebuild.rebuild(timelineId);
+        if (rebuilt !== undefined) onRebuilt?.(rebuilt);
+      } catch (error) {
+        failedCount++;
+        log.error({ timelineId, reason: toStrataError(error).message }, 'a lost log could not be rebuilt');
+      }
+    }
+    if (failedCount === 0) this.#counts = counts;
   }
 
   async #healOne(timelineId: string): Promise<void> {

@@ -59,19 +59,20 @@ export class OffloadedWal {
     }
   }
 
+  /** Whether there is any WAL of the timeline. */
+  async hasAny({ tenantId, timelineId }: Ids): Promise<boolean> {
+    return (await this.#store.list(offloadedPrefix(tenantId, timelineId), { limit: 1 })).objects.length > 0;
+  }
+
   /** All objects of a timeline, in order. */
   list({ tenantId, timelineId }: Ids): Promise<OffloadedName[]> {
     return this.#list(offloadedPrefix(tenantId, timelineId));
   }
 
-  async has(segment: Ids & Pick<OffloadedSegment, 'fromLsn' | 'endLsn'>): Promise<boolean> {
-    try {
-      await this.#store.head(offloadedName(segment));
-      return true;
-    } catch (error) {
-      if (isObjectError(error, 'not-found')) return false;
-      throw error;
-    }
+  /** Whether one object has all of `[fromLsn, endLsn)`, which lies in one segment. */
+  async covers({ tenantId, timelineId }: Ids, fromLsn: Lsn, endLsn: Lsn): Promise<boolean> {
+    const names = await this.#list(segmentPrefix(tenantId, timelineId, fromLsn));
+    return names.some((each) => each.fromLsn <= fromLsn && each.endLsn >= endLsn);
   }
 
   /** Durable when it resolves; what it supersedes is removed then. */

@@ -211,8 +211,7 @@ export class Offloader {
     const { wal, log } = this.#options;
     const fromLsn = Math.max(segmentStart(kept.offloadedLsn), kept.logStartLsn);
     const segment = { ...identity, fromLsn, endLsn };
-    const wasThere = await wal.has(segment);
-    if (!wasThere) {
+    if (!(await wal.covers(identity, fromLsn, endLsn))) {
       const bytes = await readWhole(timeline, fromLsn, endLsn);
       await checkRecords(timeline, fromLsn, bytes);
       const history = historyUpTo(timeline.history, endLsn - 1);

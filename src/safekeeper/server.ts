@@ -8,8 +8,8 @@
 import type { Socket } from 'node:net';
 import { type Frame, FRAME_HEADER_BYTES, FrameReader } from '../base/frames.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
-import { mayReadTimeline, type TokenClaims, verifyToken } from '../base/token.ts';
-import type { TimelineIdentity } from '../api/safekeeper.ts';
+import { mayReadTimeline, signToken, type TokenClaims, verifyToken } from '../base/token.ts';
+import type { RebuildRequest, TimelineIdentity } from '../api/safekeeper.ts';
 import {
   APPEND_FIXED_BYTES,
   decodeFeedback,
@@ -34,6 +34,7 @@ import type { AcceptorMessage, Append, ProposerMessage } from '../consensus/mess
 import { serveReplication } from './replication.ts';
 import type { ProposerLink, Timeline } from './timeline.ts';
 import { progressOf, type Timelines } from './timelines.ts';
+import { resumePoint } from './wal-cursor.ts';
 import { streamWal } from './wal-stream.ts';
 
 const HELLO_TIMEOUT_MS = 10_000;
@@ -240,6 +241,7 @@ class Connection implements ProposerLink {
     const { timelines } = this.#context;
     if (this.#offered === undefined) throw new StrataError('bad-request', 'a log is made after a greeting only');
     assertIncarnation(timelines, request.incarnation);
+    await timelines.assertUnused(this.#offered, request.state);
     await this.#follow(await timelines.getOrCreate(this.#offered, request.state));
   }
 
@@ -257,7 +259,8 @@ class Connection implements ProposerLink {
   async #read(request: ReadRequest): Promise<void> {
     this.#authorize(request.timelineId);
     const timeline = this.#context.timelines.get(request.tenantId, request.timelineId);
-    if (request.term !== undefined) await timeline.open();
+    if (request.isRebuild === true) this.#requirePlatform();
+    if (request.term !== undefined || request.isRebuild === true) await timeline.open();
     await streamWal(this.#socket, timeline, request, this.#gone.signal);
   }
 
@@ -318,6 +321,13 @@ class Connection implements ProposerLink {
       case 'list':
         this.#requirePlatform();
         return timelines.list();
+      case 'resumePoint':
+        this.#requirePlatform();
+        return resumePoint(timelines.get(tenantId, timelineId));
+      case 'rebuildTimeline':
+        this.#requirePlatform();
+        await timelines.rebuild(params as RebuildRequest, await signToken(this.#context.secret, { scope: 'platform' }));
+        return null;
       case 'createTimeline':
         this.#requirePlatform();
         await timelines.getOrCreate(params as TimelineIdentity);

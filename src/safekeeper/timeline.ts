@@ -13,7 +13,7 @@ import type { SafekeeperTimelineStatus, TimelineIdentity } from '../api/safekeep
 import { Acceptor, type AcceptorAction, type AcceptorState, type BoundaryTracker } from '../consensus/acceptor.ts';
 import type { AcceptorMessage, ProposerMessage, TermHistory } from '../consensus/messages.ts';
 import type { AcceptorGreeting } from '../consensus/proposer.ts';
-import { lastLogTerm } from '../consensus/term-history.ts';
+import { historyUpTo, lastLogTerm } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
 import { writeControlFile } from './control-file.ts';
@@ -74,8 +74,8 @@ export class Timeline {
     this.#savedCommitLsn = options.state.commitLsn;
     this.#onProgress = options.onProgress;
     this.#log = options.log.child({ timelineId: options.identity.timelineId });
-    this.#store = new WalStore(options.directory, options.identity);
-    if (options.isNew) this.#opening = Promise.resolve(this.#opened(options.identity.startLsn));
+    this.#store = new WalStore(options.directory, options.identity, options.kept.logStartLsn);
+    if (options.isNew) this.#opening = Promise.resolve(this.#opened(options.state.commitLsn));
   }
 
   get term(): number {
@@ -124,9 +124,14 @@ export class Timeline {
     return {
       ...this.identity,
       term: this.term,
+      generation: this.#acceptor?.generation ?? this.#state.generation,
+      configuration: this.#acceptor?.configuration ?? this.#state.configuration,
       lastLogTerm: lastLogTerm(this.#acceptor?.history ?? this.#state.history, this.flushLsn),
+      history: historyUpTo(this.history, this.flushLsn),
       flushLsn: this.flushLsn,
       commitLsn: this.commitLsn,
+      localStartLsn: this.kept.localStartLsn,
+      offloadedLsn: this.kept.offloadedLsn,
       isVoter: this.#acceptor?.isVoter ?? false,
       hasLeader: this.hasLeader,
       proposerCount: this.#links.size,
@@ -190,6 +195,14 @@ export class Timeline {
     const { tenantId, timelineId } = this.identity;
     await writeControlFile(this.directory, { kind: 'deleted', tenantId, timelineId });
     await this.#store.remove();
+  }
+
+  /** Ends it as if it were not here; its files stay. */
+  async retire(): Promise<void> {
+    await this.#opening?.catch(() => {});
+    await this.#whenIdle();
+    this.#fail(new StrataError('unavailable', `timeline ${this.identity.timelineId} is being rebuilt`));
+    await this.#store.release();
   }
 
   /** Nobody is connected any more. */

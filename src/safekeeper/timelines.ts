@@ -5,27 +5,28 @@
  * timeline leaves a tombstone, so that a late proposer cannot bring it back empty.
  */
 import { randomBytes } from 'node:crypto';
-import { mkdir, readdir, rm } from 'node:fs/promises';
+import { mkdir, readdir, rename, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
-import type { TimelineIdentity } from '../api/safekeeper.ts';
+import { readWal, type RebuildRequest, type SafekeeperAddress, type TimelineIdentity } from '../api/safekeeper.ts';
 import type { PageserverFeedback, TimelineProgress } from '../api/safekeeper-protocol.ts';
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration.ts';
-import { formatLsn } from '../postgres/lsn.ts';
+import { formatLsn, type Lsn, segmentStart } from '../postgres/lsn.ts';
 import { toPgVersion } from '../postgres/version.ts';
 import { readControlFile, syncDirectory, writeControlFile } from './control-file.ts';
 import { KeptWal } from './kept-wal.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
 import type { Offloader } from './offloader.ts';
 import { Timeline } from './timeline.ts';
-import { EXTENT_FILE_NAME, readWalExtent, type WalExtent, wholeExtent } from './wal-extent.ts';
+import { EXTENT_FILE_NAME, readWalExtent, type WalExtent, wholeExtent, writeWalExtent } from './wal-extent.ts';
 import { WalStore } from './wal-store.ts';
 
 /** How long a commit LSN may be newer than the control file says, while commits go on. */
 const SAVE_DELAY_MS = 5_000;
 const LOAD_CONCURRENCY = 16;
+const COPY_TIMEOUT_MS = 10 * 60_000;
 
 /** Where WAL goes beside this disk. */
 export interface Offloading {
@@ -115,7 +116,14 @@ export class Timelines {
       throw new StrataError('conflict', `this safekeeper knows configuration ${version}, newer than ${told}`);
     }
     const key = keyOf(identity.tenantId, identity.timelineId);
-    const creation = this.#create(identity, state).finally(() => this.#creations.delete(key));
+    const other = this.#timelines.get(key) ?? this.#creations.get(key); // made meanwhile
+    if (other !== undefined) return other;
+    // One that was lost and begins later: nobody needs from it what is before.
+    const makeWal = async (directory: string): Promise<WalExtent> => {
+      await new WalStore(directory, identity, state.commitLsn).create();
+      return wholeExtent(state.commitLsn);
+    };
+    const creation = this.#create(identity, state, makeWal, true).finally(() => this.#creations.delete(key));
     this.#creations.set(key, creation);
     return creation;
   }
@@ -200,16 +208,91 @@ export class Timelines {
     }
   }
 
-  async #create(identity: TimelineIdentity, acceptor: AcceptorState): Promise<Timeline> {
-    const directory = join(this.#dataDir, identity.tenantId, identity.timelineId);
-    await makeDirectory(directory);
-    await new WalStore(directory, identity).create();
-    await writeControlFile(directory, { kind: 'timeline', identity, acceptor });
-    const timeline = this.#add(directory, identity, acceptor, wholeExtent(identity.startLsn), true);
+  /** Who thinks that a log was never used may be wrong when a majority has lost it and the pageserver had not got far: the store knows better. */
+  async assertUnused(identity: TimelineIdentity, { votesFrom }: AcceptorState): Promise<void> {
+    if (votesFrom !== undefined || !((await this.#offloading?.wal.hasAny(identity)) ?? false)) return;
+    throw new StrataError(
+      'unavailable',
+      `the log of timeline ${identity.timelineId} is not here, but WAL of it is in the object store: it has to be rebuilt`,
+    );
+  }
+
+  /**
+   * Makes a log anew that was lost with a quorum of its disks: its last segment from the object store, and a state from which the others can be elected
+   * with; or all that another safekeeper still has of it, which signs for nothing but itself: what it has flushed may have been acknowledged. What was here
+   * under that name stays in a folder beside it. `token` opens the other safekeeper.
+   */
+  async rebuild(
+    { timeline: identity, logStartLsn, state, source, replace }: RebuildRequest,
+    token: string,
+  ): Promise<void> {
+    const known = await this.find(identity);
+    const { tenantId, timelineId } = identity;
+    const key = keyOf(tenantId, timelineId);
+    if (known !== undefined) {
+      if (!replace) throw new StrataError('conflict', `this safekeeper has timeline ${timelineId}`);
+      await this.#putAside(known);
+    }
+    const makeWal = (directory: string): Promise<WalExtent> =>
+      source === undefined
+        ? this.#fetchWal(directory, identity, logStartLsn, state.commitLsn)
+        : copyWal(directory, identity, logStartLsn, { ...source, token });
+    const creation = this.#create(identity, state, makeWal, source === undefined).finally(() =>
+      this.#creations.delete(key),
+    );
+    this.#creations.set(key, creation);
+    await creation;
+    this.#log.warn({ timelineId, endLsn: formatLsn(state.commitLsn), term: state.term }, 'the log was rebuilt');
+  }
+
+  async #putAside(timeline: Timeline): Promise<void> {
+    const { tenantId, timelineId } = timeline.identity;
+    this.#timelines.delete(keyOf(tenantId, timelineId));
+    this.#byId.delete(timelineId);
+    this.#unsaved.delete(timeline);
+    this.#offloading?.offloader.forget(timeline);
+    await timeline.retire();
+    const directory = join(this.#dataDir, tenantId, timelineId);
+    await rename(directory, `${directory}.aside-${Date.now()}`);
+    await syncDirectory(join(this.#dataDir, tenantId));
+  }
+
+  /** `isEnd`: the log ends at its commit LSN. Otherwise its end is looked for when it is opened. */
+  async #create(
+    identity: TimelineIdentity,
+    acceptor: AcceptorState,
+    makeWal: (directory: string) => Promise<WalExtent>,
+    isEnd: boolean,
+  ): Promise<Timeline> {
     const { tenantId, timelineId, startLsn } = identity;
+    const directory = join(this.#dataDir, tenantId, timelineId);
+    await makeDirectory(directory);
+    const extent = await makeWal(directory);
+    if (extent.localStartLsn !== startLsn) await writeWalExtent(directory, extent);
+    await writeControlFile(directory, { kind: 'timeline', identity, acceptor });
+    const timeline = this.#add(directory, identity, acceptor, extent, isEnd);
     this.#log.info({ tenantId, timelineId, startLsn: formatLsn(startLsn) }, 'timeline created');
     for (const callback of this.#watchers) callback(timeline);
     return timeline;
+  }
+
+  /** The WAL of a log that ends at `endLsn`: nothing when it begins there, else its last segment, from the object store. */
+  async #fetchWal(directory: string, identity: TimelineIdentity, logStartLsn: Lsn, endLsn: Lsn): Promise<WalExtent> {
+    const store = new WalStore(directory, identity, logStartLsn);
+    if (endLsn === logStartLsn) {
+      await store.create();
+      return wholeExtent(logStartLsn);
+    }
+    const wal = this.#offloading?.wal;
+    if (wal === undefined) throw new StrataError('bad-request', 'this safekeeper has no object store to rebuild from');
+    const localStartLsn = Math.max(logStartLsn, segmentStart(endLsn - 1));
+    if (localStartLsn === logStartLsn) await store.create();
+    for (let lsn = localStartLsn; lsn < endLsn;) {
+      const bytes = await wal.read(identity, lsn, endLsn);
+      await store.fill(lsn, bytes);
+      lsn += bytes.length;
+    }
+    return { logStartLsn, localStartLsn, offloadedLsn: endLsn };
   }
 
   #add(
@@ -251,6 +334,31 @@ export class Timelines {
   }
 }
 
+/** All that another safekeeper has of the log, from `logStartLsn` on. */
+async function copyWal(
+  directory: string,
+  identity: TimelineIdentity,
+  logStartLsn: Lsn,
+  source: { readonly address: SafekeeperAddress; readonly endLsn: Lsn; readonly token: string },
+): Promise<WalExtent> {
+  const { tenantId, timelineId } = identity;
+  const { endLsn, ...endpoint } = source;
+  const store = new WalStore(directory, identity, logStartLsn);
+  await store.create();
+  const signal = AbortSignal.timeout(COPY_TIMEOUT_MS);
+  let lsn = logStartLsn;
+  const chunks = readWal({ ...endpoint, tenantId, timelineId, fromLsn: lsn, isRebuild: true, signal });
+  while (lsn < endLsn) {
+    const { value: chunk } = await chunks.next();
+    if (chunk === undefined) throw new StrataError('timeout', `WAL was copied up to ${formatLsn(lsn)} only`);
+    const bytes = chunk.bytes.subarray(0, endLsn - lsn);
+    if (bytes.length > 0) await store.fill(lsn, bytes);
+    lsn += bytes.length;
+  }
+  await chunks.return();
+  return wholeExtent(logStartLsn);
+}
+
 export function progressOf(timeline: Timeline): TimelineProgress {
   const { tenantId, timelineId } = timeline.identity;
   return { tenantId, timelineId, commitLsn: timeline.commitLsn, flushLsn: timeline.flushLsn };
@@ -278,17 +386,19 @@ function checkIdentity(identity: TimelineIdentity): void {
   }
 }
 
-/** What a proposer may give to who has nothing: an empty log, from the timeline's start. */
+/** What a proposer may give to who has nothing: an empty log, from the timeline's start or, when that is gone, a later point of the leader's log. */
 function checkState(identity: TimelineIdentity, state: AcceptorState): void {
   const { term, history, commitLsn, generation, votesFrom } = state;
   const { startLsn } = identity;
   const numbers = [term, generation, votesFrom?.lastLogTerm ?? 0, votesFrom?.flushLsn ?? 0];
   const isSound =
     numbers.every((number) => Number.isSafeInteger(number) && number >= 0) &&
-    commitLsn === startLsn &&
-    history.length === 1 &&
+    Number.isSafeInteger(commitLsn) &&
+    commitLsn >= startLsn &&
+    history.length >= 1 &&
     history[0]!.term === 0 &&
-    history[0]!.startLsn === startLsn;
+    history[0]!.startLsn === startLsn &&
+    history.every((entry) => entry.startLsn <= commitLsn && entry.term <= term);
   if (!isSound) throw new StrataError('bad-request', `not the state of an empty log: ${JSON.stringify(state)}`);
 }
 

@@ -8,7 +8,8 @@
  * WAL that is not on this disk any more is read from the object store. A cursor holds what it is about to read on the disk (kept-wal.ts).
  */
 import { StrataError } from '../base/errors.ts';
-import { formatLsn, type Lsn, segmentOffset } from '../postgres/lsn.ts';
+import { formatLsn, type Lsn, segmentOffset, segmentStart, WAL_PAGE_SIZE } from '../postgres/lsn.ts';
+import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
 import type { Timeline } from './timeline.ts';
 import { firstSegmentHead, WalFileReader } from './wal-store.ts';
 
@@ -18,11 +19,13 @@ export interface WalCursorOptions {
   /** Ends what waits. */
   readonly signal: AbortSignal;
   readonly term?: number | undefined;
+  readonly isRebuild?: boolean | undefined;
 }
 
 export class WalCursor {
   readonly #timeline: Timeline;
   readonly #term: number | undefined;
+  readonly #isRebuild: boolean;
   readonly #signal: AbortSignal;
   readonly #files: WalFileReader;
   readonly #stopListening: () => void;
@@ -32,9 +35,10 @@ export class WalCursor {
   #wake: (() => void) | undefined;
 
   constructor(options: WalCursorOptions) {
-    const { timeline, fromLsn, signal, term } = options;
+    const { timeline, fromLsn, signal, term, isRebuild } = options;
     this.#timeline = timeline;
     this.#term = term;
+    this.#isRebuild = isRebuild ?? false;
     this.#signal = signal;
     this.#lsn = fromLsn;
     this.#files = new WalFileReader(timeline.directory);
@@ -85,7 +89,7 @@ export class WalCursor {
   async #fetch(endLsn: Lsn): Promise<Buffer> {
     const { kept } = this.#timeline;
     const lsn = this.#lsn;
-    if (lsn >= kept.localStartLsn || kept.localStartLsn === kept.logStartLsn) {
+    if (lsn >= kept.localStartLsn) {
       try {
         return await this.#files.read(lsn, endLsn);
       } catch (error) {
@@ -99,6 +103,7 @@ export class WalCursor {
   #readableEnd(): Lsn {
     const timeline = this.#timeline;
     timeline.throwIfFailed();
+    if (this.#isRebuild) return timeline.flushLsn;
     if (this.#term === undefined) return timeline.commitLsn;
     if (timeline.leaderTerm !== this.#term) {
       throw new StrataError('conflict', `the WAL here is not that of the leader of term ${this.#term}`);
@@ -107,16 +112,44 @@ export class WalCursor {
   }
 }
 
-/** `lsn` is at or past the beginning of the segment in which the log begins. */
+/**
+ * From the object store. In the segment in which a log begins, what is before it is made up when nobody has it: zeroes, and the page headers that
+ * say so. Postgres' own readers begin with the segment, and take nothing from before the log.
+ */
 async function fetchOffloaded(timeline: Timeline, lsn: Lsn, endLsn: Lsn): Promise<Buffer> {
   const { identity, kept, offloadedWal } = timeline;
-  if (lsn < kept.logStartLsn) {
+  const segment = lsn < identity.startLsn ? undefined : await offloadedWal?.find(identity, lsn);
+  if (segment !== undefined) {
+    return segment.bytes.subarray(lsn - segment.fromLsn, Math.min(segment.endLsn, endLsn) - segment.fromLsn);
+  }
+  if (lsn < kept.logStartLsn && lsn >= segmentStart(kept.logStartLsn)) {
     const head = firstSegmentHead(identity, kept.logStartLsn);
-    return head.subarray(segmentOffset(lsn), Math.min(head.length, segmentOffset(lsn) + endLsn - lsn));
+    return head.subarray(segmentOffset(lsn), segmentOffset(lsn) + endLsn - lsn);
   }
-  if (offloadedWal === undefined) {
-    const { timelineId } = identity;
-    throw new StrataError('history-gone', `the WAL of timeline ${timelineId} at ${formatLsn(lsn)} has been removed`);
+  const { timelineId } = identity;
+  throw new StrataError(
+    'history-gone',
+    `the WAL of timeline ${timelineId} at ${formatLsn(lsn)} has been removed: it is not kept for so long`,
+  );
+}
+
+/**
+ * The end of a record on this disk, as early as it can be found: where a log that is given anew may begin when its beginning has been removed. Nobody needs
+ * what is before from a safekeeper's disk (kept-wal.ts).
+ */
+export async function resumePoint(timeline: Timeline): Promise<Lsn> {
+  const { kept, identity, commitLsn, directory } = timeline;
+  const { localStartLsn } = kept;
+  if (localStartLsn === kept.logStartLsn) return localStartLsn;
+  const files = new WalFileReader(directory);
+  const tracker = new WalBoundaryTracker(localStartLsn);
+  try {
+    for (let lsn = localStartLsn; lsn < commitLsn && tracker.endLsn === localStartLsn; lsn += WAL_PAGE_SIZE) {
+      tracker.push(await files.read(lsn, Math.min(commitLsn, lsn + WAL_PAGE_SIZE)));
+    }
+  } finally {
+    await files.close();
   }
-  return offloadedWal.read(identity, lsn, endLsn);
+  if (tracker.endLsn > localStartLsn) return tracker.endLsn;
+  throw new StrataError('unavailable', `no record of timeline ${identity.timelineId} ends on this disk yet`);
 }

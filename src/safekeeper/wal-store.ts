@@ -62,15 +62,18 @@ export function segmentPath(directory: string, lsn: Lsn): string {
 export class WalStore {
   readonly #directory: string;
   readonly #identity: TimelineIdentity;
+  readonly #logStartLsn: Lsn;
   /** The segment being written. */
   #file: number | undefined;
   #fileStart: Lsn = 0;
   #zeroedLsn: Lsn = 0;
   #isDiskSlow = false;
 
-  constructor(directory: string, identity: TimelineIdentity) {
+  /** `logStartLsn` is the log's first byte: the timeline's start, or a later one of a log whose beginning is elsewhere. */
+  constructor(directory: string, identity: TimelineIdentity, logStartLsn = identity.startLsn) {
     this.#directory = directory;
     this.#identity = identity;
+    this.#logStartLsn = logStartLsn;
   }
 
   /**
@@ -78,7 +81,7 @@ export class WalStore {
    * the folder was synced.
    */
   async create(): Promise<void> {
-    const { startLsn } = this.#identity;
+    const startLsn = this.#logStartLsn;
     if (segmentOffset(startLsn) === 0) return; // The first page header comes with the stream.
     const handle = await openHandle(segmentPath(this.#directory, startLsn), 'w', 0o600);
     try {
@@ -96,8 +99,8 @@ export class WalStore {
    * after it is gone. Throws when not even `commitLsn` is here.
    */
   async recover(commitLsn: Lsn): Promise<Lsn> {
-    const { startLsn, pgVersion } = this.#identity;
-    if (commitLsn > startLsn && (await this.#segmentSize(commitLsn - 1)) !== WAL_SEGMENT_SIZE) {
+    const { pgVersion } = this.#identity;
+    if (commitLsn > this.#logStartLsn && (await this.#segmentSize(commitLsn - 1)) !== WAL_SEGMENT_SIZE) {
       throw new Error(`the WAL before the commit LSN ${formatLsn(commitLsn)} is not in ${this.#directory}`);
     }
     const { endLsn } = await findEndOfWal(commitLsn, toPgVersion(pgVersion), this.#chunks(commitLsn));
@@ -144,6 +147,13 @@ export class WalStore {
     await truncateFile(file, WAL_SEGMENT_SIZE);
     await syncFile(file);
     this.#zeroedLsn = 0;
+  }
+
+  /** Takes over WAL from elsewhere, from a segment's start or the log's on, into a log that has none; durable when it resolves. */
+  async fill(lsn: Lsn, bytes: Buffer): Promise<void> {
+    await this.write(lsn, [bytes]);
+    await this.release();
+    await syncDirectory(this.#directory);
   }
 
   /** Closes the file that is open, if any; the next write opens it anew. */

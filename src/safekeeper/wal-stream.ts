@@ -22,14 +22,14 @@ export async function streamWal(
   signal: AbortSignal,
 ): Promise<void> {
   const { startLsn } = timeline.identity;
-  const { fromLsn, term } = request;
+  const { fromLsn, term, isRebuild } = request;
   if (!Number.isSafeInteger(fromLsn) || fromLsn < startLsn) {
     throw new StrataError(
       'bad-request',
       `the WAL of timeline ${timeline.identity.timelineId} begins at ${formatLsn(startLsn)}, not ${fromLsn}`,
     );
   }
-  const cursor = new WalCursor({ timeline, fromLsn, signal, term });
+  const cursor = new WalCursor({ timeline, fromLsn, signal, term, isRebuild });
   let sentCommitLsn = -1;
   let sentAtMs = 0;
   try {

@@ -1,0 +1,335 @@
+/**
+ * Rebuilds logs that were lost with a quorum of safekeepers' disks, from the object store and from what the pageserver has, and says up to where.
+ *
+ * Only who says "I do not have it" counts as lost; who is silent may come back with everything, so nothing is done before all have answered, unless an operator
+ * says so. A log of which neither the pageserver nor the store has any WAL was never used: the first proposer makes it.
+ *
+ *   1. What is offloaded is committed. Lost logs end there again, with the history of terms that belongs to it. If a safekeeper still has a log that is more
+ *      advanced, all that it has was perhaps acknowledged with one of the lost: they get that one's log instead. Either way the lost ones, a majority, have the
+ *      most that there is, so every later leader has it.
+ *   2. What the pageserver has ingested is committed too. If it is ahead of all of these, its pages are the truth: they are made durable, and every log begins
+ *      anew where they end. The WAL between the offloaded end and there is nowhere any more, and nobody needs it to go on.
+ *   3. The new term is far above every one that is known, so that no proposer of before, whose votes were lost with the disks, can go on.
+ *
+ * What was acknowledged after that and is on none of them is lost. That, and nothing less, is what losing a majority of the disks means; the result says
+ * from which LSN on, and of what time the last commit is that was kept.
+ */
+import type { PageserverClient, PageserverTimelineStatus } from '../api/pageserver.ts';
+import type { RebuiltLog } from '../api/rebuilt-logs.ts';
+import {
+  type SafekeeperAddress,
+  SafekeeperClient,
+  type SafekeeperTimelineStatus,
+  type TimelineIdentity,
+} from '../api/safekeeper.ts';
+import { StrataError, toStrataError } from '../base/errors.ts';
+import type { Logger } from '../base/log.ts';
+import type { AcceptorState } from '../consensus/acceptor.ts';
+import { NO_CONFIGURATION } from '../consensus/configuration.ts';
+import type { TermHistory } from '../consensus/messages.ts';
+import { compareLogs } from '../consensus/term-history.ts';
+import { formatLsn, type Lsn, segmentStart } from '../postgres/lsn.ts';
+import { RM_XACT } from '../postgres/rmgr.ts';
+import { toPgVersion } from '../postgres/version.ts';
+import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
+import { WalReader } from '../postgres/wal/reader.ts';
+import { parseXactRecord, timestampToDate } from '../postgres/xact-record.ts';
+import type { OffloadedName } from '../safekeeper/offloaded-segment.ts';
+import type { OffloadedWal } from '../safekeeper/offloaded-wal.ts';
+
+export interface LogRebuildOptions {
+  readonly safekeepers: readonly SafekeeperAddress[];
+  readonly pageserver: Pick<PageserverClient, 'timelineIdentity' | 'timelineStatus' | 'flush'>;
+  /** Scope `platform`. */
+  readonly token: string;
+  readonly wal: OffloadedWal;
+  readonly log: Logger;
+}
+
+/** What one safekeeper says. */
+export type SafekeeperView =
+  | { readonly kind: 'present'; readonly status: SafekeeperTimelineStatus }
+  | { readonly kind: 'absent' }
+  | { readonly kind: 'silent'; readonly reason: string };
+
+/** What is offloaded, up to the end of its last whole record. */
+export interface OffloadedEnd {
+  readonly endLsn: Lsn;
+  readonly history: TermHistory;
+  /** Of the last commit in the last object; undefined when there is none. */
+  readonly lastCommitMs: number | undefined;
+}
+
+export type RebuildPlan =
+  | { readonly kind: 'none' }
+  /** A majority may be lost, but these are silent. */
+  | { readonly kind: 'wait'; readonly silent: readonly number[] }
+  | {
+      readonly kind: 'rebuild';
+      /** Indexes of the safekeepers that get a log. */
+      readonly targets: readonly number[];
+      readonly logStartLsn: Lsn;
+      readonly state: AcceptorState;
+      readonly source: RebuiltLog['source'];
+      /** Of the safekeeper whose log it is; with `source` another safekeeper. */
+      readonly copied?: number;
+      /** Everything before it is kept. */
+      readonly keptLsn: Lsn;
+    };
+
+/** No proposer that was elected by what is lost has got so far ahead of what is known. */
+const TERM_JUMP = 2 ** 20;
+const UPLOAD_WAIT_MS = 30_000;
+/** After which a pageserver that has uploaded nothing at all is taken for one that does not. */
+const FIRST_UPLOAD_WAIT_MS = 3_000;
+const POLL_MS = 200;
+
+/** `mayIgnoreSilent`: an operator says that who is silent will not come back. */
+export function planRebuild(
+  views: readonly SafekeeperView[],
+  timeline: Pick<TimelineIdentity, 'startLsn'>,
+  ingestedLsn: Lsn,
+  offloaded: OffloadedEnd | undefined,
+  mayIgnoreSilent: boolean,
+): RebuildPlan {
+  const { startLsn } = timeline;
+  const quorum = Math.floor(views.length / 2) + 1;
+  const indexes = (kind: SafekeeperView['kind']): number[] =>
+    views.flatMap((view, index) => (view.kind === kind ? [index] : []));
+  const [absent, silent] = [indexes('absent'), indexes('silent')];
+  const lostCount = absent.length + (mayIgnoreSilent ? silent.length : 0);
+  if (absent.length === 0 || lostCount < quorum) {
+    const mayBeLost = absent.length > 0 && absent.length + silent.length >= quorum;
+    return mayBeLost ? { kind: 'wait', silent } : { kind: 'none' };
+  }
+  if (silent.length > 0 && !mayIgnoreSilent) return { kind: 'wait', silent };
+  const survivors = views.flatMap((view, index) => (view.kind === 'present' ? [{ ...view.status, index }] : []));
+  const history = offloaded?.history ?? [{ term: 0, startLsn }];
+  const offloadedLsn = offloaded?.endLsn ?? startLsn;
+  const best = survivors.reduce<(typeof survivors)[number] | undefined>(
+    (most, each) => (most === undefined || compareLogs(each, most) > 0 ? each : most),
+    undefined,
+  );
+  const term =
+    Math.max(history.at(-1)!.term, ...survivors.map((status) => Math.max(status.term, status.lastLogTerm))) + TERM_JUMP;
+  const generation = 1 + Math.max(0, ...survivors.map((status) => status.generation));
+  const configuration = survivors.reduce(
+    (newest, each) => (each.configuration.version > newest.version ? each.configuration : newest),
+    NO_CONFIGURATION,
+  );
+  const stored = { lastLogTerm: history.at(-1)!.term, flushLsn: offloadedLsn };
+  const isSurvivorBest = best !== undefined && compareLogs(best, stored) >= 0;
+  const bestLsn = isSurvivorBest ? best.flushLsn : offloadedLsn;
+  if (ingestedLsn > bestLsn) {
+    return {
+      kind: 'rebuild',
+      targets: views.flatMap((view, index) => (view.kind === 'silent' ? [] : [index])),
+      logStartLsn: ingestedLsn,
+      state: {
+        term,
+        generation,
+        configuration,
+        commitLsn: ingestedLsn,
+        history: [...history, { term, startLsn: ingestedLsn }],
+      },
+      source: 'pageserver',
+      keptLsn: ingestedLsn,
+    };
+  }
+  if (isSurvivorBest) {
+    return {
+      kind: 'rebuild',
+      targets: absent,
+      logStartLsn: best.localStartLsn, // The caller finds where a record ends after it.
+      state: { term, generation, configuration, commitLsn: best.commitLsn, history: best.history },
+      source: 'another safekeeper',
+      copied: best.index,
+      keptLsn: best.flushLsn,
+    };
+  }
+  return {
+    kind: 'rebuild',
+    targets: absent,
+    logStartLsn: startLsn,
+    state: { term, generation, configuration, commitLsn: offloadedLsn, history },
+    source: 'object store',
+    keptLsn: offloadedLsn,
+  };
+}
+
+export class LogRebuild {
+  readonly #options: LogRebuildOptions;
+  readonly #clients: readonly SafekeeperClient[];
+
+  constructor(options: LogRebuildOptions) {
+    this.#options = options;
+    const { token, safekeepers } = options;
+    this.#clients = safekeepers.map((address) => new SafekeeperClient({ address, token }));
+  }
+
+  close(): void {
+    for (const client of this.#clients) client.close();
+  }
+
+  /**
+   * Rebuilds the timeline's log when a quorum has lost it; undefined when it has not. Throws `unavailable` when it cannot be told, naming who is silent.
+   */
+  async rebuild(
+    timelineId: string,
+    options: { readonly mayIgnoreSilent?: boolean } = {},
+  ): Promise<RebuiltLog | undefined> {
+    const { pageserver, wal, log } = this.#options;
+    const mayIgnoreSilent = options.mayIgnoreSilent ?? false;
+    const timeline = await pageserver.timelineIdentity(timelineId);
+    if (!timeline.hasWal && !(await wal.hasAny(timeline))) return undefined;
+    const views = await this.#views(timeline);
+    const first = planRebuild(views, timeline, timeline.startLsn, undefined, mayIgnoreSilent);
+    if (first.kind === 'none') return undefined;
+    if (first.kind === 'wait') throw silentError(timelineId, views);
+    const status = await this.#madeDurable(timelineId);
+    const offloaded = await findOffloadedEnd(wal, timeline, status.lastRecordLsn);
+    const plan = planRebuild(views, timeline, status.lastRecordLsn, offloaded, mayIgnoreSilent);
+    if (plan.kind !== 'rebuild') return undefined;
+    const { state, targets, source, copied, keptLsn } = plan;
+    const { tenantId } = timeline;
+    const logStartLsn =
+      copied === undefined ? plan.logStartLsn : await this.#clients[copied]!.resumePoint(tenantId, timelineId);
+    log.warn(
+      { timelineId, safekeepers: targets.map(numberOf), source, keptLsn: formatLsn(keptLsn), term: state.term },
+      'a majority of the safekeepers has lost this log: it is rebuilt',
+    );
+    const replace = source === 'pageserver';
+    for (const index of targets) {
+      await this.#clients[index]!.rebuildTimeline({
+        timeline: identityOf(timeline),
+        logStartLsn,
+        state,
+        replace,
+        ...(copied === undefined ? {} : { source: { address: this.#options.safekeepers[copied]!, endLsn: keptLsn } }),
+      });
+    }
+    const lastCommitMs = source === 'object store' ? offloaded?.lastCommitMs : undefined;
+    const safekeepers = targets.map(numberOf);
+    return { timelineId, atMs: Date.now(), keptLsn, lastCommitMs, source, safekeepers };
+  }
+
+  async #views({ tenantId, timelineId }: TimelineIdentity): Promise<SafekeeperView[]> {
+    return Promise.all(
+      this.#clients.map(async (client): Promise<SafekeeperView> => {
+        try {
+          return { kind: 'present', status: await client.status(tenantId, timelineId) };
+        } catch (error) {
+          const { code, message } = toStrataError(error);
+          // Also one that has the log and cannot read it: it may yet be mended.
+          return code === 'not-found' ? { kind: 'absent' } : { kind: 'silent', reason: message };
+        }
+      }),
+    );
+  }
+
+  /** What the pageserver has ingested is the truth from here on, so it has to outlive the pageserver. */
+  async #madeDurable(timelineId: string): Promise<PageserverTimelineStatus> {
+    const { pageserver } = this.#options;
+    await pageserver.flush(timelineId);
+    const deadlineMs = Date.now() + UPLOAD_WAIT_MS;
+    for (;;) {
+      const status = await pageserver.timelineStatus(timelineId);
+      const { lastRecordLsn, diskConsistentLsn, remoteConsistentLsn, startLsn } = status;
+      const isUploaded = remoteConsistentLsn >= lastRecordLsn;
+      const neverUploads =
+        remoteConsistentLsn === startLsn && Date.now() > deadlineMs - UPLOAD_WAIT_MS + FIRST_UPLOAD_WAIT_MS;
+      if (diskConsistentLsn >= lastRecordLsn && (isUploaded || neverUploads)) return status;
+      if (Date.now() > deadlineMs) {
+        const has = `has ${formatLsn(lastRecordLsn)}, durable is ${formatLsn(Math.min(diskConsistentLsn, remoteConsistentLsn))}`;
+        throw new StrataError('unavailable', `the pageserver ${has}: its log is rebuilt when that is durable`);
+      }
+      await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+    }
+  }
+}
+
+/**
+ * The end of what is offloaded without a gap from `ingestedLsn` on, at the end of a whole record; undefined when the store has nothing that the
+ * pageserver could go on from.
+ */
+export async function findOffloadedEnd(
+  wal: OffloadedWal,
+  timeline: TimelineIdentity,
+  ingestedLsn: Lsn,
+): Promise<OffloadedEnd | undefined> {
+  const objects = await wal.list(timeline);
+  let endLsn = ingestedLsn;
+  let last: OffloadedName | undefined;
+  for (const object of objects.sort((a, b) => a.fromLsn - b.fromLsn || a.endLsn - b.endLsn)) {
+    if (object.fromLsn <= endLsn && object.endLsn >= endLsn) [endLsn, last] = [object.endLsn, object];
+  }
+  if (last === undefined) return undefined;
+  // A whole segment ends inside a record as a rule; a record may even begin some segments before.
+  for (let fromLsn = last.fromLsn; fromLsn >= timeline.startLsn;) {
+    const found = await readBackwards(wal, timeline, fromLsn, endLsn);
+    if (found !== undefined) return found;
+    if (fromLsn === timeline.startLsn) return undefined;
+    fromLsn = Math.max(timeline.startLsn, segmentStart(fromLsn - 1));
+  }
+  return undefined;
+}
+
+/** Undefined when no record ends between the two. */
+async function readBackwards(
+  wal: OffloadedWal,
+  timeline: TimelineIdentity,
+  fromLsn: Lsn,
+  endLsn: Lsn,
+): Promise<OffloadedEnd | undefined> {
+  const parts: Buffer[] = [];
+  let history: TermHistory = [];
+  for (let lsn = fromLsn; lsn < endLsn;) {
+    const segment = await wal.find(timeline, lsn);
+    if (segment === undefined) return undefined;
+    parts.push(segment.bytes.subarray(lsn - segment.fromLsn));
+    history = segment.history;
+    lsn = segment.endLsn;
+  }
+  const bytes = Buffer.concat(parts).subarray(0, endLsn - fromLsn);
+  const tracker = new WalBoundaryTracker(fromLsn);
+  let firstLsn = fromLsn;
+  for (let at = 0; at < bytes.length; at += 8192) {
+    tracker.push(bytes.subarray(at, at + 8192));
+    if (firstLsn === fromLsn) firstLsn = tracker.endLsn;
+  }
+  if (tracker.endLsn === fromLsn) return undefined;
+  const beginLsn = fromLsn === timeline.startLsn ? fromLsn : firstLsn;
+  const kept = history.filter((entry) => entry.startLsn < tracker.endLsn);
+  return { endLsn: tracker.endLsn, history: kept, lastCommitMs: lastCommit(timeline, beginLsn, bytes, fromLsn) };
+}
+
+function lastCommit(timeline: TimelineIdentity, beginLsn: Lsn, bytes: Buffer, fromLsn: Lsn): number | undefined {
+  const version = toPgVersion(timeline.pgVersion);
+  const reader = new WalReader(beginLsn, version);
+  reader.push(beginLsn, bytes.subarray(beginLsn - fromLsn));
+  let lastMs: number | undefined;
+  for (let record = reader.next(); record !== undefined; record = reader.next()) {
+    if (record.rmid !== RM_XACT) continue;
+    const xact = parseXactRecord(record, version);
+    if (xact?.kind === 'commit') lastMs = timestampToDate(xact.timeUs).getTime();
+  }
+  return lastMs;
+}
+
+function identityOf({ tenantId, timelineId, startLsn, pgVersion, systemId }: TimelineIdentity): TimelineIdentity {
+  return { tenantId, timelineId, startLsn, pgVersion, systemId };
+}
+
+function numberOf(index: number): number {
+  return index + 1;
+}
+
+function silentError(timelineId: string, views: readonly SafekeeperView[]): StrataError {
+  const silent = views.flatMap((view, index) =>
+    view.kind === 'silent' ? [`safekeeper ${numberOf(index)} (${view.reason})`] : [],
+  );
+  return new StrataError(
+    'unavailable',
+    `timeline ${timelineId} may be lost on a majority, but this is not known before they answer: ${silent.join(', ')}`,
+  );
+}

@@ -1,0 +1,143 @@
+/** A majority of the safekeepers' disks, or all of them, lost: what was offloaded or ingested is there again, and it is said up to where. */
+import assert from 'node:assert/strict';
+import { readFileSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
+import { after, before, describe, test } from 'node:test';
+import type { PlatformFile } from '../../src/api/control.ts';
+import { PageserverClient } from '../../src/api/pageserver.ts';
+import { SafekeeperClient } from '../../src/api/safekeeper.ts';
+import { signToken } from '../../src/base/token.ts';
+import { TestPlatform, waitUntil } from './platform.ts';
+
+interface Status {
+  readonly rebuilt_logs: readonly { timeline_id: string; kept_lsn: string; source: string; safekeepers: number[] }[];
+}
+
+describe('safekeepers that have lost their disks', () => {
+  let platform: TestPlatform;
+  let rows = 0;
+
+  before(async () => {
+    platform = await TestPlatform.start();
+    await platform.psql('CREATE TABLE kept (n int PRIMARY KEY, note text)');
+  });
+  after(async () => {
+    await platform.destroy();
+  });
+
+  async function write(count: number): Promise<void> {
+    await platform.psql(
+      `INSERT INTO kept SELECT n, repeat('x', 500) FROM generate_series(${rows + 1}, ${rows + count}) AS n`,
+    );
+    rows += count;
+  }
+
+  async function assertAllThere(): Promise<void> {
+    assert.equal(await platform.psql('SELECT count(*), max(n) FROM kept'), `${rows}|${rows}`);
+  }
+
+  function loseDisks(...numbers: number[]): void {
+    for (const number of numbers) rmSync(join(platform.dataDir, `safekeeper-${number}`), { recursive: true });
+  }
+
+  /** The first branch's timeline, as a safekeeper and the pageserver see it. */
+  async function services(): Promise<{
+    timelineId: string;
+    safekeeper: SafekeeperClient;
+    pageserver: PageserverClient;
+    close: () => Promise<void>;
+  }> {
+    const [branch] = await platform.cliJson<{ timeline_id: string }[]>(['branches', 'list']);
+    const file = JSON.parse(readFileSync(join(platform.dataDir, 'platform.json'), 'utf8')) as PlatformFile;
+    const token = await signToken(platform.platformSecret, { scope: 'platform' });
+    const safekeeper = new SafekeeperClient({ address: file.safekeepers[0]!, token });
+    const pageserver = new PageserverClient({ ...file.pageserver, token });
+    const close = async (): Promise<void> => {
+      safekeeper.close();
+      await pageserver.close();
+    };
+    return { timelineId: branch!.timeline_id, safekeeper, pageserver, close };
+  }
+
+  /** Everything committed is in the object store. */
+  async function offloaded(): Promise<void> {
+    const { timelineId, safekeeper, close } = await services();
+    const { tenantId } = (await safekeeper.list()).find((each) => each.timelineId === timelineId)!;
+    const isDone = async (): Promise<boolean> => {
+      const status = await safekeeper.status(tenantId, timelineId);
+      return status.offloadedLsn === status.commitLsn;
+    };
+    await waitUntil(isDone, 'the WAL is offloaded', 120_000);
+    await close();
+  }
+
+  /** All pages are in the object store. */
+  async function uploaded(): Promise<void> {
+    const { timelineId, pageserver, close } = await services();
+    const { commitLsn } = await pageserver.timelineStatus(timelineId);
+    await pageserver.waitLsn(timelineId, commitLsn ?? 0, 10_000);
+    const { lastRecordLsn } = await pageserver.timelineStatus(timelineId);
+    await pageserver.flush(timelineId);
+    const isDone = async (): Promise<boolean> =>
+      (await pageserver.timelineStatus(timelineId)).remoteConsistentLsn >= lastRecordLsn;
+    await waitUntil(isDone, 'the pages are uploaded');
+    await close();
+  }
+
+  async function rebuilt(): Promise<Status['rebuilt_logs']> {
+    return (await platform.cliJson<Status>(['status'])).rebuilt_logs;
+  }
+
+  test('all of them, with everything offloaded: nothing is lost', async () => {
+    await write(20_000);
+    await offloaded();
+    assert.deepEqual(await rebuilt(), []);
+    await platform.killEverything();
+    loseDisks(1, 2, 3);
+    await platform.start();
+    assert.match(platform.output, /had lost the log of timeline [0-9a-f]{32}: rebuilt from the object store up to/);
+    await assertAllThere();
+    const [log] = await rebuilt();
+    assert.equal(log?.source, 'object store');
+    assert.deepEqual(log?.safekeepers, [1, 2, 3]);
+    await write(1_000);
+    await assertAllThere();
+  });
+
+  test('all of them, with the pageserver ahead of what is offloaded: its pages are the truth', async () => {
+    await write(5_000);
+    await uploaded();
+    await platform.killEverything();
+    loseDisks(1, 2, 3);
+    await platform.start();
+    await assertAllThere();
+    assert.equal((await rebuilt()).at(-1)?.source, 'pageserver');
+    await write(1_000);
+    await assertAllThere();
+  });
+
+  test('two of three: the third one’s log is the truth; one alone is given it by the others, without a word', async () => {
+    await write(500);
+    await platform.killEverything();
+    loseDisks(2, 3);
+    await platform.start();
+    await assertAllThere();
+    const count = (await rebuilt()).length;
+    assert.deepEqual((await rebuilt()).at(-1)?.safekeepers, [2, 3]);
+    await write(500);
+    await platform.stop();
+    loseDisks(1);
+    await platform.start();
+    await write(500);
+    await assertAllThere();
+    assert.equal((await rebuilt()).length, count);
+  });
+
+  test('a branch of it, and WAL after all that, are read as ever', async () => {
+    await platform.cli(['branches', 'create', '--name', 'later']);
+    const later = (await platform.cli(['connection-string', 'later'])).stdout.trim();
+    assert.equal(await platform.psql('SELECT count(*) FROM kept', later), String(rows));
+    const { stdout } = await platform.cli(['wal', 'dump', 'later', '--limit', '5']);
+    assert.match(stdout, /rmgr/);
+  });
+});
