@@ -16,6 +16,7 @@ import type { LayerRun } from './compaction-plan.ts';
 import type { Compactor } from './compactor.ts';
 import { compareKeys } from './key.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
+import { LayerDamagedError } from './layers/block.ts';
 import { MergeCancelled } from './merge.ts';
 import type { MergeJob, Retention } from './merge.ts';
 import type { Timeline } from './timeline.ts';
@@ -31,6 +32,8 @@ export interface CompactionOptions {
   readonly retentionOf: (timeline: Timeline) => Retention | undefined;
   /** Fetches a layer that is not here. */
   readonly fetch: Repair;
+  /** Makes a damaged layer whole that a merge has met. */
+  readonly repair?: (damage: LayerDamagedError) => Promise<void>;
   /** For tests: called at each step, by name. */
   readonly onStep?: (step: string) => void;
 }
@@ -73,7 +76,12 @@ export class Compaction {
       if (runs === undefined || runs.length === 0) return false;
       const cancel = new Int32Array(new SharedArrayBuffer(4));
       const work = (): Promise<void> => this.#merge(timeline, runs, cancel);
-      await timeline.inBackground(work, () => Atomics.store(cancel, 0, 1));
+      try {
+        await timeline.inBackground(work, () => Atomics.store(cancel, 0, 1));
+      } catch (error) {
+        if (error instanceof LayerDamagedError) this.#repair(timeline, error);
+        throw error;
+      }
       return true;
     });
   }
@@ -95,6 +103,14 @@ export class Compaction {
         this.#options.log.error({ timelineId: timeline.timelineId, err: error }, 'compaction failed');
       }
     }
+  }
+
+  /** Not waited for: it is done when it is its turn, and the merge tried again. */
+  #repair(timeline: Timeline, damage: LayerDamagedError): void {
+    this.#options.repair?.(damage).then(
+      () => this.request(timeline),
+      () => {}, // Who repairs has said why.
+    );
   }
 
   async #merge(timeline: Timeline, runs: readonly LayerRun[], cancel: Int32Array): Promise<void> {

@@ -5,7 +5,7 @@
  */
 
 import { Worker } from 'node:worker_threads';
-import { LayerAbsentError } from './layers/block.ts';
+import { LayerAbsentError, LayerDamagedError } from './layers/block.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { MergeCancelled, mergeLayers } from './merge.ts';
 import type { MergeJob } from './merge.ts';
@@ -21,6 +21,7 @@ export type MergeReply =
   | { readonly kind: 'merged'; readonly layers: LayerDescription[] }
   | { readonly kind: 'cancelled' }
   | { readonly kind: 'absent'; readonly file: string }
+  | { readonly kind: 'damaged'; readonly file: string; readonly offset: number; readonly reason: string }
   | { readonly kind: 'failed'; readonly message: string };
 
 /** Merges in this thread, a few milliseconds at a time. */
@@ -75,5 +76,7 @@ export class ThreadCompactor implements Compactor {
 
 function errorOf(reply: Exclude<MergeReply, { kind: 'merged' }>): Error {
   if (reply.kind === 'cancelled') return new MergeCancelled('the merge was given up');
-  return reply.kind === 'absent' ? new LayerAbsentError(reply.file) : new Error(reply.message);
+  if (reply.kind === 'absent') return new LayerAbsentError(reply.file);
+  if (reply.kind === 'damaged') return new LayerDamagedError(reply.file, reply.offset, reply.reason);
+  return new Error(reply.message);
 }

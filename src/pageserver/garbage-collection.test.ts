@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
@@ -260,6 +260,50 @@ describe('garbage collection', () => {
     assert.throws(() => root.getImage(BLOCKS[0]!, LSN + 88), { code: 'history-gone' });
     nowMs += LEASE_MS;
     assert.throws(() => root.getImage(BLOCKS[0]!, LSN + 80), { code: 'history-gone' }, 'the lease has expired');
+  });
+
+  test('nothing is left out before the horizon is durable, even when writing it has failed once', async () => {
+    const root = await importRoot();
+    write(root, 50);
+    await root.flush();
+    nowMs += LEASE_MS;
+    windowStart.set(id(1), root.lastRecordLsn);
+    // A folder stands where the index is written.
+    const partial = join(root.directory, 'index.partial');
+    mkdirSync(partial);
+    await timelines.garbage.run(timelines.all(), true);
+    assert.equal(root.index.horizon, undefined);
+    assert.equal(timelines.garbage.retentionOf(root), undefined);
+    assert.throws(
+      () => root.getImage(BLOCKS[0]!, LSN + 80),
+      { code: 'history-gone' },
+      'it counts at once all the same',
+    );
+    await timelines.garbage.run(timelines.all(), true);
+    rmSync(partial, { recursive: true });
+    await timelines.close();
+    await open();
+    assert.deepEqual(timelines.get(id(1)).getImage(BLOCKS[0]!, LSN + 80), randomPage(LSN + 80));
+    nowMs += LEASE_MS;
+    await timelines.garbage.run(timelines.all(), true);
+    assert.equal(timelines.get(id(1)).index.horizon?.lsn, windowStart.get(id(1)));
+  });
+
+  test('while windows are damaged, the longest is kept for everybody', async () => {
+    timelines.retention.set(TENANT, RETENTION_MS.min);
+    await timelines.close();
+    const file = join(directory, 'retention');
+    writeFileSync(
+      file,
+      readFileSync(file, 'utf8').replace(/\d(?=})/, (digit) => String((Number(digit) + 1) % 10)),
+    );
+    await open();
+    assert.equal(timelines.retention.of(TENANT), RETENTION_MS.max);
+    timelines.retention.set(TENANT, RETENTION_MS.min);
+    await timelines.close();
+    await open();
+    assert.equal(timelines.retention.of(TENANT), RETENTION_MS.min);
+    assert.equal(timelines.retention.of('b'.repeat(32)), RETENTION_MS.default);
   });
 
   test('a window is kept over a restart, and only offered windows are taken', async () => {

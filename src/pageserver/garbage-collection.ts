@@ -51,7 +51,8 @@ export class GarbageCollection {
 
   /** What has to stay readable of a timeline, for merges; undefined: everything. */
   retentionOf(timeline: Timeline): Retention | undefined {
-    const { horizon } = timeline;
+    // What is durable: a merge must not leave out what a restart would offer again.
+    const { horizon } = timeline.index;
     if (horizon === undefined || !this.isAllowed) return undefined;
     const lsns = [...new Set(timeline.retainedLsns())].filter((lsn) => lsn < horizon.lsn);
     return { horizonLsn: horizon.lsn, lsns: lsns.sort((a, b) => a - b) };
@@ -81,7 +82,8 @@ export class GarbageCollection {
     const found = await readWhole(() => lsnAt(timeline, timeMs), repair);
     const lsn = Math.min(found ?? 0, timeline.diskConsistentLsn);
     if (lsn > (timeline.horizon?.lsn ?? timeline.index.startLsn)) await timeline.setHorizon({ lsn, timeMs });
-    const { horizon } = timeline;
+    else if (timeline.horizon !== timeline.index.horizon) await timeline.setHorizon(timeline.horizon!);
+    const { horizon } = timeline.index;
     if (horizon === undefined) return;
     const collectedLsn = this.#collectedLsns.get(timeline) ?? 0;
     const bytesMin = isForced ? 1 : collectBytesMin;

@@ -78,9 +78,16 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
       compactor,
       lsnAt: (timeline, timeMs) => lsnAtTime(new Indexed(timeline), timeMs),
       ...(remote === undefined || first === undefined ? {} : { remote, brokenInStore: first.broken }),
+      repair: (damage) => repairs.repair(damage),
     });
     const token = await signToken(secret, { scope: 'platform' });
-    const receiver = new WalReceiver({ safekeepers, token, timelines, log });
+    const receiver = new WalReceiver({
+      safekeepers,
+      token,
+      timelines,
+      log,
+      repair: (damage) => repairs.repair(damage),
+    });
     const repairs = new Repairs({
       timelines,
       ...(remote === undefined ? {} : { remote }),

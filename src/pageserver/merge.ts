@@ -11,6 +11,7 @@
  * again: so values of it up to p are not needed for p either.
  */
 
+import { rm } from 'node:fs/promises';
 import { setImmediate as yieldToOthers } from 'node:timers/promises';
 import type { Lsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
@@ -130,6 +131,8 @@ class Merge {
       return this.#written;
     } catch (error) {
       await this.#writer?.abort();
+      // Nothing names them; on a full disk they would be in the way of the next attempt.
+      for (const layer of this.#written) await rm(layerPath(directory, layer), { force: true });
       throw error;
     }
   }

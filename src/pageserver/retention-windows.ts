@@ -1,44 +1,70 @@
 /**
- * How long each project's history is kept: a file, `<data dir>/retention`, with a JSON object from tenant id to milliseconds, replaced whole. A
- * project that is not in it has the default.
+ * How long each project's history is kept: a file, `<data dir>/retention`, replaced whole. A project that is not in it has the default.
+ *
+ *   line 1   `strata-retention 1 <CRC32C of the rest, 8 hex digits>`
+ *   rest     JSON: an object from tenant id to milliseconds
+ *
+ * When the file is damaged, every project has the longest window until it is told again: nothing is collected too early.
  */
 
 import { mkdirSync, readFileSync } from 'node:fs';
 import { dirname } from 'node:path';
 import { RETENTION_MS } from '../api/pageserver.ts';
+import { crc32c } from '../base/crc32c.ts';
 import { writeFileDurably } from '../base/durable-file.ts';
+import type { Logger } from '../base/log.ts';
 import { checkRetentionMs } from './retention.ts';
+
+const HEAD = /^strata-retention 1 ([0-9a-f]{8})\n/;
 
 export class RetentionWindows {
   readonly #file: string;
   readonly #windows: Map<string, number>;
+  readonly #defaultMs: number;
 
-  constructor(file: string) {
+  constructor(file: string, log: Logger) {
     this.#file = file;
-    this.#windows = new Map(Object.entries(read(file)));
+    const windows = read(file);
+    this.#windows = new Map(Object.entries(windows ?? {}));
+    this.#defaultMs = windows === undefined ? RETENTION_MS.max : RETENTION_MS.default;
+    if (windows === undefined)
+      log.error({ file }, 'the history windows are damaged; all history is kept until they are set');
   }
 
   /** Milliseconds. */
   of(tenantId: string): number {
-    return this.#windows.get(tenantId) ?? RETENTION_MS.default;
+    return this.#windows.get(tenantId) ?? this.#defaultMs;
   }
 
   /** Durable when it returns. Throws `bad-request` for a window that is not offered. */
   set(tenantId: string, retentionMs: number): void {
     if (this.of(tenantId) === checkRetentionMs(retentionMs)) return;
-    this.#windows.set(tenantId, retentionMs);
     mkdirSync(dirname(this.#file), { recursive: true });
-    writeFileDurably(this.#file, `${JSON.stringify(Object.fromEntries(this.#windows))}\n`, 0o600);
+    const rest = `${JSON.stringify({ ...Object.fromEntries(this.#windows), [tenantId]: retentionMs })}\n`;
+    const checksum = crc32c(Buffer.from(rest)).toString(16).padStart(8, '0');
+    writeFileDurably(this.#file, `strata-retention 1 ${checksum}\n${rest}`, 0o600);
+    this.#windows.set(tenantId, retentionMs);
   }
 }
 
-function read(file: string): Record<string, number> {
+/** Undefined when the file is damaged. */
+function read(file: string): Record<string, number> | undefined {
   let text: string;
   try {
     text = readFileSync(file, 'utf8');
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return {};
+    const { code } = error as NodeJS.ErrnoException;
+    if (code === 'ENOENT') return {};
+    if (code === 'EIO') return undefined;
     throw error;
   }
-  return JSON.parse(text) as Record<string, number>;
+  const head = HEAD.exec(text);
+  const rest = text.slice(head?.[0].length ?? 0);
+  if (head !== null && crc32c(Buffer.from(rest)) !== parseInt(head[1]!, 16)) return undefined;
+  try {
+    // Without a first line it is one that an earlier version wrote.
+    return JSON.parse(rest) as Record<string, number>;
+  } catch {
+    return undefined;
+  }
 }

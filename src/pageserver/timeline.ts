@@ -15,6 +15,7 @@
 import assert from 'node:assert/strict';
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError } from '../base/errors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
@@ -98,6 +99,8 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   #areAncestorsVisible = false;
   readonly #waiters: LsnWaiters;
   #flushing: Promise<void> | undefined;
+  /** Resolves when a failed flush is tried again. */
+  #flushRetry: Promise<void> | undefined;
   #indexWritten: Promise<void> = Promise.resolve();
   #ingestError: Error | undefined;
   #flushError: Error | undefined;
@@ -326,10 +329,9 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#options.memory.bytes += this.#open.sizeBytes - before;
   }
 
-  /** Resolves when ingest may go on; undefined when it may at once. */
+  /** Resolves when ingest may go on, or the timeline is stopped; undefined when it may at once. While flushes fail it waits: memory is bounded. */
   writable(): Promise<void> | undefined {
-    if (this.#frozen.length <= this.#options.limits.frozenLayersMax) return undefined;
-    return this.#flushing;
+    return this.#isFull() ? this.#room() : undefined;
   }
 
   // ---- reading
@@ -463,7 +465,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   /** Forgets everything: a durable tombstone first, then the files. */
   async delete(): Promise<void> {
     await this.#stop('deleted');
-    await this.#writeIndex((index) => ({ ...index, isDeleted: true, layers: [] }));
+    if (!this.#index.isDeleted) await this.#writeIndex((index) => ({ ...index, isDeleted: true, layers: [] }));
     this.#options.onStep?.('timeline deleted');
     await removeTimelineDirectory(this.directory);
   }
@@ -480,6 +482,14 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   }
 
   // ---- inside
+
+  #isFull(): boolean {
+    return this.#frozen.length > this.#options.limits.frozenLayersMax && this.#stopped === undefined;
+  }
+
+  async #room(): Promise<void> {
+    while (this.#isFull()) await (this.#flushing ?? this.#flushRetry ?? sleep(FLUSH_RETRY_DELAY_MS));
+  }
 
   /**
    * Puts images of pages under the LSN of the last record. Full page writes are off, so pages that change often would grow long chains
@@ -511,7 +521,10 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
         this.#flushError = error instanceof Error ? error : new Error(String(error));
         this.#options.onFlush(this, error);
         if (this.#stopped !== undefined) return;
-        setTimeout(() => this.#retryFlush(), FLUSH_RETRY_DELAY_MS).unref();
+        this.#flushRetry ??= sleep(FLUSH_RETRY_DELAY_MS, undefined, { ref: false }).then(() => {
+          this.#flushRetry = undefined;
+          this.#retryFlush();
+        });
         return;
       }
     }

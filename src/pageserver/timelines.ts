@@ -12,6 +12,7 @@
 import assert from 'node:assert/strict';
 import { mkdir, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { formatLsn } from '../postgres/lsn.ts';
@@ -23,6 +24,7 @@ import type { Compactor } from './compactor.ts';
 import { GarbageCollection } from './garbage-collection.ts';
 import { ImportTarget } from './import-target.ts';
 import { replaceFile, syncDirectory } from './layers/durable.ts';
+import type { LayerDamagedError } from './layers/block.ts';
 import { LayerCache } from './layers/layer-file.ts';
 import { PageCache } from './page-cache.ts';
 import { HistoryReader } from './read.ts';
@@ -79,6 +81,8 @@ export interface TimelinesOptions {
   readonly remote?: Remote;
   /** By timeline, why the object store's newest index of it cannot be used. */
   readonly brokenInStore?: ReadonlyMap<string, string>;
+  /** Called when a merge meets a damaged layer; to resolve when it is whole again. */
+  readonly repair?: (damage: LayerDamagedError) => Promise<void>;
   /** For tests: called before and after steps of changes on disk, by name. */
   readonly onStep?: (step: string) => void;
 }
@@ -104,6 +108,7 @@ export interface NewImport {
 }
 
 const CLOSE_CONCURRENCY = 8;
+const MEMORY_CHECK_MS = 50;
 
 export class Timelines {
   readonly #directory: string;
@@ -158,6 +163,7 @@ export class Timelines {
       log: options.log,
       retentionOf: (timeline) => this.garbage.retentionOf(timeline),
       fetch: (damage) => this.fetch(damage),
+      ...(options.repair === undefined ? {} : { repair: options.repair }),
       ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
     });
     this.garbage = new GarbageCollection({
@@ -169,7 +175,7 @@ export class Timelines {
       repair: (damage) => this.repair(damage),
       collectBytesMin: limits.collectBytesMin,
     });
-    this.retention = new RetentionWindows(join(dirname(directory), 'retention'));
+    this.retention = new RetentionWindows(join(dirname(directory), 'retention'), options.log);
   }
 
   /** Loads what is there; removes what creations, flushes and deletions have left behind. Layers are opened when they are first read. */
@@ -268,6 +274,13 @@ export class Timelines {
         return await this.#install(index, ancestor);
       } catch (error) {
         this.#removeChild(ancestorTimelineId, timelineId);
+        // Its index may have reached the disk all the same; a timeline that nobody knows of would hold its branch point for ever.
+        await removeTimelineDirectory(join(this.#directory, timelineId)).catch((failure: unknown) => {
+          this.#log.error(
+            { timelineId, err: failure },
+            'the folder of a timeline that was not created cannot be removed',
+          );
+        });
         throw error;
       }
     });
@@ -376,6 +389,16 @@ export class Timelines {
     }
     // What is frozen already is on its way out.
     if (openBytes > memoryBytesMax / 2) largest?.freeze();
+  }
+
+  /** Resolves when there is room in memory; undefined when there is now. There is none for long only while flushes fail, on a full disk for example. */
+  memoryRoom(signal: AbortSignal): Promise<void> | undefined {
+    const isFull = (): boolean => this.memoryBytes > 2 * this.#limits.memoryBytesMax;
+    if (!isFull()) return undefined;
+    const wait = async (): Promise<void> => {
+      while (isFull() && !signal.aborted) await sleep(MEMORY_CHECK_MS);
+    };
+    return wait();
   }
 
   /** Flushes and closes all. What cannot be written is logged; it comes again from the safekeepers. */

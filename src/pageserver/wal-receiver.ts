@@ -31,6 +31,8 @@ export interface WalReceiverOptions {
   readonly token: string;
   readonly timelines: Timelines;
   readonly log: Logger;
+  /** Makes a damaged layer whole that ingest has met. */
+  readonly repair?: (damage: LayerDamagedError) => Promise<void>;
   readonly idleMs?: number;
 }
 
@@ -44,6 +46,8 @@ const FEEDBACK_MS = 250;
 const FEEDBACK_BATCH = 10_000;
 const ANCESTOR_WAIT_MS = 60_000;
 const SLICE_MS = 5;
+/** Layers that ingest may find damaged, one after the other, without getting on. */
+const REPAIRS_MAX = 16;
 
 /** What is known of one timeline's WAL, whether it is on this pageserver or not. */
 interface Reception {
@@ -181,6 +185,7 @@ export class WalReceiver {
     const { signal } = this.#stopped;
     let delayMs = RETRY_DELAY_MIN_MS;
     let isLogged = false;
+    let repairsLeft = REPAIRS_MAX;
     while (!signal.aborted && this.#isBehind(reception, timeline)) {
       const before = timeline.lastRecordLsn;
       try {
@@ -190,6 +195,9 @@ export class WalReceiver {
       } catch (error) {
         if (error instanceof IngestStopped) {
           if (timeline.isStopped) return;
+          reception.rotation++;
+          if (timeline.lastRecordLsn > before) repairsLeft = REPAIRS_MAX;
+          if (repairsLeft-- > 0 && (await this.#isRepaired(error.reason))) continue;
           timeline.setIngestError(error.reason);
           log.error({ timelineId, lsn: formatLsn(timeline.lastRecordLsn), err: error.reason }, 'ingest has stopped');
           return;
@@ -203,6 +211,15 @@ export class WalReceiver {
         delayMs = Math.min(delayMs * 2, RETRY_DELAY_MAX_MS);
       }
     }
+  }
+
+  async #isRepaired(reason: Error): Promise<boolean> {
+    const { repair } = this.#options;
+    if (!(reason instanceof LayerDamagedError) || repair === undefined) return false;
+    return repair(reason).then(
+      () => true,
+      () => false,
+    );
   }
 
   async #receiveFrom(reception: Reception, timeline: Timeline, safekeeper: number): Promise<void> {
@@ -231,6 +248,7 @@ export class WalReceiver {
         reception.damagedAt.clear();
         timelines.relieveMemory();
         await timeline.writable();
+        await timelines.memoryRoom(aborter.signal);
       }
     } catch (error) {
       if (!(error instanceof WalError)) throw error;

@@ -3,18 +3,22 @@
  * flushed often, with branches made and deleted on the way. Run as a child of the crash test:
  *
  *   crash-writer.ts <directory> <seed> <step> <count>     it dies when it comes to the named step for the count-th time; '': never by itself
+ *   crash-writer.ts <directory> <seed> faulty             its disk may fail: it goes on, and ends with 3 when it reads what is not so
  *
  * It begins where the store says that it is, as a pageserver does that pulls WAL again. Each line of its output is an LSN up to which a
  * flush was confirmed.
  */
 
+import { setTimeout as sleep } from 'node:timers/promises';
 import { createLog } from '../../src/base/log.ts';
 import { databaseKey, makeKey, KEY_KIND, relationBlockKey, relationSizeKey } from '../../src/pageserver/key.ts';
 import type { Key } from '../../src/pageserver/key.ts';
+import { LayerDamagedError } from '../../src/pageserver/layers/block.ts';
 import { LEASE_MS } from '../../src/pageserver/retention.ts';
+import type { Timeline } from '../../src/pageserver/timeline.ts';
 import { Timelines } from '../../src/pageserver/timelines.ts';
 import { encodeCountImage, encodeImage, encodeTombstone } from '../../src/pageserver/value.ts';
-import { encodePoke, replayPoke } from './history-model.ts';
+import { encodePoke, ModelTimeline, replayPoke } from './history-model.ts';
 
 export const ROOT = '1'.padStart(32, '0');
 export const START_LSN = 0x100000;
@@ -76,12 +80,18 @@ function generator(seed: number): () => number {
 }
 
 async function write(directory: string, seed: number, dieAtStep: string, dieAtCount: number): Promise<never> {
+  const isFaulty = dieAtStep === 'faulty';
   let stepCount = 0;
   let nowMs = Date.now();
   const timelines = await Timelines.open(directory, {
     replay: replayPoke,
-    log: createLog({ name: 'crash-writer', level: 'error' }),
-    limits: { flushBytes: 30_000, frozenLayersMax: 2, collectBytesMin: 20_000 },
+    log: createLog({ name: 'crash-writer', level: isFaulty ? 'silent' : 'error' }),
+    limits: {
+      flushBytes: 30_000,
+      frozenLayersMax: 2,
+      collectBytesMin: 20_000,
+      ...(isFaulty ? { pageCacheBytes: 0, blockCacheBytes: 0, openFilesMax: 1 } : {}),
+    },
     now: () => nowMs,
     lsnAt: ({ diskConsistentLsn }) => Math.max(START_LSN, diskConsistentLsn - HISTORY_BYTES),
     onStep: (step) => {
@@ -89,37 +99,82 @@ async function write(directory: string, seed: number, dieAtStep: string, dieAtCo
     },
   });
   nowMs += LEASE_MS;
-  let root = timelines.find(ROOT);
-  root ??= await timelines.import(
-    { tenantId: ROOT, timelineId: ROOT, pgVersion: 17, lsn: START_LSN, recordLsn: START_LSN - RECORD_BYTES },
-    async (target) => {
-      for (const [key, image] of IMPORTED) target.put(key, image);
-      await target.drain();
-    },
-  );
+  setInterval(() => {}, 1000); // As a server has it: retries alone do not keep a process alive.
+  /** What fails is tried again as whoever calls the store would. */
+  const persist = async <T>(work: () => Promise<T>): Promise<T> => {
+    for (;;) {
+      try {
+        return await work();
+      } catch (error) {
+        if (!isFaulty) throw error;
+        await sleep(50);
+      }
+    }
+  };
+  const model = new ModelTimeline(START_LSN);
+  for (const [key, image] of IMPORTED) model.puts.push({ key, lsn: START_LSN, value: encodeImage(image) });
+  const learn = (lsn: number): void => {
+    for (const [key, value] of putsOf(seed, lsn)) model.puts.push({ key, lsn, value });
+    model.lastRecordLsn = lsn;
+  };
+  const import_ = (): Promise<Timeline> =>
+    timelines.import(
+      { tenantId: ROOT, timelineId: ROOT, pgVersion: 17, lsn: START_LSN, recordLsn: START_LSN - RECORD_BYTES },
+      async (target) => {
+        for (const [key, image] of IMPORTED) target.put(key, image);
+        await target.drain();
+      },
+    );
+  const root = timelines.find(ROOT) ?? (await persist(import_));
+  if (isFaulty) while (model.lastRecordLsn < root.lastRecordLsn) learn(model.lastRecordLsn + RECORD_BYTES);
   for (;;) {
     for (let i = 0; i < 400; i++) {
       const lsn = root.lastRecordLsn + RECORD_BYTES;
       for (const [key, value] of putsOf(seed, lsn)) root.put(key, lsn, value);
+      if (isFaulty) learn(lsn);
       root.advance(lsn, lsn - RECORD_BYTES);
       root.freezeIfFull();
       await root.writable();
     }
-    await root.flush();
+    if (isFaulty) check(root, model);
+    await persist(() => root.flush());
     await timelines.garbage.run([root]);
     process.stdout.write(`${root.diskConsistentLsn}\n`);
     const timelineId = (root.lastRecordLsn % 7).toString().padStart(32, 'b');
-    if (timelines.find(timelineId) === undefined) {
-      const lsn = root.lastRecordLsn;
-      await timelines.create({
-        tenantId: ROOT,
-        timelineId,
-        ancestorTimelineId: ROOT,
-        ancestorLsn: lsn,
-        ancestorRecordLsn: lsn - RECORD_BYTES,
-      });
-    } else {
-      await timelines.delete(timelineId);
+    await persist(async () => {
+      if (timelines.find(timelineId) === undefined) {
+        const lsn = root.lastRecordLsn;
+        await timelines.create({
+          tenantId: ROOT,
+          timelineId,
+          ancestorTimelineId: ROOT,
+          ancestorLsn: lsn,
+          ancestorRecordLsn: lsn - RECORD_BYTES,
+        });
+      } else {
+        await timelines.delete(timelineId);
+      }
+    });
+  }
+}
+
+/** A read may fail; what is read is right. */
+function check(root: Timeline, model: ModelTimeline): void {
+  for (const lsn of [root.oldestLsn, root.lastRecordLsn - 100 * RECORD_BYTES, root.lastRecordLsn]) {
+    for (const blk of [0, 7, 23]) {
+      const key = relationBlockKey(1663, 5, 16384 + (blk % 3), 0, blk);
+      let found: Buffer | undefined;
+      try {
+        found = root.getImage(key, lsn);
+      } catch (error) {
+        if (error instanceof LayerDamagedError || lsn < root.oldestLsn) continue;
+        process.stderr.write(`a read failed in another way: ${String(error)}\n`);
+        process.exit(3);
+      }
+      const expected = model.read(key, lsn);
+      if (found === expected || (expected !== undefined && found?.equals(expected) === true)) continue;
+      process.stderr.write(`block ${blk} at ${lsn} is read wrong\n`);
+      process.exit(3);
     }
   }
 }

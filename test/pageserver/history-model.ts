@@ -36,7 +36,10 @@ export function replayPoke(page: Buffer, value: Buffer): void {
 export class ModelTimeline {
   readonly ancestor: ModelTimeline | undefined;
   readonly ancestorLsn: Lsn;
+  /** In order; only added to. */
   readonly puts: Put[] = [];
+  readonly #byKey = new Map<string, Put[]>();
+  #sortedCount = 0;
   lastRecordLsn: Lsn;
 
   constructor(startLsn: Lsn, ancestor?: ModelTimeline) {
@@ -67,14 +70,25 @@ export class ModelTimeline {
   #keys(): Map<string, Key> {
     const { ancestor } = this;
     const keys = ancestor === undefined ? new Map<string, Key>() : ancestor.#keys();
-    for (const { key } of this.puts) keys.set(formatKey(key), key);
+    for (const [id, [first]] of this.#putsByKey()) keys.set(id, first!.key);
     return keys;
   }
 
   #values(key: Key, lsn: Lsn): Buffer[] {
     const { ancestor } = this;
     const inherited = ancestor === undefined ? [] : ancestor.#values(key, Math.min(lsn, this.ancestorLsn));
-    const own = this.puts.filter((put) => put.lsn <= lsn && compareKeys(put.key, key) === 0).map((put) => put.value);
+    const own = (this.#putsByKey().get(formatKey(key)) ?? []).filter((put) => put.lsn <= lsn).map((put) => put.value);
     return [...inherited, ...own];
+  }
+
+  #putsByKey(): ReadonlyMap<string, readonly Put[]> {
+    for (; this.#sortedCount < this.puts.length; this.#sortedCount++) {
+      const put = this.puts[this.#sortedCount]!;
+      const id = formatKey(put.key);
+      const puts = this.#byKey.get(id);
+      if (puts === undefined) this.#byKey.set(id, [put]);
+      else puts.push(put);
+    }
+    return this.#byKey;
   }
 }

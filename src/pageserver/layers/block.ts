@@ -30,12 +30,14 @@ const WORTHWHILE_FRACTION = 0.9;
 export class LayerDamagedError extends StrataError {
   readonly file: string;
   readonly offset: number;
+  readonly reason: string;
 
   constructor(file: string, offset: number, reason: string) {
     super('internal', `layer file ${file} is damaged at offset ${offset}: ${reason}`);
     this.name = 'LayerDamagedError';
     this.file = file;
     this.offset = offset;
+    this.reason = reason;
   }
 }
 

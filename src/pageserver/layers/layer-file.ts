@@ -298,11 +298,21 @@ export class LayerFile implements ValueSource {
     const bytes = Buffer.allocUnsafe(length);
     let done = 0;
     while (done < length) {
-      const count = readSync(file, bytes, done, length - done, offset + done);
+      const count = this.#readSome(file, bytes, done, length - done, offset + done);
       if (count === 0) throw new LayerDamagedError(this.path, offset, `file ends ${length - done} bytes too early`);
       done += count;
     }
     return bytes;
+  }
+
+  /** A disk that cannot read a file has damaged it as much as one that gives back something else. */
+  #readSome(file: number, bytes: Buffer, at: number, length: number, offset: number): number {
+    try {
+      return readSync(file, bytes, at, length, offset);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'EIO') throw error;
+      throw new LayerDamagedError(this.path, offset, 'the disk reports an error (EIO)');
+    }
   }
 }
 
