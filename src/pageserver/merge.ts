@@ -20,7 +20,7 @@ import { compareKeys, KEY_KIND, relationSizeKey } from './key.ts';
 import type { Key } from './key.ts';
 import { LayerAbsentError } from './layers/block.ts';
 import { LayerCache, LayerFile } from './layers/layer-file.ts';
-import type { LayerEntry } from './layers/layer-file.ts';
+import type { LayerEntry } from './layers/layer-section.ts';
 import { layerPath } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerMap } from './layers/layer-map.ts';
@@ -30,7 +30,7 @@ import { HistoryReader } from './read.ts';
 import type { LineageStep, Replay } from './read.ts';
 import { encodeImage, IMAGE_HEADER_BYTES, needsNoPrior, VALUE_KIND } from './value.ts';
 
-export const CHAIN_RECORDS_MAX = 50;
+export const CHAIN_RECORDS_MAX = 100;
 export const TAIL_RECORDS_MAX = 10;
 const CHAIN_BYTES_MAX = 64 * 1024;
 const LAYER_BYTES = 128 * 1024 * 1024;
@@ -156,16 +156,14 @@ class Merge {
     const chain = holdsPages(key) ? new ImageChain(this, key) : undefined;
     for (let i = 0; i < entries.length; i++) {
       const { lsn, value } = entries[i]!;
-      writer.add(key, lsn, value);
       const nextLsn = entries[i + 1]?.lsn;
+      // The newest image of a page is what most reads want.
+      const isNewest = chain !== undefined && nextLsn === undefined;
+      if (isNewest && value[0] === VALUE_KIND.image) writer.addNewest(key, lsn, value);
+      else writer.add(key, lsn, value);
       const image = chain?.add(value, lsn, nextLsn);
-      if (image !== undefined) {
-        // The newest image of a page is what most reads want.
-        const isNewest = nextLsn === undefined;
-        if (isNewest) writer.cutBlock(BLOCK_SIZE);
-        writer.add(key, lsn, encodeImage(image));
-        if (isNewest) writer.cutBlock();
-      }
+      if (image !== undefined && isNewest) writer.addNewest(key, lsn, encodeImage(image));
+      else if (image !== undefined) writer.add(key, lsn, encodeImage(image));
       if (writer.isBusy) await writer.drain();
     }
   }

@@ -3,11 +3,13 @@
  *
  * A connection is for one timeline, whose token it must show. Its requests are answered in order; one whose LSN is not ingested yet holds
  * up those after it. Pages are read and answered without a promise, one write for each response; after SLICE_MS, or when the client does
- * not take what was written, others come first.
+ * not take what was written, others come first. A large response is made in pieces: between them others come first when it took long, and this
+ * client's socket when it has not taken the response before, so that of a scan one response travels while the next is made.
  */
 
 import { createServer } from 'node:net';
 import type { Server, Socket } from 'node:net';
+import { setImmediate as yieldToOthers } from 'node:timers/promises';
 import {
   decodePageHello,
   decodePageRequest,
@@ -46,6 +48,10 @@ const HELLO_TIMEOUT_MS = 10_000;
 const HELLO_BYTES_MAX = 8 * 1024;
 const WAIT_LSN_TIMEOUT_MS = 60_000;
 const SLICE_MS = 5;
+/** About half a millisecond of work. */
+const PIECE_PAGES = 16;
+/** Who waits for one page waits no longer than this for each of those who want many. */
+const PIECES_SLICE_MS = 1;
 /** Requests not yet answered; beyond it no more are taken from the socket. */
 const PENDING_BYTES_MAX = 64 * 1024;
 /** Responses that the client has not taken; beyond it no more are made. */
@@ -169,6 +175,10 @@ class PageConnection {
           return;
         }
         at += PAGE_REQUEST_BYTES;
+        if (request.count > PIECE_PAGES) {
+          this.#after(this.#answerInPieces(timeline, request));
+          return;
+        }
         const response = this.#answer(timeline, request);
         if (response instanceof LayerDamagedError) {
           this.#repair(timeline, request, response);
@@ -185,6 +195,29 @@ class PageConnection {
     }
   }
 
+  async #answerInPieces(timeline: Timeline, request: PageRequest): Promise<void> {
+    const { requestId, lsn, blk, count } = request;
+    const response = Buffer.allocUnsafeSlow(PAGE_RESPONSE_HEADER_BYTES + count * BLOCK_SIZE);
+    encodePagesHeader(requestId, count * BLOCK_SIZE).copy(response);
+    let sliceStartMs = performance.now();
+    for (let done = 0; done < count; done += PIECE_PAGES) {
+      if (done > 0 && (this.#socket.writableLength > 0 || performance.now() - sliceStartMs > PIECES_SLICE_MS)) {
+        await yieldToOthers();
+        sliceStartMs = performance.now();
+      }
+      try {
+        const pieceCount = Math.min(PIECE_PAGES, count - done);
+        const offset = PAGE_RESPONSE_HEADER_BYTES + done * BLOCK_SIZE;
+        timeline.readPages(request, blk + done, pieceCount, lsn, response, offset);
+      } catch (error) {
+        if (error instanceof LayerDamagedError) return this.#repairNow(timeline, request, error);
+        this.#socket.write(this.#errorOf(timeline, request, error));
+        return;
+      }
+    }
+    this.#socket.write(response);
+  }
+
   #waitFor(timeline: Timeline, request: PageRequest): void {
     const timeoutMs = this.#options.waitLsnTimeoutMs ?? WAIT_LSN_TIMEOUT_MS;
     this.#after(
@@ -195,9 +228,16 @@ class PageConnection {
 
   /** Answers when the layer is here and whole, or with why it cannot be. */
   #repair(timeline: Timeline, request: PageRequest, damage: LayerDamagedError): void {
-    this.#after(this.#answerRepaired(timeline, request, damage), (error) =>
-      this.#socket.write(this.#errorOf(timeline, request, damage instanceof LayerAbsentError ? error : damage)),
-    );
+    this.#after(this.#repairNow(timeline, request, damage));
+  }
+
+  async #repairNow(timeline: Timeline, request: PageRequest, damage: LayerDamagedError): Promise<void> {
+    try {
+      await this.#answerRepaired(timeline, request, damage);
+    } catch (error) {
+      if (this.#socket.destroyed) return;
+      this.#socket.write(this.#errorOf(timeline, request, damage instanceof LayerAbsentError ? error : damage));
+    }
   }
 
   async #answerRepaired(timeline: Timeline, request: PageRequest, known?: LayerDamagedError): Promise<void> {

@@ -346,16 +346,25 @@ static uint32_t absent_run(const struct map_entry *entry, uint32_t first, uint32
 	return count;
 }
 
-/* Asks for the blocks after the last fetch, so that they travel while the caller works on what it has. */
+/*
+ * Asks for the blocks after the last fetch, so that they travel while the caller works on what it has. As many runs as may be under way: while one
+ * travels, the pageserver makes the next.
+ */
 static void read_ahead(int fd, struct open_file *file, int64_t deadline_ms)
 {
+	uint32_t block = file->miss_end;
 	sync_ring();
-	if (wire_fd() < 0 || ring_length == MAX_ASKED || asked_pages() + MAX_RUN > MAX_ASKED_PAGES ||
-	    find_asked(file->entry, file->miss_end) != NULL)
-		return;
-	uint32_t count = absent_run(file->entry, file->miss_end, MAX_RUN);
-	if (count > 0)
-		ask(fd, file->entry, file->miss_end, count, false, deadline_ms);
+	while (wire_fd() >= 0 && ring_length < MAX_ASKED && asked_pages() + MAX_RUN <= MAX_ASKED_PAGES) {
+		const struct asked *asked = find_asked(file->entry, block);
+		if (asked != NULL) {
+			block = asked->block + asked->count;
+			continue;
+		}
+		uint32_t count = absent_run(file->entry, block, MAX_RUN);
+		if (count == 0 || ask(fd, file->entry, block, count, false, deadline_ms) != WIRE_OK)
+			return;
+		block += count;
+	}
 }
 
 /* --- reading --- */

@@ -6,7 +6,7 @@ import { after, before, describe, test } from 'node:test';
 import fc from 'fast-check';
 import { ALL_KEYS, compareKeys, formatKey, makeKey, relationBlockKey } from '../key.ts';
 import type { Key } from '../key.ts';
-import { encodeDerived, encodeImage } from '../value.ts';
+import { encodeDerived, encodeImage, VALUE_KIND } from '../value.ts';
 import { Chain } from './chain.ts';
 import { LayerCache, LayerFile } from './layer-file.ts';
 import { layerFileName } from './layer-format.ts';
@@ -26,6 +26,7 @@ describe('layer files', () => {
   before(() => (directory = mkdtempSync(join(tmpdir(), 'strata-layers-'))));
   after(() => rmSync(directory, { recursive: true }));
 
+  /** Of the images that are their key's last entry, those of even LSNs go to the newest section. */
   async function write(
     entries: readonly Entry[],
     kind: LayerKind,
@@ -33,8 +34,11 @@ describe('layer files', () => {
     lsnEnd: number,
   ): Promise<LayerFile> {
     const writer = await LayerWriter.create(directory, { kind, timelineId: TIMELINE, lsnStart, lsnEnd });
-    for (const { key, lsn, value } of entries) {
-      writer.add(key, lsn, value);
+    for (const [i, { key, lsn, value }] of entries.entries()) {
+      const next = entries[i + 1];
+      const isLast = next === undefined || compareKeys(next.key, key) !== 0;
+      if (isLast && value[0] === VALUE_KIND.image && lsn % 2 === 0) writer.addNewest(key, lsn, value);
+      else writer.add(key, lsn, value);
       if (writer.isBusy) await writer.drain();
     }
     return openLayer(await writer.finish());
@@ -60,14 +64,18 @@ describe('layer files', () => {
     assert.equal(layerFileName(layer.description), name);
     const bytes = readFileSync(layer.path);
     const expected = [
-      '53545241' + '54414c59' + '0100' + '01' + '0000000000', // header
-      '........' + '01' + '00' + '0000' + '0b000000' + '0b000000', // value block, not compressed
-      '01' + '616263' + '04' + '09' + '7879' + '01' + '6465',
-      '........' + '02' + '00' + '0000' + '2e000000' + '2e000000', // key block
-      '03000000' + '00000000' + '00000000',
+      '53545241' + '54414c59' + '0200' + '01' + '0000000000', // header
+      '........' + '01' + '00' + '0000' + '08000000' + '08000000', // history: value block, not compressed
+      '01' + '616263' + '04' + '09' + '7879',
+      '........' + '02' + '00' + '0000' + '28000000' + '28000000', // key block
+      '02000000' + '00000000' + '00000000',
       '00' + '030000067f00000005000040000000000007' + '00' + '00' + '04' + '01',
       '12' + '10' + '00' + '04' + '04',
-      '11' + '08' + '08' + '00' + '03' + '01',
+      '........' + '01' + '00' + '0000' + '03000000' + '03000000', // newest: value block
+      '01' + '6465',
+      '........' + '02' + '00' + '0000' + '23000000' + '23000000', // key block
+      '01000000' + '00000000' + '00000000',
+      '00' + '030000067f00000005000040000000000008' + '08' + '00' + '03' + '01',
     ].join('');
     assert.match(bytes.toString('hex'), new RegExp(`^${expected}`));
     assert.equal(bytes.subarray(-8).toString('latin1'), 'STRATALY');
@@ -79,7 +87,7 @@ describe('layer files', () => {
       keyEnd: relationBlockKey(1663, 5, 16384, 0, 9),
       lsnStart: 0x1000,
       lsnEnd: 0x1011,
-      indexOffset: 16 + 16 + 11 + 16 + 46,
+      indexOffset: 16 + (16 + 8) + (16 + 40) + (16 + 3) + (16 + 35),
       indexLength: layer.footer.indexLength,
       entryCount: 3,
       valueBytes: 11,

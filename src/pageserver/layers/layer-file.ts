@@ -13,8 +13,10 @@ import { BLOCK_TYPE, decodeBlock, LayerAbsentError, LayerDamagedError } from './
 import type { Chain, ValueSource } from './chain.ts';
 import { GenerationCache } from './generation-cache.ts';
 import type { KeyBlock } from './key-block.ts';
-import { decodeFooter, decodeIndex, decodeKeyBlock, LAYER_FOOTER_BYTES } from './layer-format.ts';
-import type { LayerDescription, LayerFooter, LayerIndex } from './layer-format.ts';
+import { decodeFooter, decodeIndex, LAYER_FOOTER_BYTES } from './layer-format.ts';
+import type { LayerDescription, LayerFooter } from './layer-format.ts';
+import { LayerSection, mergeByKey } from './layer-section.ts';
+import type { LayerEntry, SectionSource } from './layer-section.ts';
 
 const BLOCKS_PER_LAYER_MAX = 2 ** 24;
 
@@ -62,15 +64,9 @@ export class LayerCache {
 
 interface OpenLayer {
   readonly file: number;
-  readonly index: LayerIndex;
+  readonly history: LayerSection;
+  readonly newest: LayerSection;
   readonly footer: LayerFooter;
-}
-
-export interface LayerEntry {
-  readonly key: Key;
-  readonly lsn: Lsn;
-  /** Shares memory with a cached block. */
-  readonly value: Buffer;
 }
 
 export class LayerFile implements ValueSource {
@@ -86,8 +82,6 @@ export class LayerFile implements ValueSource {
   readonly #cache: LayerCache;
   #open: OpenLayer | undefined;
   #wasUsed = false;
-  #lastKeyBlock: KeyBlock | undefined;
-  #lastKeyBlockNumber = -1;
 
   constructor(path: string, description: LayerDescription, cache: LayerCache) {
     this.path = path;
@@ -98,89 +92,55 @@ export class LayerFile implements ValueSource {
   }
 
   collect(key: Key, lsn: Lsn, floor: Lsn, chain: Chain): boolean {
-    const { firstKeys, firstLsns } = this.#opened().index;
-    let number = lastBlockAtOrBelow(firstKeys, firstLsns, key, lsn);
-    for (; number >= 0; number--) {
-      const block = this.#keyBlock(number);
-      const at = block.keys.lowerBound(key);
-      if (at === block.keys.count || block.keys.compare(at, key) !== 0) return false;
-      const start = block.entryStart[at]!;
-      for (let entry = block.entryStart[at + 1]! - 1; entry >= start; entry--) {
-        const entryLsn = block.lsns[entry]!;
-        if (entryLsn > lsn) continue;
-        if (entryLsn <= floor) return chain.reachFloor();
-        if (chain.push(this.#value(block, entry), entryLsn)) return true;
-      }
-      if (at > 0) return false;
-    }
-    return false;
+    const { history, newest } = this.#opened();
+    if (!newest.isEmpty && newest.collect(key, lsn, floor, chain)) return true;
+    return history.collect(key, lsn, floor, chain);
   }
 
   forEachKey(range: KeyRange, visit: (key: Key) => void): void {
-    const { firstKeys } = this.#opened().index;
-    let previous: Key | undefined;
-    for (let number = Math.max(0, firstKeys.lowerBound(range.start) - 1); number < firstKeys.count; number++) {
-      if (firstKeys.compare(number, range.end) >= 0) return;
-      const { keys } = this.#keyBlock(number);
-      for (let i = keys.lowerBound(range.start); i < keys.count && keys.compare(i, range.end) < 0; i++) {
-        const key = keys.get(i);
-        if (previous === undefined || compareKeys(previous, key) !== 0) visit(key);
-        previous = key;
-      }
-    }
+    for (const key of this.#keysWithin(range, -Infinity, Infinity, true)) if (key !== undefined) visit(key);
   }
 
   /**
    * The keys of the range that have an entry with `floor < LSN <= lsn`, in order, by the index alone: values are not read. Gives undefined for
    * each key block that it reads, so that whoever asks may do other things in between. Leaves the cache as it is.
    */
-  *keysWithin(range: KeyRange, floor: Lsn, lsn: Lsn): Generator<Key | undefined, undefined> {
-    const { firstKeys } = this.#opened().index;
-    const { lsnStart, lsnEnd } = this.description;
-    const isWholly = floor < lsnStart && lsnEnd - 1 <= lsn;
+  keysWithin(range: KeyRange, floor: Lsn, lsn: Lsn): Generator<Key | undefined, undefined> {
+    return this.#keysWithin(range, floor, lsn, false);
+  }
+
+  *#keysWithin(range: KeyRange, floor: Lsn, lsn: Lsn, isKept: boolean): Generator<Key | undefined, undefined> {
+    const { history, newest } = this.#opened();
+    const both = mergeByKey(
+      history.keysWithin(range, floor, lsn, isKept),
+      newest.keysWithin(range, floor, lsn, isKept),
+      (key) => key,
+    );
     let last: Key | undefined;
-    for (let number = Math.max(0, firstKeys.lowerBound(range.start) - 1); number < firstKeys.count; number++) {
-      if (firstKeys.compare(number, range.end) >= 0) return undefined;
-      const block = this.#keyBlock(number, false);
-      yield undefined;
-      const { keys } = block;
-      for (let i = keys.lowerBound(range.start); i < keys.count && keys.compare(i, range.end) < 0; i++) {
-        if (!isWholly && !block.hasEntryWithin(i, floor, lsn)) continue;
-        if (last !== undefined && keys.compare(i, last) === 0) continue;
-        yield (last = keys.get(i));
-      }
+    for (const key of both) {
+      if (key !== undefined && last !== undefined && compareKeys(last, key) === 0) continue;
+      yield key;
+      last = key ?? last;
     }
     return undefined;
   }
 
   /** Every value in the layer's order, for merges. */
-  *entries(): Generator<LayerEntry> {
-    const { firstKeys } = this.#opened().index;
-    let key: Key | undefined;
-    for (let number = 0; number < firstKeys.count; number++) {
-      const block = this.#keyBlock(number);
-      for (let i = 0; i < block.keys.count; i++) {
-        // One object for all entries of a key, though they may lie in two blocks.
-        if (key === undefined || block.keys.compare(i, key) !== 0) key = block.keys.get(i);
-        for (let entry = block.entryStart[i]!; entry < block.entryStart[i + 1]!; entry++) {
-          yield { key, lsn: block.lsns[entry]!, value: this.#value(block, entry) };
-        }
-      }
+  *entries(): Generator<LayerEntry, undefined> {
+    const { history, newest } = this.#opened();
+    let last: Key | undefined;
+    for (const entry of mergeByKey(history.entries(), newest.entries(), ({ key }) => key)) {
+      // One object for all entries of a key, though they may lie in two sections.
+      const key = last !== undefined && compareKeys(last, entry.key) === 0 ? last : entry.key;
+      yield key === entry.key ? entry : { ...entry, key };
+      last = key;
     }
+    return undefined;
   }
 
   /** Every value in the layer's order, for verification and tests. */
   forEachValue(visit: (key: Key, lsn: Lsn, value: Buffer) => void): void {
-    const { firstKeys } = this.#opened().index;
-    for (let number = 0; number < firstKeys.count; number++) {
-      const block = this.#keyBlock(number);
-      for (let i = 0; i < block.keys.count; i++) {
-        const key = block.keys.get(i);
-        for (let entry = block.entryStart[i]!; entry < block.entryStart[i + 1]!; entry++) {
-          visit(key, block.lsns[entry]!, this.#value(block, entry));
-        }
-      }
-    }
+    for (const { key, lsn, value } of this.entries()) visit(key, lsn, value);
   }
 
   /** What the file says of itself. */
@@ -193,8 +153,6 @@ export class LayerFile implements ValueSource {
     if (this.#open === undefined) return;
     closeSync(this.#open.file);
     this.#open = undefined;
-    this.#lastKeyBlock = undefined;
-    this.#lastKeyBlockNumber = -1;
     this.#cache.closed(this);
   }
 
@@ -226,7 +184,22 @@ export class LayerFile implements ValueSource {
       }
       const block = this.#read(file, footer.indexOffset, footer.indexLength);
       const content = decodeBlock(block, BLOCK_TYPE.index, this.path, footer.indexOffset);
-      this.#open = { file, footer, index: decodeIndex(content, this.path, footer.indexOffset) };
+      const { history, newest } = decodeIndex(content, this.path, footer.indexOffset);
+      const source: SectionSource = {
+        path: this.path,
+        lsnStart: this.description.lsnStart,
+        blocks: this.#cache.blocks,
+        keyBlocks: this.#cache.keyBlocks,
+        // It may have been closed since.
+        read: (at, bytes) => this.#read(this.#opened().file, at, bytes),
+      };
+      const firstBlock = this.#number * BLOCKS_PER_LAYER_MAX;
+      this.#open = {
+        file,
+        footer,
+        history: new LayerSection(history, source, firstBlock),
+        newest: new LayerSection(newest, source, firstBlock + BLOCKS_PER_LAYER_MAX / 2),
+      };
     } catch (error) {
       closeSync(file);
       throw error;
@@ -243,54 +216,6 @@ export class LayerFile implements ValueSource {
       this.isLocal = false;
       throw new LayerAbsentError(this.path);
     }
-  }
-
-  #keyBlock(number: number, isKept = true): KeyBlock {
-    if (number === this.#lastKeyBlockNumber) return this.#lastKeyBlock!;
-    const cacheKey = this.#number * BLOCKS_PER_LAYER_MAX + number;
-    let block = this.#cache.keyBlocks.get(cacheKey);
-    if (block === undefined) {
-      const { index, file } = this.#opened();
-      const offset = index.keyBlockOffsets[number]!;
-      const content = decodeBlock(
-        this.#read(file, offset, index.keyBlockLengths[number]!),
-        BLOCK_TYPE.keys,
-        this.path,
-        offset,
-      );
-      block = decodeKeyBlock(content, this.description.lsnStart, this.path, offset);
-      if (!isKept) return block;
-      this.#cache.keyBlocks.set(cacheKey, block, block.sizeBytes);
-    }
-    this.#lastKeyBlock = block;
-    this.#lastKeyBlockNumber = number;
-    return block;
-  }
-
-  #value(block: KeyBlock, entry: number): Buffer {
-    const number = block.valueBlocks[entry]!;
-    const start = block.valueOffsets[entry]!;
-    const end = start + block.valueLengths[entry]!;
-    const cacheKey = this.#number * BLOCKS_PER_LAYER_MAX + number;
-    let values = this.#cache.blocks.get(cacheKey);
-    const { index, file } = this.#opened();
-    const offset = index.valueBlockOffsets[number];
-    if (offset === undefined) {
-      throw new LayerDamagedError(
-        this.path,
-        0,
-        `an entry names value block ${number} of ${index.valueBlockOffsets.length}`,
-      );
-    }
-    if (values === undefined) {
-      const length = index.valueBlockLengths[number]!;
-      values = decodeBlock(this.#read(file, offset, length), BLOCK_TYPE.values, this.path, offset);
-      this.#cache.blocks.set(cacheKey, values, values.length + 128);
-    }
-    if (end > values.length || block.kinds[entry] !== values[start]) {
-      throw new LayerDamagedError(this.path, offset, `no value of kind ${block.kinds[entry]} at [${start}, ${end})`);
-    }
-    return values.subarray(start, end);
   }
 
   #read(file: number, offset: number, length: number): Buffer {
@@ -314,17 +239,4 @@ export class LayerFile implements ValueSource {
       throw new LayerDamagedError(this.path, offset, 'the disk reports an error (EIO)');
     }
   }
-}
-
-/** The last block whose first entry is at or before (key, lsn); -1 when all are after it. */
-function lastBlockAtOrBelow(firstKeys: LayerIndex['firstKeys'], firstLsns: Float64Array, key: Key, lsn: Lsn): number {
-  let low = 0;
-  let high = firstKeys.count;
-  while (low < high) {
-    const middle = (low + high) >>> 1;
-    const order = firstKeys.compare(middle, key) || firstLsns[middle]! - lsn;
-    if (order <= 0) low = middle + 1;
-    else high = middle;
-  }
-  return low - 1;
 }

@@ -5,16 +5,20 @@
  * holds, as images, all keys of its key range that exist at one LSN: a key in its range that is not in it does not exist there.
  * Both have the same bytes; integers are little-endian unless said otherwise:
  *
- *   header    16 bytes: "STRATALY", u16 version (1), u8 kind (1 delta, 2 image), 5 zeroes
+ *   header    16 bytes: "STRATALY", u16 version (2), u8 kind (1 delta, 2 image), 5 zeroes
  *   blocks    value blocks and key blocks, in any order, each as in block.ts, one after the other
  *   index     one block
  *   footer    128 bytes
  *
+ * The entries are in two sections, each with value blocks and key blocks of its own: *newest* has, of pages that have it here, the last entry, when
+ * that is an image; *history* has everything else. Most reads want the newest image of a page, and of its neighbours; so these lie
+ * together, and no history has to be looked through. A page's entry in newest comes after all of its entries in history.
+ *
  * Value block: values one after the other, with nothing between them. A value is never split; a block is closed when it has
  * reached its target size (the writer's choice, 32 or 64 KiB) or earlier, so a large value makes a large block. Value blocks are numbered
- * from 0 in the order in which they stand in the file.
+ * from 0 in the order in which the section's stand in the file.
  *
- * Key block: says which values there are and where. All entries of the layer, over all key blocks in order, are sorted by key, then
+ * Key block: says which values there are and where. All entries of a section, over all its key blocks in order, are sorted by key, then
  * LSN; entries with equal key and LSN stand in the order in which they were put.
  *
  *   u32  entry count
@@ -31,14 +35,14 @@
  *
  * Varint: 7 bits at a time, least significant first, the top bit set on all but the last byte; below 2^53.
  *
- * Index block:
+ * Index block, for history and then for newest:
  *   u32  key block count, then for each: first key (18 bytes), u64 first LSN, u48 file offset, u32 length of the block as stored
  *   u32  value block count, then for each: u48 file offset, u32 length as stored (header included in both)
  *
  * Footer:
  *   offset  size  field
  *        0     4  CRC32C of the other 124 bytes
- *        4     2  version (1)
+ *        4     2  version (2)
  *        6     1  kind
  *        7     1  zero
  *        8    16  timeline id
@@ -71,7 +75,7 @@ import { LayerDamagedError } from './block.ts';
 import { KeyBlock, KeyColumns } from './key-block.ts';
 
 export const LAYER_MAGIC = 'STRATALY';
-export const LAYER_VERSION = 1;
+export const LAYER_VERSION = 2;
 export const LAYER_HEADER_BYTES = 16;
 export const LAYER_FOOTER_BYTES = 128;
 
@@ -113,14 +117,19 @@ export interface KeyBlockLocation extends BlockLocation {
   readonly firstLsn: Lsn;
 }
 
-/** A decoded index block, column by column. */
-export interface LayerIndex {
+/** A section of the decoded index block, column by column. */
+export interface SectionIndex {
   readonly firstKeys: KeyColumns;
   readonly firstLsns: Float64Array;
   readonly keyBlockOffsets: Float64Array;
   readonly keyBlockLengths: Uint32Array;
   readonly valueBlockOffsets: Float64Array;
   readonly valueBlockLengths: Uint32Array;
+}
+
+export interface LayerIndex {
+  readonly history: SectionIndex;
+  readonly newest: SectionIndex;
 }
 
 export function layerFileName(
@@ -172,7 +181,9 @@ export function decodeFooter(bytes: Buffer, file: string, offset: number): Layer
     throw damaged(`footer's checksum is ${checksum}, footer says ${bytes.readUInt32LE(0)}`);
   }
   const version = bytes.readUInt16LE(4);
-  if (version !== LAYER_VERSION) throw damaged(`format version ${version} is not known`);
+  if (version !== LAYER_VERSION) {
+    throw damaged(`its format has version ${version}, this program reads version ${LAYER_VERSION} only`);
+  }
   const kind = bytes[6] === KIND_CODE.delta ? 'delta' : bytes[6] === KIND_CODE.image ? 'image' : undefined;
   if (kind === undefined) throw damaged(`layer kind ${bytes[6]} is not known`);
   return {
@@ -192,7 +203,17 @@ export function decodeFooter(bytes: Buffer, file: string, offset: number): Layer
 const KEY_BLOCK_ITEM_BYTES = KEY_SIZE_BYTES + 8 + 6 + 4;
 const VALUE_BLOCK_ITEM_BYTES = 6 + 4;
 
-export function encodeIndex(keyBlocks: readonly KeyBlockLocation[], valueBlocks: readonly BlockLocation[]): Buffer {
+/** What the index says of a section. */
+export interface SectionLocations {
+  readonly keyBlocks: readonly KeyBlockLocation[];
+  readonly valueBlocks: readonly BlockLocation[];
+}
+
+export function encodeIndex(history: SectionLocations, newest: SectionLocations): Buffer {
+  return Buffer.concat([encodeSection(history), encodeSection(newest)]);
+}
+
+function encodeSection({ keyBlocks, valueBlocks }: SectionLocations): Buffer {
   const bytes = Buffer.allocUnsafe(
     8 + keyBlocks.length * KEY_BLOCK_ITEM_BYTES + valueBlocks.length * VALUE_BLOCK_ITEM_BYTES,
   );
@@ -213,17 +234,24 @@ export function encodeIndex(keyBlocks: readonly KeyBlockLocation[], valueBlocks:
 
 /** `offset` is that of the index block in `file`, for errors. */
 export function decodeIndex(bytes: Buffer, file: string, offset: number): LayerIndex {
-  const keyBlockCount = bytes.length >= 4 ? bytes.readUInt32LE(0) : 0;
-  const valuesAt = 4 + keyBlockCount * KEY_BLOCK_ITEM_BYTES;
-  const valueBlockCount = bytes.length >= valuesAt + 4 ? bytes.readUInt32LE(valuesAt) : -1;
-  if (valueBlockCount < 0 || bytes.length !== valuesAt + 4 + valueBlockCount * VALUE_BLOCK_ITEM_BYTES) {
-    throw new LayerDamagedError(
-      file,
-      offset,
-      `index of ${bytes.length} bytes does not fit ${keyBlockCount} key blocks`,
-    );
+  const history = decodeSection(bytes, 0);
+  const newest = history === undefined ? undefined : decodeSection(bytes, history.end);
+  if (history === undefined || newest === undefined || newest.end !== bytes.length) {
+    throw new LayerDamagedError(file, offset, `index of ${bytes.length} bytes does not fit the blocks that it counts`);
   }
-  const index: LayerIndex = {
+  return { history: history.index, newest: newest.index };
+}
+
+/** The section that begins at `start`, and where it ends; undefined when the bytes are too few. */
+function decodeSection(bytes: Buffer, start: number): { index: SectionIndex; end: number } | undefined {
+  if (bytes.length < start + 4) return undefined;
+  const keyBlockCount = bytes.readUInt32LE(start);
+  const valuesAt = start + 4 + keyBlockCount * KEY_BLOCK_ITEM_BYTES;
+  if (bytes.length < valuesAt + 4) return undefined;
+  const valueBlockCount = bytes.readUInt32LE(valuesAt);
+  const end = valuesAt + 4 + valueBlockCount * VALUE_BLOCK_ITEM_BYTES;
+  if (bytes.length < end) return undefined;
+  const index: SectionIndex = {
     firstKeys: new KeyColumns(keyBlockCount),
     firstLsns: new Float64Array(keyBlockCount),
     keyBlockOffsets: new Float64Array(keyBlockCount),
@@ -231,7 +259,7 @@ export function decodeIndex(bytes: Buffer, file: string, offset: number): LayerI
     valueBlockOffsets: new Float64Array(valueBlockCount),
     valueBlockLengths: new Uint32Array(valueBlockCount),
   };
-  for (let i = 0, at = 4; i < keyBlockCount; i++, at += KEY_BLOCK_ITEM_BYTES) {
+  for (let i = 0, at = start + 4; i < keyBlockCount; i++, at += KEY_BLOCK_ITEM_BYTES) {
     index.firstKeys.decode(i, bytes, at);
     index.firstLsns[i] = readLsn(bytes, at + 18);
     index.keyBlockOffsets[i] = bytes.readUIntLE(at + 26, 6);
@@ -241,7 +269,7 @@ export function decodeIndex(bytes: Buffer, file: string, offset: number): LayerI
     index.valueBlockOffsets[i] = bytes.readUIntLE(at, 6);
     index.valueBlockLengths[i] = bytes.readUInt32LE(at + 6);
   }
-  return index;
+  return { index, end };
 }
 
 /** The content of a key block. `offset` is that of the block in `file`, for errors. */

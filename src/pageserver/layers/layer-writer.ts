@@ -10,16 +10,16 @@ import { join } from 'node:path';
 import type { Lsn } from '../../postgres/lsn.ts';
 import { compareKeys, nextKey } from '../key.ts';
 import type { Key } from '../key.ts';
+import { VALUE_KIND } from '../value.ts';
 import { BLOCK_TYPE, encodeBlock } from './block.ts';
-import { copyBytes, viewOf } from './copy-bytes.ts';
 import { encodeFooter, encodeHeader, encodeIndex, layerFileName } from './layer-format.ts';
-import type { BlockLocation, KeyBlockLocation, LayerDescription, LayerKind } from './layer-format.ts';
-import { KeyBlockBuilder } from './key-block.ts';
+import type { BlockLocation, LayerDescription, LayerKind } from './layer-format.ts';
+import { SectionWriter } from './section-writer.ts';
+import type { AppendBlock } from './section-writer.ts';
 import { syncDirectory } from './durable.ts';
 
 /** Large enough that setting up zstd does not count, small enough for a read of one page. */
-const VALUE_BLOCK_TARGET_BYTES = { delta: 32 * 1024, image: 32 * 1024 } as const;
-const KEY_BLOCK_TARGET_BYTES = 16 * 1024;
+const VALUE_BLOCK_BYTES = 32 * 1024;
 const WRITE_BYTES = 256 * 1024;
 
 export interface LayerWriterOptions {
@@ -31,7 +31,7 @@ export interface LayerWriterOptions {
   readonly keyStart?: Key;
   /** See LayerDescription. */
   readonly revision?: number;
-  /** Size of value blocks, when it is not that of the layer's kind. */
+  /** Size of the value blocks of the history, when it is not the usual one. */
   readonly valueBlockBytes?: number;
 }
 
@@ -42,20 +42,15 @@ export class LayerWriter {
   readonly #options: LayerWriterOptions;
   readonly #file: FileHandle;
   readonly #partialPath: string;
-  readonly #keys: KeyBlockBuilder;
-  readonly #targetBytes: number;
-  readonly #keyBlocks: KeyBlockLocation[] = [];
-  readonly #valueBlocks: BlockLocation[] = [];
+  readonly #history: SectionWriter;
+  readonly #newest: SectionWriter;
   #toWrite: Buffer[] = [];
   #toWriteBytes = 0;
   #fileLength = 0;
-  #values: Buffer;
-  #valuesView: DataView;
-  #valuesLength = 0;
-  #valueBlockNumber = 0;
   #firstKey: Key | undefined;
   #lastKey: Key | undefined;
   #lastLsn: Lsn = 0;
+  #isNewestTaken = false;
   #entryCount = 0;
   #valueBytes = 0;
 
@@ -64,10 +59,9 @@ export class LayerWriter {
     this.#options = options;
     this.#file = file;
     this.#partialPath = partialPath;
-    this.#targetBytes = options.valueBlockBytes ?? VALUE_BLOCK_TARGET_BYTES[options.kind];
-    this.#keys = new KeyBlockBuilder(options.lsnStart, KEY_BLOCK_TARGET_BYTES);
-    this.#values = Buffer.allocUnsafeSlow(this.#targetBytes * 2);
-    this.#valuesView = viewOf(this.#values);
+    const append: AppendBlock = (type, content) => this.#appendBlock(type, content);
+    this.#history = new SectionWriter(options.lsnStart, options.valueBlockBytes ?? VALUE_BLOCK_BYTES, append);
+    this.#newest = new SectionWriter(options.lsnStart, VALUE_BLOCK_BYTES, append);
     this.#append(encodeHeader(options.kind));
   }
 
@@ -87,47 +81,35 @@ export class LayerWriter {
 
   /** Adds a value (copied). Keys rise; LSNs of one key do not fall. */
   add(key: Key, lsn: Lsn, value: Buffer): void {
-    this.#begin(key, lsn, value[0]!, value.length);
-    this.#values.set(value, this.#valuesLength);
-    this.#end(key, lsn, value.length);
+    this.#took(key, lsn, value.length);
+    this.#history.add(key, lsn, value);
   }
 
   /** As `add`, with the value that is bytes [start, end) of `from`. */
   addFrom(key: Key, lsn: Lsn, from: DataView, start: number, end: number): void {
-    const length = end - start;
-    this.#begin(key, lsn, from.getUint8(start), length);
-    copyBytes(from, start, this.#valuesView, this.#valuesLength, length);
-    this.#end(key, lsn, length);
+    this.#took(key, lsn, end - start);
+    this.#history.addFrom(key, lsn, from, start, end);
   }
 
-  #begin(key: Key, lsn: Lsn, kind: number, length: number): void {
+  /** Adds the newest value of the key in this layer, which is the image of a page. */
+  addNewest(key: Key, lsn: Lsn, value: Buffer): void {
+    assert(value[0] === VALUE_KIND.image, 'the newest section has images');
+    this.#took(key, lsn, value.length);
+    this.#isNewestTaken = true;
+    this.#newest.add(key, lsn, value);
+  }
+
+  #took(key: Key, lsn: Lsn, length: number): void {
     const order = this.#lastKey === key ? 0 : this.#lastKey === undefined ? -1 : compareKeys(this.#lastKey, key);
     assert(order < 0 || (order === 0 && this.#lastLsn <= lsn), 'entries of a layer are sorted by key, then LSN');
+    assert(order < 0 || !this.#isNewestTaken, 'nothing of a key comes after its newest value');
     assert(lsn >= this.#options.lsnStart && lsn < this.#options.lsnEnd, 'an entry lies in the LSN range of its layer');
-    if (this.#valuesLength + length > this.#values.length) {
-      if (this.#valuesLength > 0) this.#closeValueBlock();
-      if (length > this.#values.length) this.#newValues(length);
-    }
-    this.#keys.add(key, lsn, kind, this.#valueBlockNumber, this.#valuesLength, length);
-  }
-
-  #end(key: Key, lsn: Lsn, length: number): void {
-    this.#valuesLength += length;
+    this.#isNewestTaken = false;
     this.#valueBytes += length;
     this.#entryCount++;
     this.#firstKey ??= key;
     this.#lastKey = key;
     this.#lastLsn = lsn;
-    if (this.#valuesLength >= this.#targetBytes) this.#closeValueBlock();
-    if (this.#keys.isFull) this.#closeKeyBlock();
-  }
-
-  /**
-   * Closes the value block if it holds at least this much. Around a value that is mostly read without those before it, so that reading it does not
-   * take decompressing them.
-   */
-  cutBlock(bytesMin = 1): void {
-    if (this.#valuesLength >= bytesMin) this.#closeValueBlock();
   }
 
   /** Writes what has gathered. */
@@ -138,8 +120,8 @@ export class LayerWriter {
   /** Makes the layer durable under its name. `keyEnd` is where its key range ends; just past the last key when absent. */
   async finish(keyEnd?: Key): Promise<LayerDescription> {
     assert(this.#firstKey !== undefined && this.#lastKey !== undefined, 'a layer has entries');
-    if (this.#valuesLength > 0) this.#closeValueBlock();
-    if (this.#keys.count > 0) this.#closeKeyBlock();
+    this.#history.finish();
+    this.#newest.finish();
     const { kind, timelineId, lsnStart, lsnEnd } = this.#options;
     const keyStart = this.#options.keyStart ?? this.#firstKey;
     const { revision } = this.#options;
@@ -151,7 +133,7 @@ export class LayerWriter {
       lsnEnd,
       ...(revision === undefined ? {} : { revision }),
     };
-    const index = this.#appendBlock(BLOCK_TYPE.index, encodeIndex(this.#keyBlocks, this.#valueBlocks));
+    const [index] = this.#appendBlock(BLOCK_TYPE.index, encodeIndex(this.#history, this.#newest));
     const footer = encodeFooter({
       ...range,
       timelineId,
@@ -175,32 +157,12 @@ export class LayerWriter {
     await rm(this.#partialPath, { force: true });
   }
 
-  #closeValueBlock(): void {
-    const content = this.#values.subarray(0, this.#valuesLength);
-    this.#valueBlocks.push(this.#appendBlock(BLOCK_TYPE.values, content));
-    // What is not compressed is written from where it is.
-    const isKept = this.#toWrite.at(-1) === content;
-    if (isKept || this.#values.length > this.#targetBytes * 2) this.#newValues(this.#targetBytes * 2);
-    this.#valuesLength = 0;
-    this.#valueBlockNumber++;
-  }
-
-  #newValues(sizeBytes: number): void {
-    this.#values = Buffer.allocUnsafeSlow(sizeBytes);
-    this.#valuesView = viewOf(this.#values);
-  }
-
-  #closeKeyBlock(): void {
-    const { content, firstKey, firstLsn } = this.#keys.finish();
-    this.#keyBlocks.push({ firstKey, firstLsn, ...this.#appendBlock(BLOCK_TYPE.keys, content) });
-  }
-
-  #appendBlock(type: number, content: Buffer): BlockLocation {
+  #appendBlock(type: number, content: Buffer): [BlockLocation, boolean] {
     const offset = this.#fileLength;
     const [header, stored] = encodeBlock(type, content);
     this.#append(header);
     this.#append(stored);
-    return { offset, length: header.length + stored.length };
+    return [{ offset, length: header.length + stored.length }, stored === content];
   }
 
   #append(bytes: Buffer): void {

@@ -1,0 +1,182 @@
+/**
+ * One section of a layer file (layer-format.ts), for reading: its key blocks, which say where values are, and its value blocks.
+ */
+
+import type { Lsn } from '../../postgres/lsn.ts';
+import { compareKeys } from '../key.ts';
+import type { Key, KeyRange } from '../key.ts';
+import { BLOCK_TYPE, decodeBlock, LayerDamagedError } from './block.ts';
+import type { Chain } from './chain.ts';
+import type { GenerationCache } from './generation-cache.ts';
+import type { KeyBlock } from './key-block.ts';
+import { decodeKeyBlock } from './layer-format.ts';
+import type { SectionIndex } from './layer-format.ts';
+
+export interface LayerEntry {
+  readonly key: Key;
+  readonly lsn: Lsn;
+  /** Shares memory with a cached block. */
+  readonly value: Buffer;
+}
+
+/** The layer file as its sections see it. */
+export interface SectionSource {
+  readonly path: string;
+  readonly lsnStart: Lsn;
+  readonly blocks: GenerationCache<Buffer>;
+  readonly keyBlocks: GenerationCache<KeyBlock>;
+  /** Opens the file if it is not open. */
+  readonly read: (offset: number, length: number) => Buffer;
+}
+
+export class LayerSection {
+  readonly #index: SectionIndex;
+  readonly #source: SectionSource;
+  /** Block n is known to the caches as this + n. */
+  readonly #cacheKeyStart: number;
+  #lastKeyBlock: KeyBlock | undefined;
+  #lastKeyBlockNumber = -1;
+
+  constructor(index: SectionIndex, source: SectionSource, cacheKeyStart: number) {
+    this.#index = index;
+    this.#source = source;
+    this.#cacheKeyStart = cacheKeyStart;
+  }
+
+  get isEmpty(): boolean {
+    return this.#index.firstKeys.count === 0;
+  }
+
+  /** As ValueSource.collect. */
+  collect(key: Key, lsn: Lsn, floor: Lsn, chain: Chain): boolean {
+    const { firstKeys, firstLsns } = this.#index;
+    let number = lastBlockAtOrBelow(firstKeys, firstLsns, key, lsn);
+    for (; number >= 0; number--) {
+      const block = this.#keyBlock(number);
+      const at = block.keys.lowerBound(key);
+      if (at === block.keys.count || block.keys.compare(at, key) !== 0) return false;
+      const start = block.entryStart[at]!;
+      for (let entry = block.entryStart[at + 1]! - 1; entry >= start; entry--) {
+        const entryLsn = block.lsns[entry]!;
+        if (entryLsn > lsn) continue;
+        if (entryLsn <= floor) return chain.reachFloor();
+        if (chain.push(this.#value(block, entry), entryLsn)) return true;
+      }
+      if (at > 0) return false;
+    }
+    return false;
+  }
+
+  /**
+   * The keys of the range that have an entry with `floor < LSN <= lsn`, in order. Gives undefined for each key block that it reads. Without
+   * `isKept` it leaves the cache as it is.
+   */
+  *keysWithin(range: KeyRange, floor: Lsn, lsn: Lsn, isKept: boolean): Generator<Key | undefined, undefined> {
+    const { firstKeys } = this.#index;
+    let last: Key | undefined;
+    for (let number = Math.max(0, firstKeys.lowerBound(range.start) - 1); number < firstKeys.count; number++) {
+      if (firstKeys.compare(number, range.end) >= 0) return undefined;
+      const block = this.#keyBlock(number, isKept);
+      yield undefined;
+      const { keys } = block;
+      for (let i = keys.lowerBound(range.start); i < keys.count && keys.compare(i, range.end) < 0; i++) {
+        if (!block.hasEntryWithin(i, floor, lsn)) continue;
+        if (last !== undefined && keys.compare(i, last) === 0) continue;
+        yield (last = keys.get(i));
+      }
+    }
+    return undefined;
+  }
+
+  /** Every entry, in order. */
+  *entries(): Generator<LayerEntry, undefined> {
+    let key: Key | undefined;
+    for (let number = 0; number < this.#index.firstKeys.count; number++) {
+      const block = this.#keyBlock(number);
+      for (let i = 0; i < block.keys.count; i++) {
+        // One object for all entries of a key, though they may lie in two blocks.
+        if (key === undefined || block.keys.compare(i, key) !== 0) key = block.keys.get(i);
+        for (let entry = block.entryStart[i]!; entry < block.entryStart[i + 1]!; entry++) {
+          yield { key, lsn: block.lsns[entry]!, value: this.#value(block, entry) };
+        }
+      }
+    }
+    return undefined;
+  }
+
+  #keyBlock(number: number, isKept = true): KeyBlock {
+    if (number === this.#lastKeyBlockNumber) return this.#lastKeyBlock!;
+    const { keyBlocks, path, lsnStart, read } = this.#source;
+    const cacheKey = this.#cacheKeyStart + number;
+    let block = keyBlocks.get(cacheKey);
+    if (block === undefined) {
+      const offset = this.#index.keyBlockOffsets[number]!;
+      const bytes = read(offset, this.#index.keyBlockLengths[number]!);
+      block = decodeKeyBlock(decodeBlock(bytes, BLOCK_TYPE.keys, path, offset), lsnStart, path, offset);
+      if (!isKept) return block;
+      keyBlocks.set(cacheKey, block, block.sizeBytes);
+    }
+    this.#lastKeyBlock = block;
+    this.#lastKeyBlockNumber = number;
+    return block;
+  }
+
+  #value(block: KeyBlock, entry: number): Buffer {
+    const number = block.valueBlocks[entry]!;
+    const start = block.valueOffsets[entry]!;
+    const end = start + block.valueLengths[entry]!;
+    const { blocks, path, read } = this.#source;
+    const { valueBlockOffsets, valueBlockLengths } = this.#index;
+    const offset = valueBlockOffsets[number];
+    if (offset === undefined) {
+      throw new LayerDamagedError(path, 0, `an entry names value block ${number} of ${valueBlockOffsets.length}`);
+    }
+    const cacheKey = this.#cacheKeyStart + number;
+    let values = blocks.get(cacheKey);
+    if (values === undefined) {
+      values = decodeBlock(read(offset, valueBlockLengths[number]!), BLOCK_TYPE.values, path, offset);
+      blocks.set(cacheKey, values, values.length + 128);
+    }
+    if (end > values.length || block.kinds[entry] !== values[start]) {
+      throw new LayerDamagedError(path, offset, `no value of kind ${block.kinds[entry]} at [${start}, ${end})`);
+    }
+    return values.subarray(start, end);
+  }
+}
+
+/** Two generators in the order of keys as one; of equal keys the first one's comes first. What has no key is passed on at once. */
+export function* mergeByKey<T>(
+  first: Generator<T, undefined>,
+  second: Generator<T, undefined>,
+  keyOf: (item: T) => Key | undefined,
+): Generator<T, undefined> {
+  let a = first.next();
+  let b = second.next();
+  while (a.done !== true && b.done !== true) {
+    const keyA = keyOf(a.value);
+    const keyB = keyOf(b.value);
+    if (keyA === undefined || (keyB !== undefined && compareKeys(keyA, keyB) <= 0)) {
+      yield a.value;
+      a = first.next();
+    } else {
+      yield b.value;
+      b = second.next();
+    }
+  }
+  for (; a.done !== true; a = first.next()) yield a.value;
+  for (; b.done !== true; b = second.next()) yield b.value;
+  return undefined;
+}
+
+/** The last block whose first entry is at or before (key, lsn); -1 when all are after it. */
+function lastBlockAtOrBelow(firstKeys: SectionIndex['firstKeys'], firstLsns: Float64Array, key: Key, lsn: Lsn): number {
+  let low = 0;
+  let high = firstKeys.count;
+  while (low < high) {
+    const middle = (low + high) >>> 1;
+    const order = firstKeys.compare(middle, key) || firstLsns[middle]! - lsn;
+    if (order <= 0) low = middle + 1;
+    else high = middle;
+  }
+  return low - 1;
+}
