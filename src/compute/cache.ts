@@ -5,10 +5,9 @@
  * trusted. Its content: instance (the folder of data directory, page map and token), timelineId, endLsn (end of the shutdown checkpoint's record),
  * fullVersion (of Postgres), bootId (a machine that went down may have lost what was not synced, and the compute syncs nothing).
  */
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
-import { writeFileDurably } from '../base/durable-file.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 
 export interface CacheKey {
@@ -57,11 +56,13 @@ export function takeCache(
   return isSame && kept !== undefined ? { instanceDir: join(cacheDir, kept.instance), endLsn: kept.endLsn } : undefined;
 }
 
-/** Marks a cleanly stopped instance as a cache. */
+/** Marks a cleanly stopped instance as a cache. Not durably: after a reboot it is not trusted, and a sync could take long, as this disk is never synced. */
 export function keepCache(cacheDir: string, instanceDir: string, key: CacheKey): void {
   const instance = instanceDir.slice(cacheDir.length + 1);
   const mark = { instance, ...key, bootId: bootId() };
-  writeFileDurably(join(cacheDir, CACHE_FILE), `${JSON.stringify(mark)}\n`, 0o600);
+  const file = join(cacheDir, CACHE_FILE);
+  writeFileSync(`${file}.new`, `${JSON.stringify(mark)}\n`, { mode: 0o600 });
+  renameSync(`${file}.new`, file);
 }
 
 /** An empty instance folder. Those of earlier starts are put aside and removed while the new one is already in use. */

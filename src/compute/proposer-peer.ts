@@ -172,7 +172,7 @@ export class ProposerPeer {
     const { state, index } = this.#options;
     const peer = state.peer(index);
     // As long as WAL flows, the next append carries the commit LSN.
-    if (peer.sendLsn === this.#sentLsn) this.tellCommit();
+    if (peer.sendLsn === this.#sentLsn || state.commitLsn >= this.#options.buffer().endLsn) this.tellCommit();
     this.#sentLsn = peer.sendLsn;
     return peer.state === 'streaming' && (peer.sentCommitLsn < state.commitLsn || peer.writtenLsn < peer.sendLsn);
   }

@@ -1,7 +1,7 @@
 /**
  * The computes of this host, by endpoint: what api/control.ts asks for, over compute/compute.ts.
  */
-import { rmSync } from 'node:fs';
+import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { ActivitySample, CatalogSpec, ComputeExitListener, ComputeSpec, Computes } from '../api/control.ts';
 import type { RunningCompute } from '../api/wake.ts';
@@ -98,7 +98,8 @@ export class LocalComputes implements Computes {
     if (!forget) return;
     const { directory } = this.#options;
     for (const parent of [directory.computesDir, directory.runDir]) {
-      rmSync(join(parent, endpointId), { recursive: true, force: true, maxRetries: 20 });
+      // Not in this thread, which brings the commits of all computes to the safekeepers: it may be gigabytes.
+      await rm(join(parent, endpointId), { recursive: true, force: true, maxRetries: 20 });
     }
   }
 
