@@ -8,7 +8,7 @@ import { join } from 'node:path';
 import { fsyncDirectory } from '../base/durable-file.ts';
 import { toStrataError } from '../base/errors.ts';
 import { layerFileName } from './layers/layer-format.ts';
-import { REMOTE_INDEX_FILE_NAME } from './remote/remote-index.ts';
+import { KEPT_INDEX_NAME } from './remote/kept-index.ts';
 import { decodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
 
@@ -69,6 +69,6 @@ export function findTimelineFolders(parent: string): TimelineFolders {
 }
 
 function removeUnnamed(directory: string, names: readonly string[], index: TimelineIndex): void {
-  const named = new Set([TIMELINE_INDEX_NAME, REMOTE_INDEX_FILE_NAME, ...index.layers.map(layerFileName)]);
+  const named = new Set([TIMELINE_INDEX_NAME, KEPT_INDEX_NAME, ...index.layers.map(layerFileName)]);
   for (const name of names) if (!named.has(name)) rmSync(join(directory, name), { force: true });
 }

@@ -3,7 +3,7 @@
  *
  *   <data dir>/timelines/<timeline id>/index                 what the timeline is (timeline-index.ts)
  *   <data dir>/timelines/<timeline id>/<key>-<key>__<lsn>…   layers (layers/layer-format.ts); with an object store, those that are here
- *   <data dir>/timelines/<timeline id>/remote                what the object store has (remote/remote-index.ts)
+ *   <data dir>/timelines/<timeline id>/remote                what the object store has (remote/kept-index.ts)
  *
  * A folder without an index is the remains of a creation or import that did not end, and is removed at start; so are files that an index
  * does not name. Creating a timeline writes its index and nothing else, whatever the size of what it inherits.

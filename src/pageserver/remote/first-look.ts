@@ -23,7 +23,8 @@ import { removeTimelineDirectory } from '../timeline-directory.ts';
 import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from '../timeline-index.ts';
 import { readGeneration, writeGeneration } from './generation.ts';
 import type { IndexName } from './object-names.ts';
-import { encodeRemoteIndex, REMOTE_INDEX_FILE_NAME } from './remote-index.ts';
+import { keepRemoteIndex, KEPT_INDEX_NAME } from './kept-index.ts';
+import { encodeRemoteIndex } from './remote-index.ts';
 import type { RemoteIndex } from './remote-index.ts';
 import { listIndexes, newestIndex, readIndex } from './timeline-objects.ts';
 
@@ -118,7 +119,10 @@ async function adoptIndex(
     if (size !== layer.description.sizeBytes || (await crc32OfFile(path)) !== layer.crc32) await rm(path);
   }
   onStep?.('other layers removed');
-  await replaceFile(join(directory, REMOTE_INDEX_FILE_NAME), encodeRemoteIndex(index));
+  const keptPath = join(directory, KEPT_INDEX_NAME);
+  // An old one may not come back after a power cut: it names objects that others may have deleted since.
+  if (existsSync(keptPath)) await replaceFile(keptPath, encodeRemoteIndex(index));
+  else await keepRemoteIndex(directory, encodeRemoteIndex(index));
   await replaceFile(indexPath, encodeTimelineIndex(timeline));
   onStep?.('index taken');
 }

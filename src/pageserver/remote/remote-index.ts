@@ -39,8 +39,6 @@ export interface RemoteLayer {
   readonly generation: number;
 }
 
-/** In a timeline's folder: the last index of it that is known to be in the store. Not fsynced: an older one or none is as good. */
-export const REMOTE_INDEX_FILE_NAME = 'remote';
 const MAGIC = 'strata-remote-index';
 const VERSION = 1;
 

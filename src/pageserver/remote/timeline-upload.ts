@@ -10,9 +10,6 @@
  * - What is known to be in the store (`stored`) is an index that was acknowledged.
  */
 
-import { readFileSync } from 'node:fs';
-import { rename, writeFile } from 'node:fs/promises';
-import { join } from 'node:path';
 import { StrataError } from '../../base/errors.ts';
 import { isObjectError, listAll } from '../../object-store/object-store.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
@@ -25,7 +22,8 @@ import type { TimelineIndex } from '../timeline-index.ts';
 import { crc32OfFile } from './first-look.ts';
 import { indexesOf, indexObjectName, layerObjectName, parseIndexName } from './object-names.ts';
 import type { IndexName } from './object-names.ts';
-import { decodeRemoteIndex, encodeRemoteIndex, objectNameOf, REMOTE_INDEX_FILE_NAME } from './remote-index.ts';
+import { keepRemoteIndex, readKeptIndex } from './kept-index.ts';
+import { encodeRemoteIndex, objectNameOf } from './remote-index.ts';
 import type { RemoteIndex, RemoteLayer } from './remote-index.ts';
 import { newestIndex, readIndex } from './timeline-objects.ts';
 import type { IndexObject } from './timeline-objects.ts';
@@ -128,7 +126,7 @@ export class TimelineUpload {
   }
 
   async #load(): Promise<void> {
-    const index = this.#readKept() ?? (await this.#readStored());
+    const index = readKeptIndex(this.timeline.directory) ?? (await this.#readStored());
     this.#isLoaded = true;
     if (index === undefined) return;
     this.#stored = index;
@@ -137,15 +135,6 @@ export class TimelineUpload {
     for (const layer of index.layers) this.#layers.set(layerFileName(layer.description), layer);
     const local = this.timeline.index;
     if (encodeTimelineIndex(index.timeline).equals(encodeTimelineIndex(local))) this.#storedOf = local;
-  }
-
-  #readKept(): RemoteIndex | undefined {
-    try {
-      const path = join(this.timeline.directory, REMOTE_INDEX_FILE_NAME);
-      return decodeRemoteIndex(readFileSync(path), path);
-    } catch {
-      return undefined; // Not there, or not whole: the store has it.
-    }
   }
 
   async #readStored(): Promise<RemoteIndex | undefined> {
@@ -252,19 +241,9 @@ export class TimelineUpload {
     this.#storedLayers = named;
     this.#storedOf = of;
     this.#unresolved = undefined;
-    await keep(join(directory, REMOTE_INDEX_FILE_NAME), bytes);
+    await keepRemoteIndex(directory, bytes);
     onStep?.('remote index kept');
     return { lsn: index.timeline.diskConsistentLsn, deleted };
-  }
-}
-
-/** Replaces a file that need not survive a power cut. The folder may be gone: the timeline was deleted meanwhile. */
-async function keep(path: string, bytes: Buffer): Promise<void> {
-  try {
-    await writeFile(`${path}.partial`, bytes, { mode: 0o600 });
-    await rename(`${path}.partial`, path);
-  } catch (error) {
-    if (!isAbsent(error)) throw error;
   }
 }
 

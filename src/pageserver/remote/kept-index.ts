@@ -1,0 +1,33 @@
+/**
+ * `remote`, in a timeline's folder: the last index of it that is known to be in the store (remote-index.ts), so that a start need not ask. It is not fsynced: after a
+ * power cut an older one, or none, is as good, as then a few layers are uploaded again.
+ */
+
+import { readFileSync } from 'node:fs';
+import { rename, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { decodeRemoteIndex } from './remote-index.ts';
+import type { RemoteIndex } from './remote-index.ts';
+
+export const KEPT_INDEX_NAME = 'remote';
+
+/** The folder may be gone: the timeline was deleted meanwhile. */
+export async function keepRemoteIndex(directory: string, bytes: Buffer): Promise<void> {
+  const path = join(directory, KEPT_INDEX_NAME);
+  try {
+    await writeFile(`${path}.partial`, bytes, { mode: 0o600 });
+    await rename(`${path}.partial`, path);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
+  }
+}
+
+/** Undefined when there is none that is whole. */
+export function readKeptIndex(directory: string): RemoteIndex | undefined {
+  const path = join(directory, KEPT_INDEX_NAME);
+  try {
+    return decodeRemoteIndex(readFileSync(path), path);
+  } catch {
+    return undefined;
+  }
+}
