@@ -10,7 +10,7 @@
  */
 
 import type { Lsn } from '../postgres/lsn.ts';
-import type { LayerDescription } from './layers/layer-format.ts';
+import type { LayerDescription, LayerKind } from './layers/layer-format.ts';
 
 /** A merge is worth its while from this many runs on. */
 export const RUNS_TO_MERGE = 4;
@@ -26,9 +26,18 @@ export interface LayerRun {
 
 /** The runs of the delta layers, oldest first. */
 export function deltaRuns(layers: readonly LayerDescription[]): LayerRun[] {
+  return runsOf(layers, 'delta');
+}
+
+/** The same of image layers: what an import made. A merge can take them as if they were deltas of one LSN. */
+export function imageRuns(layers: readonly LayerDescription[]): LayerRun[] {
+  return runsOf(layers, 'image');
+}
+
+function runsOf(layers: readonly LayerDescription[], kind: LayerKind): LayerRun[] {
   const runs = new Map<Lsn, LayerDescription[]>();
   for (const layer of layers) {
-    if (layer.kind !== 'delta') continue;
+    if (layer.kind !== kind) continue;
     const run = runs.get(layer.lsnStart);
     if (run === undefined) runs.set(layer.lsnStart, [layer]);
     else run.push(layer);

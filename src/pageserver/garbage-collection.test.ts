@@ -7,7 +7,10 @@ import fc from 'fast-check';
 import { encodePoke, ModelTimeline, replayPoke } from '../../test/pageserver/history-model.ts';
 import { RETENTION_MS } from '../api/pageserver.ts';
 import { createLog } from '../base/log.ts';
-import { databaseKey, relationBlockKey, relationSizeKey, slruPageKey } from './key.ts';
+import { Indexed } from './indexed-timeline.ts';
+import { WalIndexWriter } from './ingest/wal-index-writer.ts';
+import { lsnForTimestamp, resolveLsn, timestampOfLsn } from './ingest/wal-search.ts';
+import { databaseKey, KEY_KIND, prefixRange, relationBlockKey, relationSizeKey, slruPageKey } from './key.ts';
 import type { Key } from './key.ts';
 import { LEASE_MS } from './retention.ts';
 import type { Timeline } from './timeline.ts';
@@ -223,6 +226,97 @@ describe('garbage collection', () => {
     windowStart.set(id(1), lsn);
     await timelines.garbage.run(timelines.all(), true);
     assert(bytes() < 1500, 'a dropped fork has no pages');
+  });
+
+  test('what was imported goes too, once it is overwritten, but for what a branch point needs', async () => {
+    const imported = Array.from({ length: 40 }, (_, blk) => relationBlockKey(1663, 5, 200, 0, blk));
+    const root = await timelines.import(
+      { tenantId: TENANT, timelineId: id(1), pgVersion: 17, lsn: LSN, recordLsn: LSN - 8 },
+      async (target) => {
+        target.put(SIZE, Buffer.from([2, 0, 0, 0]));
+        target.put(relationSizeKey(1663, 5, 200, 0), Buffer.from([40, 0, 0, 0]));
+        target.put(BLOCKS[0]!, Buffer.alloc(8192, 1));
+        for (const key of imported) target.put(key, randomPage(key.blk));
+        await target.drain();
+      },
+    );
+    await branch(2, 1, LSN);
+    for (const [i, key] of imported.entries()) {
+      if (i === 7) continue;
+      const lsn = root.lastRecordLsn + 8;
+      root.put(key, lsn, encodeImage(Buffer.alloc(8192, i)));
+      root.advance(lsn, lsn - 8);
+    }
+    await root.flush();
+    const bytes = (): number => root.index.layers.reduce((sum, layer) => sum + layer.sizeBytes, 0);
+    const before = bytes();
+    assert(before > 40 * 8000);
+    nowMs += LEASE_MS;
+    windowStart.set(id(1), root.lastRecordLsn);
+    await timelines.garbage.run(timelines.all(), true);
+    assert(bytes() > 40 * 8000, 'the branch point needs all of it');
+    assert.deepEqual(timelines.get(id(2)).getImage(imported[3]!, LSN), randomPage(3));
+    await timelines.delete(id(2));
+    await timelines.garbage.run(timelines.all(), true);
+    assert(bytes() < 12_000, `${bytes()} of ${before} bytes are kept`);
+    await timelines.close();
+    await open();
+    const again = timelines.get(id(1));
+    assert.deepEqual(again.getImage(imported[7]!, again.lastRecordLsn), randomPage(7));
+    assert.deepEqual(again.getImage(imported[8]!, again.lastRecordLsn), Buffer.alloc(8192, 8));
+    assert.deepEqual(again.getImage(BLOCKS[0]!, again.lastRecordLsn), Buffer.alloc(8192, 1));
+    assert.equal(again.getImage(BLOCKS[1]!, again.lastRecordLsn), undefined);
+  });
+
+  test('the WAL index goes below the horizon, and finds the same as before at and above it and at retained LSNs', async () => {
+    const root = await importRoot();
+    const index = new WalIndexWriter(root);
+    root.beforeFlush = () => index.flush();
+    root.indexTail = () => index.tail;
+    const ends: number[] = [];
+    const add = (timeline: Timeline, writer: WalIndexWriter, i: number): void => {
+      const startLsn = timeline.lastRecordLsn;
+      // From one record in a bucket to many, and some that are larger than a bucket.
+      const lsn = startLsn + 8 * (i % 50 === 7 ? 20_000 : 20 + ((i * 37) % 3000));
+      writer.append(startLsn, lsn, i % 3 === 0 ? i * 1000 : undefined);
+      timeline.put(OTHERS[0]!, lsn, encodeImage(Buffer.from([i])));
+      timeline.advance(lsn, startLsn);
+      ends.push(lsn);
+    };
+    for (let i = 1; i <= 600; i++) {
+      add(root, index, i);
+      if (i % 100 === 0) await root.flush();
+    }
+    const child = await branch(2, 1, ends[120]!);
+    const answers = (timeline: Timeline, from: number): unknown[] => [
+      ...ends.filter((end) => end >= from).map((end) => resolveLsn(new Indexed(timeline), end + 3)),
+      ...ends.filter((end) => end >= from).map((end) => timestampOfLsn(new Indexed(timeline), end)),
+      ...Array.from({ length: 200 }, (_, i) => lsnForTimestamp(new Indexed(timeline), (400 + i) * 1000 + 500)),
+    ];
+    const horizon = ends[400]!;
+    const before = answers(root, horizon);
+    const atChild = resolveLsn(new Indexed(root), ends[120]!);
+    nowMs += LEASE_MS;
+    windowStart.set(id(1), horizon);
+    const chunkCount = (): number => root.scan(prefixRange(KEY_KIND.walIndex)).length;
+    const countBefore = chunkCount();
+    await timelines.garbage.run(timelines.all(), true);
+    assert(chunkCount() < countBefore / 2, `${chunkCount()} of ${countBefore} chunks are kept`);
+    assert.deepEqual(answers(root, horizon), before);
+    assert.deepEqual(resolveLsn(new Indexed(root), ends[120]!), atChild);
+    assert.deepEqual(resolveLsn(new Indexed(child), ends[120]!), atChild);
+    assert.equal(timestampOfLsn(new Indexed(child), ends[120]!), 120_000);
+    assert.equal(lsnForTimestamp(new Indexed(root), 100_000).kind, 'past');
+    const childIndex = new WalIndexWriter(child);
+    child.indexTail = () => childIndex.tail;
+    for (let i = 122; i < 300; i++) add(child, childIndex, i);
+    assert.equal(lsnForTimestamp(new Indexed(child), 125_000).lsn, ends[600 + 3]);
+    for (let i = 601; i <= 900; i++) add(root, index, i);
+    await root.flush();
+    windowStart.set(id(1), root.lastRecordLsn);
+    await timelines.garbage.run(timelines.all(), true);
+    assert(chunkCount() < 10, 'and again');
+    assert.deepEqual(resolveLsn(new Indexed(root), ends[120]!), atChild);
   });
 
   test('an error below the horizon names the oldest LSN and its time', async () => {

@@ -4,7 +4,8 @@
  *   1. The horizon is where the history window of the timeline's project begins. It never goes back. It counts at once for who reads or branches,
  *      and is durable in the index before anything is removed because of it.
  *   2. Runs of layers that lie wholly at or below the horizon are merged into one (merge.ts leaves out what is not needed), when those that were
- *      not collected before are a fair part of them. Other merges leave it out as well, as they come.
+ *      not collected before are a fair part of them. Other merges leave it out as well, as they come. The image layers of an import count as the
+ *      oldest run: what of them is still needed becomes part of the merged one.
  *
  * Nothing is collected until LEASE_MS after the start, when everybody who held a lease has taken it again.
  */
@@ -13,7 +14,9 @@ import type { Logger } from '../base/log.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import type { Compaction } from './compaction.ts';
+import { imageRuns } from './compaction-plan.ts';
 import type { LayerRun } from './compaction-plan.ts';
+import { compareKeys } from './key.ts';
 import type { Retention } from './merge.ts';
 import { LEASE_MS } from './retention.ts';
 import type { Timeline } from './timeline.ts';
@@ -88,7 +91,7 @@ export class GarbageCollection {
     const collectedLsn = this.#collectedLsns.get(timeline) ?? 0;
     const bytesMin = isForced ? 1 : collectBytesMin;
     const isMerged = await compaction.merge(timeline, (runs) =>
-      runsToCollect(runs, horizon.lsn, collectedLsn, bytesMin),
+      runsToCollect(runs, imageRuns(timeline.index.layers), horizon.lsn, collectedLsn, bytesMin),
     );
     if (!isMerged) return;
     log.debug({ timelineId: timeline.timelineId, horizon: formatLsn(horizon.lsn) }, 'garbage was collected');
@@ -96,9 +99,13 @@ export class GarbageCollection {
   }
 }
 
-/** The runs at or below the horizon, when it is worth rewriting them. */
+/**
+ * The runs at or below the horizon, when it is worth rewriting them; with what was imported, once that may be for a third a thing of the past. An
+ * import of several layers with overlapping keys (many parts) is left as it is.
+ */
 export function runsToCollect(
   runs: readonly LayerRun[],
+  images: readonly LayerRun[],
   horizonLsn: Lsn,
   collectedLsn: Lsn,
   bytesMin: number,
@@ -110,5 +117,13 @@ export function runsToCollect(
     if (run.lsnEnd - 1 > collectedLsn) newBytes += run.sizeBytes;
     else collectedBytes += run.sizeBytes;
   }
-  return newBytes >= bytesMin && (newBytes >= collectedBytes / 2 || bytesMin === 1) ? old : undefined;
+  if (newBytes < bytesMin || (newBytes < collectedBytes / 2 && bytesMin > 1)) return undefined;
+  const imported = images.filter((run) => run.lsnEnd - 1 <= horizonLsn && !hasOverlaps(run));
+  const importedBytes = imported.reduce((sum, run) => sum + run.sizeBytes, 0);
+  return newBytes + collectedBytes >= importedBytes / 2 || bytesMin === 1 ? [...imported, ...old] : old;
+}
+
+function hasOverlaps({ layers }: LayerRun): boolean {
+  const sorted = layers.toSorted((a, b) => compareKeys(a.keyStart, b.keyStart));
+  return sorted.some((layer, i) => i > 0 && compareKeys(sorted[i - 1]!.keyEnd, layer.keyStart) > 0);
 }

@@ -8,7 +8,8 @@
  * History that nobody can read any more is left out (`retention`). A value is read at LSN p when it is at or below p and no value that
  * needs nothing before it lies between; so it is needed when there is such a p among the retained LSNs or at or above the horizon. A
  * block at or past the end of its fork is zeroes to every reader, and ingest gives it a value that ends the search when the fork grows over it
- * again: so values of it up to p are not needed for p either.
+ * again: so values of it up to p are not needed for p either. Of the WAL index, the chunks from the one on that has the last record at the
+ * horizon are needed, and below it those that have the last record at a retained LSN: searches go there (ingest/wal-search.ts).
  */
 
 import { rm } from 'node:fs/promises';
@@ -16,6 +17,7 @@ import { setImmediate as yieldToOthers } from 'node:timers/promises';
 import type { Lsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import type { PgVersion } from '../postgres/version.ts';
+import { bucketOfChunkKey, walIndexBucket, walIndexChunkKey } from './ingest/wal-index.ts';
 import { compareKeys, KEY_KIND, relationSizeKey } from './key.ts';
 import type { Key } from './key.ts';
 import { LayerAbsentError } from './layers/block.ts';
@@ -91,6 +93,9 @@ class Merge {
   /** Sizes at the retained LSNs and at the horizon of the fork that was looked at last. */
   #sizesOf: Key | undefined;
   #sizes: number[] = [];
+  /** Of the WAL index. */
+  #oldestBucket: number | undefined;
+  #retainedBuckets: ReadonlySet<number> | undefined;
 
   constructor(job: MergeJob, replay: Replay) {
     this.#job = job;
@@ -178,6 +183,7 @@ class Merge {
   #needed(key: Key, entries: readonly LayerEntry[], retention: Retention): readonly LayerEntry[] {
     const { horizonLsn, lsns } = retention;
     if (entries[0]!.lsn >= horizonLsn) return entries;
+    if (key.kind === KEY_KIND.walIndex && !this.#isChunkNeeded(bucketOfChunkKey(key), retention)) return [];
     const sizes = key.kind === KEY_KIND.relationBlock ? this.#sizesAt(key, retention) : undefined;
     const isVisibleAt = (point: number): boolean => sizes === undefined || key.blk < sizes[point]!;
     const kept: LayerEntry[] = [];
@@ -206,6 +212,27 @@ class Merge {
     this.#sizesOf = key;
     this.#sizes = [...lsns, horizonLsn].map((lsn) => this.read(sizeKey, lsn)?.readUInt32LE(0) ?? 0);
     return this.#sizes;
+  }
+
+  #isChunkNeeded(bucket: number, { horizonLsn, lsns }: Retention): boolean {
+    this.#oldestBucket ??= this.#bucketBefore(horizonLsn);
+    if (bucket >= this.#oldestBucket) return true;
+    this.#retainedBuckets ??= new Set(lsns.flatMap((lsn) => [walIndexBucket(lsn), this.#bucketBefore(lsn)]));
+    return this.#retainedBuckets.has(bucket);
+  }
+
+  /** The newest bucket below that of `lsn` which has a chunk, so a record that ends at or before `lsn`; the bucket of `lsn` when there is none. */
+  #bucketBefore(lsn: Lsn): number {
+    const { pgVersion } = this.#job;
+    const own = walIndexBucket(lsn);
+    for (let end = own, width = 16; end > 0; width *= 16) {
+      const start = Math.max(0, end - width);
+      const range = { start: walIndexChunkKey(start), end: walIndexChunkKey(end) };
+      const last = this.#reader.scan(this.#lineage, range, lsn, pgVersion).at(-1);
+      if (last !== undefined) return bucketOfChunkKey(last[0]);
+      end = start;
+    }
+    return own;
   }
 
   read(key: Key, lsn: Lsn): Buffer | undefined {

@@ -159,7 +159,7 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       const result: LsnForTimestamp = await repairing(() =>
         lsnForTimestamp(indexed(timeline), timestampUs - UNIX_TO_POSTGRES_EPOCH_US),
       );
-      if (result.lsn < timeline.oldestLsn) {
+      if (result.lsn < timeline.oldestLsn || (result.kind === 'past' && timeline.oldestHorizon !== undefined)) {
         throw timeGone(timelineId, timestampUs / 1000, timeline.oldestLsn, timeline.oldestHorizon);
       }
       return { result };
