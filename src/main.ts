@@ -104,6 +104,10 @@ if (role === 'safekeeper') {
       },
     },
     export: exportDirectory,
+    scrub: async ({ platform, ...rest }) => {
+      const { scrubPlatform } = await import('./platform/scrub.ts');
+      return scrubPlatform({ ...platform, ...rest });
+    },
   });
 }
 

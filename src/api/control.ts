@@ -139,6 +139,8 @@ export interface PlatformFile {
   /** Where the platform's services listen, for those who have its secret. */
   readonly pageserver: { readonly host: string; readonly port: number };
   readonly safekeepers: readonly { readonly host: string; readonly port: number }[];
+  /** Its URL, which has no secrets; absent when there is none. */
+  readonly objectStore?: string;
   /** The Postgres binaries that computes are started from, one for each major. */
   readonly installations: readonly {
     readonly binDir: string;

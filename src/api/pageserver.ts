@@ -179,6 +179,7 @@ const STATUS_TIMEOUT_MS = 5_000;
 const IMPORT_TIMEOUT_MS = 60 * 60_000;
 const FLUSH_TIMEOUT_MS = 10 * 60_000;
 const CHANGES_TIMEOUT_MS = 10 * 60_000;
+const REPAIR_TIMEOUT_MS = 35 * 60_000;
 
 /** What a log of a timeline begins with. */
 export interface LogIdentity extends TimelineIdentity {
@@ -308,6 +309,11 @@ export class PageserverClient {
       ((await this.#rpc.call('objectStoreStatus', {}, { timeoutMs: STATUS_TIMEOUT_MS }))
         .result as ObjectStoreStatus | null) ?? undefined
     );
+  }
+
+  /** Has a layer that is damaged at `offset` brought back. Rejects with why that cannot be. */
+  async repairLayer(timelineId: string, file: string, offset: number): Promise<void> {
+    await this.#rpc.call('repairLayer', { timelineId, file, offset }, { timeoutMs: REPAIR_TIMEOUT_MS });
   }
 
   /** Makes what is ingested durable in layers. */

@@ -12,6 +12,7 @@ import { endpointsCommand } from './endpoints.ts';
 import { CliError } from './errors.ts';
 import { exportCommand, type ExportTool } from './export.ts';
 import { projectsCommand } from './projects.ts';
+import { scrubCommand, type ScrubTool } from './scrub.ts';
 import { type StartOptions, startCommand } from './start.ts';
 import { statusCommand } from './status.ts';
 import { storageCommand } from './storage.ts';
@@ -25,6 +26,8 @@ export interface CliOptions {
   readonly wal?: WalTools;
   /** Without it there is no command `export`. */
   readonly export?: ExportTool;
+  /** Without it there is no command `scrub`. */
+  readonly scrub?: ScrubTool;
   /** The terminal by default. */
   readonly context?: CliContext;
 }
@@ -51,6 +54,9 @@ export async function runCli(commandLine: readonly string[], options: CliOptions
     .addCommand(psql);
   if (options.wal !== undefined) program.addCommand(walCommand(context, options.wal, (code) => (exitCode = code)));
   if (options.export !== undefined) program.addCommand(exportCommand(context, options.export));
+  if (options.scrub !== undefined) {
+    program.addCommand(scrubCommand(context, options.scrub, (code) => (exitCode = code)));
+  }
   program.addHelpText('after', '\nExample:\n  $ strata branches create --name dev\n  $ strata psql dev');
   prepare(program, context);
   try {

@@ -1,5 +1,6 @@
 /** The calls of api/pageserver.ts, as the pageserver answers them. */
 
+import { basename } from 'node:path';
 import type {
   ChangesRequest,
   CreateTimelineRequest,
@@ -29,6 +30,7 @@ import { lastCommitEnd, lsnForTimestamp, resolveLsn, timestampOfLsn } from './in
 import type { IndexedTimeline } from './ingest/wal-search.ts';
 import { Indexed } from './indexed-timeline.ts';
 import { CONTROL_FILE_KEY } from './key.ts';
+import { LayerDamagedError } from './layers/block.ts';
 import { timeGone } from './retention.ts';
 import { sizesOf } from './storage-sizes.ts';
 import type { Remote } from './remote/remote.ts';
@@ -274,6 +276,18 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       const { remote } = options;
       const result: ObjectStoreStatus | undefined = remote?.status;
       return { result: result ?? null };
+    },
+
+    async repairLayer({
+      timelineId,
+      file,
+      offset,
+    }: TimelineParams & { file: string; offset: number }): Promise<RpcReply> {
+      const layers = [...timelines.get(timelineId).layerMap.all()];
+      const layer = layers.find(({ path }) => basename(path) === basename(file));
+      if (layer === undefined) return { result: {} }; // It was replaced meanwhile.
+      await timelines.repair(new LayerDamagedError(layer.path, offset, 'it was found by scrub'));
+      return { result: {} };
     },
 
     async flush({ timelineId }: TimelineParams): Promise<RpcReply> {

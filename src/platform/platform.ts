@@ -191,6 +191,7 @@ async function bringUp(
     pgPort: options.pgPort,
     pageserver: pageserverAddress,
     safekeepers,
+    objectStore: objectStoreUrl,
     installations: installations.all(),
     startedAtMs: Date.now(),
     version,

@@ -1,0 +1,273 @@
+/**
+ * `strata scrub`: whether everything that is stored is whole. The work is the caller's of the program; here are the command's options and output.
+ */
+import { randomInt } from 'node:crypto';
+import { InvalidArgumentError } from 'commander';
+import type { Command } from 'commander';
+import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+import { type CliContext, openPlatform, projectCommand, type ProjectOptions, show } from './context.ts';
+import { findBranch, findProject, listBranches, listProjects } from './entities.ts';
+import { formatBytes, formatFields } from './format.ts';
+import type { RunningPlatform } from './platform.ts';
+import { occasionally } from './progress.ts';
+
+export interface ScrubFinding {
+  readonly timelineId: string;
+  readonly where: 'local' | 'object store';
+  readonly name: string;
+  readonly offset: number;
+  readonly reason: string;
+}
+
+export interface ScrubReport {
+  readonly seed: number;
+  readonly objectStore: string | undefined;
+  readonly timelines: number;
+  readonly local: { readonly layers: number; readonly bytes: number };
+  readonly remote: { readonly layers: number; readonly bytes: number };
+  readonly evictedLayers: number;
+  readonly findings: readonly ScrubFinding[];
+  readonly repaired: readonly ScrubFinding[];
+  readonly orphans: readonly { readonly name: string; readonly sizeBytes: number }[];
+  readonly orphansDeleted: number;
+  readonly replays: readonly {
+    readonly branch: string;
+    readonly fromLsn?: Lsn;
+    readonly toLsn?: Lsn;
+    readonly walBytes: number;
+    readonly records: number;
+    readonly compared: number;
+    readonly fromWalAlone: number;
+    readonly refused: number;
+    readonly skipped?: string;
+  }[];
+  readonly differences: readonly {
+    readonly branch: string;
+    readonly fork: { readonly spc: number; readonly db: number; readonly rel: number; readonly fork: number };
+    readonly blk: number;
+    readonly lsn: Lsn;
+    readonly offset: number | undefined;
+    readonly reason: string;
+  }[];
+}
+
+export type ScrubTool = (request: {
+  readonly platform: RunningPlatform;
+  readonly timelineIds: readonly string[] | undefined;
+  readonly branches: readonly { readonly name: string; readonly timelineId: string }[];
+  readonly sample: number;
+  readonly seed: number;
+  readonly walBytes: number;
+  readonly deleteOrphans: boolean;
+  readonly repair: boolean;
+  readonly onProgress: (text: string) => void;
+  readonly signal: AbortSignal;
+}) => Promise<ScrubReport>;
+
+interface ScrubOptions extends ProjectOptions {
+  readonly branch?: string;
+  readonly sample: number;
+  readonly seed?: number;
+  readonly walMb: number;
+  readonly deleteOrphans: boolean;
+  readonly repair: boolean;
+}
+
+const SAMPLE = 200;
+const WAL_MB = 256;
+const SEED_MAX = 2 ** 31;
+const ORPHANS_SHOWN = 20;
+
+const NOTES = `
+Looks at every layer that an index names, here and in the object store: every block's checksum, and that all of it fits together. Then it makes a
+sample of each branch's pages anew from the branch's WAL alone, and compares them with those of the layers. It works beside the running platform, at a low
+priority, and past its caches.
+
+Exit code 1 when something is damaged, missing or different. Orphans (objects that no index names) are not wrong, they take space.
+A layer that is damaged here is also brought back when it is next read; --repair has it done now.
+
+Examples:
+  $ strata scrub
+  $ strata scrub --branch main --sample 1000 --seed 42
+  $ strata scrub --repair --delete-orphans`;
+
+export function scrubCommand(context: CliContext, tool: ScrubTool, setExitCode: (code: number) => void): Command {
+  return projectCommand('scrub', 'verify layers, objects and a sample of pages', 'scrub')
+    .option('--branch <branch>', 'only this branch (name or id); with --project when there are several')
+    .option('--sample <count>', 'pages of each branch to make anew and compare; 0: none', wholeNumber, SAMPLE)
+    .option('--seed <number>', 'which pages; a seed gives the same ones again (default: by chance)', wholeNumber)
+    .option('--wal-mb <megabytes>', 'WAL of each branch to replay, at most', wholeNumber, WAL_MB)
+    .option('--delete-orphans', 'delete objects that nobody needs', false)
+    .option('--repair', 'have damaged layers brought back now, from the object store or from WAL', false)
+    .addHelpText('after', NOTES)
+    .action(async (options: ScrubOptions) => {
+      const platform = openPlatform(context, options);
+      const branches = await branchesToScrub(platform, options);
+      const isPartial = options.branch !== undefined || options.project !== undefined;
+      const interrupted = new AbortController();
+      process.once('SIGINT', () => interrupted.abort(new Error('interrupted')));
+      const report = await tool({
+        platform,
+        timelineIds: isPartial ? branches.map(({ timelineId }) => timelineId) : undefined,
+        branches,
+        sample: options.sample,
+        seed: options.seed ?? randomInt(SEED_MAX),
+        walBytes: options.walMb * 1_000_000,
+        deleteOrphans: options.deleteOrphans,
+        repair: options.repair,
+        onProgress: occasionally<string>(context, (text) => text),
+        signal: interrupted.signal,
+      });
+      show(context, options, toJson(report), () => toText(report));
+      const left = report.findings.length - report.repaired.length + report.differences.length;
+      if (left > 0) setExitCode(1);
+      for (const advice of adviceFor(report, options)) context.printError(advice);
+    });
+}
+
+async function branchesToScrub(
+  { api }: RunningPlatform,
+  options: ScrubOptions,
+): Promise<{ name: string; timelineId: string }[]> {
+  const projects =
+    options.branch === undefined && options.project === undefined
+      ? await listProjects(api)
+      : [await findProject(api, options.project)];
+  const found = [];
+  for (const project of projects) {
+    const branches = await listBranches(api, project);
+    const wanted = options.branch === undefined ? branches : [findBranch(branches, options.branch)];
+    for (const branch of wanted) {
+      const name = projects.length > 1 ? `${project.name}/${branch.name}` : branch.name;
+      found.push({ name, timelineId: branch.timeline_id });
+    }
+  }
+  return found;
+}
+
+function adviceFor(
+  { findings, repaired, differences, orphans, orphansDeleted }: ScrubReport,
+  options: ScrubOptions,
+): string[] {
+  const advice: string[] = [];
+  const left = findings.filter((finding) => !repaired.includes(finding));
+  if (left.some(({ where }) => where === 'local')) {
+    advice.push(
+      options.repair
+        ? 'strata: what is left could not be repaired; logs/pageserver.log says why. Branch or export what can still be read'
+        : 'strata: damaged layers here are brought back from the object store or WAL when they are read; "strata scrub --repair" does it now',
+    );
+  }
+  if (left.some(({ where }) => where === 'object store')) {
+    advice.push(
+      'strata: of a damaged object there may be a whole file in the pageserver’s folder or a copy of the store: put it in its place under the same name, and scrub again',
+    );
+  }
+  if (differences.length > 0) {
+    advice.push(
+      'strata: pages that differ from what WAL says were stored wrong: keep the data directory and the WAL, and report it with the seed; a branch from before the LSN may be right',
+    );
+  }
+  if (orphans.length > orphansDeleted) advice.push('strata: "strata scrub --delete-orphans" deletes the orphans');
+  return advice;
+}
+
+function toText(report: ScrubReport): string {
+  const { local, remote, findings, repaired, differences, replays, orphans } = report;
+  const lines: string[] = [];
+  for (const { where, name, offset, reason, ...finding } of findings) {
+    const isRepaired = repaired.some((each) => each.name === name && each.timelineId === finding.timelineId);
+    lines.push(
+      `${where === 'local' ? 'file' : 'object'} ${name} at ${offset}: ${reason}${isRepaired ? ' (repaired)' : ''}`,
+    );
+  }
+  for (const { branch, fork, blk, lsn, offset, reason } of differences) {
+    const place = offset === undefined ? '' : ` at byte ${offset}`;
+    const relation = `${fork.spc}/${fork.db}/${fork.rel}`;
+    lines.push(`branch ${branch}: block ${blk} of relation ${relation} as of ${formatLsn(lsn)}${place}: ${reason}`);
+  }
+  for (const { name, sizeBytes } of orphans.slice(0, ORPHANS_SHOWN))
+    lines.push(`orphan ${name}, ${formatBytes(sizeBytes)}`);
+  if (orphans.length > ORPHANS_SHOWN) lines.push(`… and ${orphans.length - ORPHANS_SHOWN} more orphans`);
+  if (lines.length > 0) lines.push('');
+  const orphanBytes = orphans.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
+  const deleted = report.orphansDeleted > 0 ? `, ${report.orphansDeleted} deleted` : '';
+  lines.push(
+    formatFields([
+      ['seed', String(report.seed)],
+      ['layers here', `${local.layers} of ${report.timelines} timelines, ${formatBytes(local.bytes)}`],
+      [
+        'object store',
+        report.objectStore === undefined
+          ? 'none'
+          : `${remote.layers} layers, ${formatBytes(remote.bytes)}; ${report.evictedLayers} only there; ${report.objectStore}`,
+      ],
+      ['orphans', `${orphans.length}, ${formatBytes(orphanBytes)}${deleted}`],
+      ['damaged or missing', String(findings.length)],
+      ...replays.map((replay): [string, string] => [`pages of ${replay.branch}`, replayText(replay)]),
+      ['pages that differ', String(differences.length)],
+    ]),
+  );
+  return lines.join('\n');
+}
+
+function replayText(replay: ScrubReport['replays'][number]): string {
+  const { fromLsn, toLsn, walBytes, compared, fromWalAlone, refused, skipped } = replay;
+  if (skipped !== undefined || fromLsn === undefined || toLsn === undefined)
+    return `none compared: ${skipped ?? 'no WAL'}`;
+  const part = `${formatBytes(toLsn - fromLsn)} of ${formatBytes(walBytes)} of its WAL, ${formatLsn(fromLsn)} to ${formatLsn(toLsn)}`;
+  const notMade = refused === 0 ? '' : `, ${refused} not made`;
+  return `${compared} states compared with ${part}; ${fromWalAlone} from WAL alone${notMade}`;
+}
+
+function toJson(report: ScrubReport): object {
+  const finding = ({ timelineId, where, name, offset, reason }: ScrubFinding): object => ({
+    timeline_id: timelineId,
+    where,
+    name,
+    offset,
+    reason,
+  });
+  return {
+    seed: report.seed,
+    object_store: report.objectStore ?? null,
+    timelines: report.timelines,
+    local_layers: report.local.layers,
+    local_bytes: report.local.bytes,
+    object_layers: report.remote.layers,
+    object_bytes: report.remote.bytes,
+    evicted_layers: report.evictedLayers,
+    findings: report.findings.map(finding),
+    repaired: report.repaired.map(finding),
+    orphans: report.orphans.map(({ name, sizeBytes }) => ({ name, bytes: sizeBytes })),
+    orphans_deleted: report.orphansDeleted,
+    branches: report.replays.map((replay) => ({
+      branch: replay.branch,
+      from_lsn: replay.fromLsn === undefined ? null : formatLsn(replay.fromLsn),
+      to_lsn: replay.toLsn === undefined ? null : formatLsn(replay.toLsn),
+      wal_bytes: replay.walBytes,
+      records: replay.records,
+      compared: replay.compared,
+      from_wal_alone: replay.fromWalAlone,
+      refused: replay.refused,
+      skipped: replay.skipped ?? null,
+    })),
+    differences: report.differences.map(({ branch, fork, blk, lsn, offset, reason }) => ({
+      branch,
+      tablespace_oid: fork.spc,
+      database_oid: fork.db,
+      relfilenode: fork.rel,
+      fork: fork.fork,
+      block: blk,
+      lsn: formatLsn(lsn),
+      offset: offset ?? null,
+      reason,
+    })),
+  };
+}
+
+function wholeNumber(text: string): number {
+  const value = Number(text);
+  if (text.trim() !== '' && Number.isSafeInteger(value) && value >= 0) return value;
+  throw new InvalidArgumentError('It must be a whole number, 0 or above.');
+}

@@ -1,0 +1,301 @@
+/**
+ * Scrub of a running platform, by a process of the same user: layers and objects (pageserver/scrub.ts), then, branch by branch, a sample of pages against an
+ * independent replay of the branch's WAL from its safekeepers and what they have offloaded (pageserver/scrub-replay.ts).
+ *
+ * Gentle by being apart: it has its own small caches and a low priority, and asks the pageserver for nothing but where history is kept, a lease on that, and pages
+ * of which a layer is not on this disk.
+ */
+import { mkdtempSync, rmSync } from 'node:fs';
+import { constants, setPriority, tmpdir } from 'node:os';
+import { join } from 'node:path';
+import type { PlatformFile } from '../api/control.ts';
+import { PageserverClient } from '../api/pageserver.ts';
+import { toStrataError } from '../base/errors.ts';
+import { createLog } from '../base/log.ts';
+import { signToken } from '../base/token.ts';
+import { LsnLease } from '../compute/lsn-lease.ts';
+import { openObjectStore } from '../object-store/open-object-store.ts';
+import { LayerDamagedError } from '../pageserver/layers/block.ts';
+import { type Finding, scrubStore, type StoreScrub } from '../pageserver/scrub.ts';
+import { StoredPages } from '../pageserver/scrub-pages.ts';
+import { randomFrom, type ReplayedPage, replayPages } from '../pageserver/scrub-replay.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import type { RelationForkKey } from '../postgres/relation.ts';
+import { openBranchWal } from './branch-wal.ts';
+import { readSecrets } from './platform-directory.ts';
+
+export interface PlatformScrubOptions {
+  readonly dataDirectory: string;
+  readonly file: PlatformFile;
+  /** Timelines whose layers and objects are looked at; undefined: all that there are, those of templates included. */
+  readonly timelineIds: readonly string[] | undefined;
+  /** Whose pages are compared. */
+  readonly branches: readonly { readonly name: string; readonly timelineId: string }[];
+  /** Pages of each branch; 0: none. */
+  readonly sample: number;
+  readonly seed: number;
+  /** WAL of each branch that is replayed, at most. */
+  readonly walBytes: number;
+  readonly deleteOrphans: boolean;
+  readonly repair: boolean;
+  readonly onProgress: (text: string) => void;
+  readonly signal: AbortSignal;
+}
+
+export interface PageDifference {
+  readonly branch: string;
+  readonly timelineId: string;
+  readonly fork: RelationForkKey;
+  readonly blk: number;
+  readonly lsn: Lsn;
+  /** First byte that differs; undefined when the page could not be read. */
+  readonly offset: number | undefined;
+  readonly reason: string;
+}
+
+export interface BranchReplay {
+  readonly branch: string;
+  readonly timelineId: string;
+  /** The WAL that was replayed; absent when there was none. */
+  readonly fromLsn?: Lsn;
+  readonly toLsn?: Lsn;
+  /** From the beginning of the branch to what is in layers. */
+  readonly walBytes: number;
+  readonly records: number;
+  readonly compared: number;
+  /** Of those, made from WAL alone; the others begin with a page of the store. */
+  readonly fromWalAlone: number;
+  /** Not compared, because the replay could not make them. */
+  readonly refused: number;
+  /** Why nothing was compared. */
+  readonly skipped?: string;
+}
+
+export interface PlatformScrub extends StoreScrub {
+  readonly seed: number;
+  readonly objectStore: string | undefined;
+  readonly replays: readonly BranchReplay[];
+  readonly differences: readonly PageDifference[];
+  /** Of findings: those that the pageserver has mended. */
+  readonly repaired: readonly Finding[];
+}
+
+export async function scrubPlatform(options: PlatformScrubOptions): Promise<PlatformScrub> {
+  const { dataDirectory, file, timelineIds, branches, sample, seed, deleteOrphans, onProgress, signal } = options;
+  beGentle();
+  const { platformSecret } = readSecrets(dataDirectory);
+  const token = await signToken(platformSecret, { scope: 'platform' });
+  const pageserver = new PageserverClient({ ...file.pageserver, token });
+  const scratchDirectory = mkdtempSync(join(tmpdir(), 'strata-scrub-'));
+  try {
+    const status = await pageserver.objectStoreStatus();
+    const store = file.objectStore === undefined ? undefined : await openObjectStore(file.objectStore);
+    const wanted = timelineIds === undefined ? undefined : new Set(timelineIds);
+    const directory = join(dataDirectory, 'pageserver', 'timelines');
+    const stored = await scrubStore({
+      directory,
+      ...(store === undefined ? {} : { store }),
+      ...(status === undefined ? {} : { generation: status.generation }),
+      scratchDirectory,
+      isWanted: (timelineId) => wanted === undefined || wanted.has(timelineId),
+      deleteOrphans,
+      now: Date.now,
+      onProgress: ({ where, layers, bytes }) =>
+        onProgress(`${where === 'local' ? 'layers' : 'objects'}: ${layers} looked at, ${(bytes / 1e6).toFixed(0)} MB`),
+      signal,
+    });
+    const repaired = options.repair ? await repair(pageserver, stored.findings) : [];
+    const replays: BranchReplay[] = [];
+    const differences: PageDifference[] = [];
+    if (sample > 0) {
+      for (const [number, branch] of branches.entries()) {
+        signal.throwIfAborted();
+        const replay = await compareBranch({ ...options, pageserver, directory, branch, seed: seed + number });
+        replays.push(replay.replay);
+        differences.push(...replay.differences);
+      }
+    }
+    return { ...stored, seed, objectStore: store?.description, replays, differences, repaired };
+  } finally {
+    rmSync(scratchDirectory, { recursive: true, force: true });
+    await pageserver.close();
+  }
+}
+
+/** Has the pageserver bring back what is damaged here. */
+async function repair(pageserver: PageserverClient, findings: readonly Finding[]): Promise<Finding[]> {
+  const repaired: Finding[] = [];
+  const tried = new Map<string, boolean>();
+  for (const finding of findings) {
+    if (finding.where !== 'local') continue;
+    let isRepaired = tried.get(finding.name);
+    if (isRepaired === undefined) {
+      isRepaired = await pageserver.repairLayer(finding.timelineId, finding.name, finding.offset).then(
+        () => true,
+        () => false,
+      );
+      tried.set(finding.name, isRepaired);
+    }
+    if (isRepaired) repaired.push(finding);
+  }
+  return repaired;
+}
+
+interface ComparisonJob extends PlatformScrubOptions {
+  readonly pageserver: PageserverClient;
+  readonly directory: string;
+  readonly branch: { readonly name: string; readonly timelineId: string };
+}
+
+interface Comparison {
+  readonly replay: BranchReplay;
+  readonly differences: PageDifference[];
+}
+
+async function compareBranch(job: ComparisonJob): Promise<Comparison> {
+  const { pageserver, branch, signal } = job;
+  const nothing = {
+    branch: branch.name,
+    timelineId: branch.timelineId,
+    records: 0,
+    compared: 0,
+    fromWalAlone: 0,
+    refused: 0,
+  };
+  const pages = new StoredPages(job.directory, branch.timelineId);
+  let lease: LsnLease | undefined;
+  try {
+    const index = await pages.load();
+    const { oldestLsn } = await pageserver.timelineStatus(branch.timelineId);
+    const beginLsn = Math.max(index.startLsn, oldestLsn);
+    const endLsn = index.diskConsistentLsn;
+    const walBytes = Math.max(0, endLsn - index.startLsn);
+    if (endLsn <= beginLsn) {
+      return { replay: { ...nothing, walBytes, skipped: 'it has no history of its own in layers' }, differences: [] };
+    }
+    const asked = await windowStart(job, beginLsn, endLsn);
+    lease = await LsnLease.take(pageserver, branch.timelineId, asked, {
+      signal,
+      log: createLog({ name: 'scrub', level: 'silent' }),
+      kind: 'scrub',
+    });
+    const compared = await compareWindow(job, pages, asked, endLsn);
+    return { ...compared, replay: { ...nothing, walBytes, ...compared.replay } };
+  } catch (error) {
+    signal.throwIfAborted();
+    const { message } = toStrataError(error);
+    return { replay: { ...nothing, walBytes: 0, skipped: message }, differences: [] };
+  } finally {
+    lease?.release();
+    pages.close();
+  }
+}
+
+/** Where the replay begins: at the beginning where the WAL is not too much, else somewhere by chance. The end of a record. */
+async function windowStart(
+  { pageserver, branch, walBytes, seed }: ComparisonJob,
+  beginLsn: Lsn,
+  endLsn: Lsn,
+): Promise<Lsn> {
+  const spare = endLsn - walBytes - beginLsn;
+  if (spare <= 0) return beginLsn;
+  const { lsn } = await pageserver.resolveLsn(
+    branch.timelineId,
+    beginLsn + Math.floor(randomFrom(seed)() * (spare + 1)),
+  );
+  return Math.max(lsn, beginLsn);
+}
+
+async function compareWindow(
+  job: ComparisonJob,
+  pages: StoredPages,
+  fromLsn: Lsn,
+  diskLsn: Lsn,
+): Promise<{
+  readonly replay: Omit<BranchReplay, 'branch' | 'timelineId' | 'walBytes'>;
+  readonly differences: PageDifference[];
+}> {
+  const { pageserver, branch, dataDirectory, file, sample, seed, walBytes, onProgress, signal } = job;
+  const { timelineId } = branch;
+  const source = await openBranchWal({ dataDirectory, file, timelineId, startLsn: fromLsn });
+  const toLsn = Math.min(diskLsn, fromLsn + walBytes, source.endLsn);
+  const read = async (fork: RelationForkKey, blk: number, lsn: Lsn): Promise<Buffer> =>
+    (await pages.read(fork, blk, lsn)) ?? (await pageserver.getPages(timelineId, fork, blk, 1, lsn));
+  const replayed = await replayPages({
+    source: { ...source, endLsn: toLsn, chunks: upTo(source.chunks, toLsn) },
+    sample,
+    seed,
+    readBase: (fork, blk) => read(fork, blk, fromLsn),
+    onProgress: (lsn) => {
+      signal.throwIfAborted();
+      const percent = Math.floor((100 * (lsn - fromLsn)) / Math.max(1, toLsn - fromLsn));
+      onProgress(`branch ${branch.name}: ${percent} % of ${((toLsn - fromLsn) / 1e6).toFixed(0)} MB of WAL replayed`);
+    },
+  });
+  const differences: PageDifference[] = [];
+  for (const page of replayed.pages) {
+    signal.throwIfAborted();
+    const difference = await differenceOf(page, read);
+    if (difference !== undefined) {
+      differences.push({
+        branch: branch.name,
+        timelineId,
+        fork: page.fork,
+        blk: page.blk,
+        lsn: page.lsn,
+        ...difference,
+      });
+    }
+  }
+  return {
+    replay: {
+      fromLsn,
+      toLsn: replayed.endLsn,
+      records: replayed.records,
+      compared: replayed.pages.length,
+      fromWalAlone: replayed.pages.filter((page) => page.isFromWalAlone).length,
+      refused: replayed.refused.length,
+    },
+    differences,
+  };
+}
+
+async function differenceOf(
+  { fork, blk, lsn, page }: ReplayedPage,
+  read: (fork: RelationForkKey, blk: number, lsn: Lsn) => Promise<Buffer>,
+): Promise<Pick<PageDifference, 'offset' | 'reason'> | undefined> {
+  let stored: Buffer;
+  try {
+    stored = await read(fork, blk, lsn);
+  } catch (error) {
+    const { message } = toStrataError(error);
+    return {
+      offset: undefined,
+      reason: error instanceof LayerDamagedError ? message : `the store cannot make it: ${message}`,
+    };
+  }
+  if (stored.equals(page)) return undefined;
+  const offset = page.findIndex((byte, i) => byte !== stored[i]);
+  const count = page.reduce((sum, byte, i) => sum + (byte === stored[i] ? 0 : 1), 0);
+  return { offset, reason: `${count} bytes differ, the first is ${stored[offset]}, by WAL it is ${page[offset]}` };
+}
+
+/** WAL up to an LSN. */
+async function* upTo<T extends { readonly lsn: Lsn; readonly bytes: Buffer }>(
+  chunks: AsyncIterable<T>,
+  lsn: Lsn,
+): AsyncGenerator<T> {
+  for await (const chunk of chunks) {
+    if (chunk.lsn >= lsn) return;
+    yield chunk;
+    if (chunk.lsn + chunk.bytes.length >= lsn) return;
+  }
+}
+
+function beGentle(): void {
+  try {
+    setPriority(constants.priority.PRIORITY_LOW);
+  } catch {
+    // Not allowed here: it works at the priority that it has.
+  }
+}
