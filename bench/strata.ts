@@ -2,7 +2,7 @@
  * A platform under measurement: the test suite's platform, with the ways in that a benchmark needs.
  */
 import assert from 'node:assert/strict';
-import { existsSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { Client } from 'pg';
 import { TestPlatform, withoutVerification } from '../test/end-to-end/platform.ts';
@@ -37,13 +37,33 @@ export class BenchedPlatform {
     return this.connectionString.replace('sslmode=require', 'sslmode=disable');
   }
 
+  /** Through a relay of one's own before the compute. */
+  connectionStringAt(port: number, sslMode: string): string {
+    const url = new URL(this.connectionString);
+    return `postgresql://${url.username}:${url.password}@127.0.0.1:${port}${url.pathname}?sslmode=${sslMode}`;
+  }
+
+  /** Of the proxy. */
+  certificate(): { readonly cert: string; readonly key: string } {
+    const read = (name: string): string => readFileSync(join(this.#platform.dataDir, 'tls', name), 'utf8');
+    return { cert: read('cert.pem'), key: read('key.pem') };
+  }
+
   /** The compute's own Unix socket, past the proxy. */
   directConnectionString(): string {
     const url = new URL(this.connectionString);
+    const socketDir = encodeURIComponent(this.#socketDir());
+    return `postgresql://${url.username}:${url.password}@${socketDir}${url.pathname}`;
+  }
+
+  socketPath(): string {
+    return join(this.#socketDir(), '.s.PGSQL.5432');
+  }
+
+  #socketDir(): string {
     const [postmaster] = this.#platform.postmasters();
     if (postmaster === undefined) throw new Error('no compute is running');
-    const socketDir = this.#platform.socketDirOf(basename(dirname(dirname(postmaster.dataDir))));
-    return `postgresql://${url.username}:${url.password}@${encodeURIComponent(socketDir)}${url.pathname}`;
+    return this.#platform.socketDirOf(basename(dirname(dirname(postmaster.dataDir))));
   }
 
   /** kill -9 of the one that runs. */

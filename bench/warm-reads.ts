@@ -1,28 +1,44 @@
-/** How fast are reads of pages that are here? pgbench -S, prepared statements; through the proxy, and at the compute's own socket. */
+/**
+ * How fast are reads of pages that are here? pgbench -S, prepared statements; through the proxy, and at the compute's own socket. What a relay costs at least is
+ * measured too: a bare one, before the same compute.
+ */
+import { startBareRelay } from './bare-relay.ts';
+import type { Contenders } from './main.ts';
 import { inTurns, type Row } from './measure.ts';
 import { tps } from './pgbench.ts';
-import type { Contenders } from './main.ts';
 
 export async function warmReads({ vanilla, strata, rounds, seconds }: Contenders): Promise<Row[]> {
+  const socketPath = strata.socketPath();
+  const barePlain = await startBareRelay({ socketPath });
+  const bareTls = await startBareRelay({ socketPath, certificate: strata.certificate() });
   const rows: Row[] = [];
-  for (const clients of [1, 8]) {
-    const args = ['-S', '-M', 'prepared', '-c', String(clients), '-j', '2'];
-    const [socket, direct, plain, tls] = await inTurns(
-      rounds,
-      () => tps(vanilla.connectionString, args, seconds),
-      () => tps(strata.directConnectionString(), args, seconds),
-      () => tps(strata.plainConnectionString(), args, seconds),
-      () => tps(strata.connectionString, args, seconds),
-    );
-    const question = `warm pgbench -S, ${clients} client${clients === 1 ? '' : 's'}`;
-    const row = (name: string, value: number): Row => ({
-      question: `${question}, ${name}`,
-      unit: 'tps',
-      vanilla: socket,
-      strata: value,
-      isRate: true,
-    });
-    rows.push(row('compute itself', direct!), row('proxy without TLS', plain!), row('proxy with TLS', tls!));
+  try {
+    for (const clients of [1, 8]) {
+      const args = ['-S', '-M', 'prepared', '-c', String(clients), '-j', '2'];
+      const [theirs, direct, plain, tls, plainFloor, tlsFloor] = await inTurns(
+        rounds,
+        () => tps(vanilla.connectionString, args, seconds),
+        () => tps(strata.directConnectionString(), args, seconds),
+        () => tps(strata.plainConnectionString(), args, seconds),
+        () => tps(strata.connectionString, args, seconds),
+        () => tps(strata.connectionStringAt(barePlain.port, 'disable'), args, seconds),
+        () => tps(strata.connectionStringAt(bareTls.port, 'require'), args, seconds),
+      );
+      const question = `warm pgbench -S, ${clients} client${clients === 1 ? '' : 's'}`;
+      const row = (name: string, value: number, floor?: number): Row => ({
+        question: `${question}, ${name}`,
+        unit: 'tps',
+        vanilla: theirs,
+        strata: value,
+        isRate: true,
+        ...(floor === undefined ? {} : { note: `a bare relay in Node: ${Math.round(floor).toLocaleString('en-US')}` }),
+      });
+      rows.push(row('compute itself', direct!));
+      rows.push(row('proxy without TLS', plain!, plainFloor), row('proxy with TLS', tls!, tlsFloor));
+    }
+  } finally {
+    await barePlain.stop();
+    await bareTls.stop();
   }
   return rows;
 }
