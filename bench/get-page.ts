@@ -44,15 +44,15 @@ export async function getPage({ quick }: { readonly quick: boolean }): Promise<R
         from: 0,
         to: 0.5,
       };
-      const least = await inWorker({ ...work, port: floor.port });
-      const flushed = await inWorker(work);
+      const least = await askFromThread({ ...work, port: floor.port });
+      const flushed = await askFromThread(work);
       const delays = monitorEventLoopDelay({ resolution: 1 });
       delays.enable();
       await store.compaction.merge(timeline, (runs) => runs);
       delays.disable();
       const other = { ...work, from: 0.5, to: 1 };
-      const compacted = await inWorker(other);
-      const again = await inWorker(other);
+      const compacted = await askFromThread(other);
+      const again = await askFromThread(other);
       return [
         latency('one page of many records', flushed, least),
         latency('one page after compaction', compacted, least),
@@ -99,7 +99,7 @@ function rate(what: string, times: PageTimes, floor: PageTimes): Row {
   };
 }
 
-function inWorker(work: PageWork): Promise<PageTimes> {
+export function askFromThread(work: PageWork): Promise<PageTimes> {
   return new Promise((resolve, reject) => {
     const worker = new Worker(new URL('page-client.ts', import.meta.url), { workerData: work });
     worker.once('message', resolve);

@@ -3,10 +3,14 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createLog } from '../src/base/log.ts';
+import type { Logger } from '../src/base/log.ts';
+import { signToken } from '../src/base/token.ts';
+import { PageService } from '../src/pageserver/page-service.ts';
 import { relationBlockKey, relationSizeKey } from '../src/pageserver/key.ts';
 import { replayValue } from '../src/pageserver/replay.ts';
 import { Timelines } from '../src/pageserver/timelines.ts';
 import { encodeImage } from '../src/pageserver/value.ts';
+import { askFromThread } from './get-page.ts';
 import { median, type Row } from './measure.ts';
 
 const LSN = 0x1000000;
@@ -52,7 +56,16 @@ export async function nestedBranches({ quick }: { readonly quick: boolean }): Pr
     readUs(depth);
     const first = readUs(1);
     const deepest = readUs(depth);
+    const [firstOverSocketUs, deepestOverSocketUs] = await overSocketUs(store, log, [id(1), id(depth)], quick);
     return [
+      {
+        question: `GetPage of a page of the root, through ${depth} nested branches, p50`,
+        unit: 'µs',
+        vanilla: undefined,
+        strata: deepestOverSocketUs!,
+        isRate: false,
+        note: `${(deepestOverSocketUs! / firstOverSocketUs!).toFixed(2)} × the root's own ${firstOverSocketUs!.toFixed(0)} µs`,
+      },
       {
         question: `a page of the root, read through ${depth} nested branches`,
         unit: 'µs',
@@ -65,5 +78,32 @@ export async function nestedBranches({ quick }: { readonly quick: boolean }): Pr
   } finally {
     await store.close();
     rmSync(directory, { recursive: true, force: true });
+  }
+}
+
+/** The median of single pages, for each timeline; in turns. */
+async function overSocketUs(
+  store: Timelines,
+  log: Logger,
+  timelineIds: readonly string[],
+  quick: boolean,
+): Promise<number[]> {
+  const secret = Buffer.alloc(32, 1);
+  const host = '127.0.0.1';
+  const service = await PageService.start({ host, port: 0, secret, timelines: store, log });
+  try {
+    const token = await signToken(secret, { scope: 'platform' });
+    const times: number[][] = timelineIds.map(() => []);
+    for (let round = 0; round < (quick ? 2 : 4); round++) {
+      for (const [i, timelineId] of timelineIds.entries()) {
+        const table = { spc: FORK.spc, db: FORK.db, rel: FORK.rel, blocks: 1000 };
+        const lsn = store.get(timelineId).lastRecordLsn;
+        const work = { host, port: service.port, token, timelineId, table, lsn, singles: 1000, from: 0, to: 1 };
+        times[i]!.push(...(await askFromThread(work)).singlesUs);
+      }
+    }
+    return times.map(median);
+  } finally {
+    await service.close();
   }
 }

@@ -2,7 +2,7 @@
  * A timeline's lineage: its own history, and those that it inherits with the LSN up to which it does, nearest first.
  *
  * Branches may be nested by the thousand, and a page that is inherited may come from any of them. So that a read does not look into each, a
- * long lineage carries filters (layers/key-filter.ts) of the keys that each ancestor has, and one for each 16 and each 256 ancestors together:
+ * long lineage carries filters (layers/key-filter.ts) of the keys that each ancestor has, and one for each 4, 16, 64 and 256 ancestors together:
  * a read asks the groups' filters and then looks only where the key may be. Groups are counted from the root, so that nearly all of
  * them are shared by all that descend from one ancestor; each is made once, from the keys of layers, when it is first needed.
  *
@@ -17,11 +17,12 @@ import type { History, LineageStep } from './read.ts';
 
 /** From this many ancestors on, filters are worth their memory. */
 const FILTERED_FROM = 8;
-const GROUP_SIZES = [256, 16];
+const GROUP_SIZES = [256, 64, 16, 4];
 /** An ancestor of more keys gets no filter, and is always looked into. */
 const KEYS_MAX = 200_000;
 const ENTRY_BYTES_MIN = 32;
 const FILTERS_KEPT_MAX = 64;
+const NO_GROUPS: LineageStep['groups'] = [];
 
 export interface Ancestor {
   readonly history: History;
@@ -31,11 +32,14 @@ export interface Ancestor {
 
 /** `ancestors` are nearest first. */
 export function makeLineage(own: History, ancestors: readonly Ancestor[]): LineageStep[] {
-  const steps: LineageStep[] = [{ history: own, endLsn: Infinity }];
+  const steps: LineageStep[] = [{ history: own, endLsn: Infinity, filter: undefined, groups: NO_GROUPS }];
   // A timeline that has nothing up to the branch point, and never will, need not be visited.
   const hasValues = ({ history, endLsn }: Ancestor): boolean =>
     history.lastRecordLsn < endLsn || oldestValueLsn(history) <= endLsn;
-  if (ancestors.length < FILTERED_FROM) return [...steps, ...ancestors.filter(hasValues)];
+  if (ancestors.length < FILTERED_FROM) {
+    const inherited = ancestors.filter(hasValues);
+    return [...steps, ...inherited.map((ancestor) => ({ ...ancestor, filter: undefined, groups: NO_GROUPS }))];
+  }
   addSteps(steps, ancestors, ancestors.length, GROUP_SIZES, hasValues);
   return steps;
 }
@@ -53,8 +57,8 @@ function addSteps(
     if (size === undefined) {
       const ancestor = ancestors[i++]!;
       if (!hasValues(ancestor)) continue;
-      const filter = filterOf([ancestor], 1);
-      steps.push({ ...ancestor, ...(filter === undefined ? {} : { filter }) });
+      const { history, endLsn } = ancestor;
+      steps.push({ history, endLsn, filter: filterOf([ancestor], 1), groups: NO_GROUPS });
       continue;
     }
     const isWhole = rest % size === 0;
@@ -64,8 +68,8 @@ function addSteps(
     if (isWhole && steps.length > first + 1) {
       const filter = filterOf(members, size);
       if (filter !== undefined) {
-        const { groups = [] } = steps[first]!;
-        steps[first] = { ...steps[first]!, groups: [{ filter, next: steps.length }, ...groups] };
+        const { history, endLsn, filter: own, groups } = steps[first]!;
+        steps[first] = { history, endLsn, filter: own, groups: [{ filter, next: steps.length }, ...groups] };
       }
     }
     i += members.length;

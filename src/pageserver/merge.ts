@@ -32,8 +32,8 @@ import { HistoryReader } from './read.ts';
 import type { LineageStep, Replay } from './read.ts';
 import { encodeImage, IMAGE_HEADER_BYTES, needsNoPrior, VALUE_KIND } from './value.ts';
 
-export const CHAIN_RECORDS_MAX = 100;
-export const TAIL_RECORDS_MAX = 10;
+export const CHAIN_RECORDS_MAX = 200;
+export const TAIL_RECORDS_MAX = 20;
 const CHAIN_BYTES_MAX = 64 * 1024;
 const LAYER_BYTES = 128 * 1024 * 1024;
 const SLICE_MS = 5;
@@ -107,7 +107,8 @@ class Merge {
     this.#lineage = job.lineage.map(({ directory, layers, endLsn }, number) => {
       const layerMap = new LayerMap();
       for (const layer of layers) layerMap.insert(this.#file(directory, layer));
-      return { history: { number, lastRecordLsn: Infinity, memoryLayers: [], layerMap }, endLsn };
+      const history = { number, lastRecordLsn: Infinity, memoryLayers: [], layerMap };
+      return { history, endLsn, filter: undefined, groups: [] };
     });
   }
 

@@ -35,15 +35,15 @@ export interface History {
   readonly layerMap: LayerMap;
 }
 
-/** A history and up to where it counts. */
+/** A history and up to where it counts. All have all fields, in one order: reads go over them by the hundred. */
 export interface LineageStep {
   readonly history: History;
   /** The branch point of the step before; Infinity for the timeline that is read. */
   readonly endLsn: Lsn;
-  /** Of the keys that the history has up to endLsn; absent: it may have any. */
-  readonly filter?: KeyFilter;
+  /** Of the keys that the history has up to endLsn; undefined: it may have any. */
+  readonly filter: KeyFilter | undefined;
   /** Of this step and those after it up to (not including) step `next`; the largest group first. */
-  readonly groups?: readonly { readonly filter: KeyFilter; readonly next: number }[];
+  readonly groups: readonly { readonly filter: KeyFilter; readonly next: number }[];
 }
 
 /** A timeline's history and those that it inherits, nearest first. */
@@ -58,6 +58,13 @@ export type Replay = (page: Buffer, value: Buffer, lsn: Lsn, pgVersion: PgVersio
 /** What a scan finds: a key that exists, and its value as an image. */
 export type KeyImage = [key: Key, image: Buffer];
 
+/** The size of a fork at an LSN of a timeline that is visible: it stays so. */
+interface KnownSize extends RelationFork {
+  readonly number: number;
+  readonly lsn: Lsn;
+  readonly blocks: number;
+}
+
 /** A page that took at least so many changes is kept. */
 const KEPT_CHANGES_MIN = 8;
 
@@ -69,6 +76,7 @@ export class HistoryReader {
   #base: Buffer | undefined;
   #owner: History | undefined;
   #ownerLsn: Lsn = 0;
+  readonly #sizes: (KnownSize | undefined)[] = Array.from({ length: 256 }, () => undefined);
 
   constructor(cache: PageCache, replay: Replay) {
     this.#cache = cache;
@@ -123,7 +131,7 @@ export class HistoryReader {
     for (let i = 0; i < lineage.length; i++) {
       const { history, endLsn, filter, groups } = lineage[i]!;
       if (isFiltered) {
-        const next = groups === undefined ? i : skipGroups(groups, i, first, second);
+        const next = groups.length === 0 ? i : skipGroups(groups, i, first, second);
         if (next > i) {
           i = next - 1;
           continue;
@@ -207,14 +215,39 @@ export class HistoryReader {
     offset: number,
   ): void {
     const { spc, db, rel, fork: forkNumber } = fork;
-    const size = this.read(lineage, relationSizeKey(spc, db, rel, forkNumber), lsn, pgVersion);
-    const end = size === undefined ? firstBlk : Math.max(firstBlk, Math.min(firstBlk + count, size.readUInt32LE(0)));
+    const size = this.#sizeOf(lineage, fork, lsn, pgVersion);
+    const end = Math.max(firstBlk, Math.min(firstBlk + count, size));
     let at = offset;
     for (let blk = firstBlk; blk < end; blk++, at += BLOCK_SIZE) {
       const key = makeKey(KEY_KIND.relationBlock, spc, db, rel, forkNumber, blk);
       this.#readPage(lineage, key, lsn, pgVersion, out, at);
     }
     out.fill(0, at, offset + count * BLOCK_SIZE);
+  }
+
+  /**
+   * Blocks of the fork at `lsn`; 0 when it does not exist. Kept for the forks that were asked for last: a compute asks page after page at one
+   * LSN, at which the size is what it was.
+   */
+  #sizeOf(lineage: Lineage, { spc, db, rel, fork }: RelationFork, lsn: Lsn, pgVersion: PgVersion): number {
+    const { number } = lineage[0]!.history;
+    const slot = (Math.imul(rel ^ (number << 5), 0x9e3779b1) >>> 24) ^ fork;
+    const kept = this.#sizes[slot];
+    if (
+      kept !== undefined &&
+      kept.rel === rel &&
+      kept.lsn === lsn &&
+      kept.number === number &&
+      kept.fork === fork &&
+      kept.db === db &&
+      kept.spc === spc
+    ) {
+      return kept.blocks;
+    }
+    const blocks = this.read(lineage, relationSizeKey(spc, db, rel, fork), lsn, pgVersion)?.readUInt32LE(0) ?? 0;
+    const isVisible = lineage.every(({ history, endLsn }) => Math.min(lsn, endLsn) <= history.lastRecordLsn);
+    if (isVisible) this.#sizes[slot] = { number, spc, db, rel, fork, lsn, blocks };
+    return blocks;
   }
 
   /** The keys of the range that exist at `lsn`, sorted. */
@@ -232,7 +265,7 @@ export class HistoryReader {
 }
 
 /** The step after the largest group that does not have the key; `step` when all may have it. */
-function skipGroups(groups: NonNullable<LineageStep['groups']>, step: number, first: number, second: number): number {
+function skipGroups(groups: LineageStep['groups'], step: number, first: number, second: number): number {
   for (let i = 0; i < groups.length; i++) {
     const { filter, next } = groups[i]!;
     if (!filter.mayHave(first, second)) return next;

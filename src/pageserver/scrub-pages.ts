@@ -60,7 +60,7 @@ export class StoredPages {
         layerMap.insert(file);
       }
       const history = { number: this.#lineage.length, lastRecordLsn: Infinity, memoryLayers: [], layerMap };
-      this.#lineage.push({ history, endLsn });
+      this.#lineage.push({ history, endLsn, filter: undefined, groups: [] });
       endLsn = Math.min(endLsn, index.startLsn);
       timelineId = index.ancestor?.timelineId;
     }
