@@ -53,6 +53,8 @@ interface ProxyProcessConfig {
 const PARENT_POLL_MS = 250;
 
 const [role] = process.argv.slice(2);
+// Everybody on the machine can read arguments, and one may hold a password: this overwrites them.
+if (role === 'import') process.title = 'strata import';
 if (role === 'safekeeper') {
   const { createLog, runServiceProcess } = await loadService();
   const { runSafekeeper } = await import('./safekeeper/main.ts');

@@ -6,7 +6,14 @@
  * Every method may reject with a StrataError; `unavailable` and `timeout` are tried again where that can help.
  */
 import type { Lsn } from '../postgres/lsn.ts';
-import type { ChangesPage, ChangesRequest, ObjectStoreStatus, TimelineSizes } from './pageserver.ts';
+import type {
+  ChangesPage,
+  ChangesRequest,
+  ImportableCluster,
+  ImportProgress,
+  ObjectStoreStatus,
+  TimelineSizes,
+} from './pageserver.ts';
 import type { RunningCompute } from './wake.ts';
 
 /** A place in history: the state of a timeline with every record whose end is at or below `lsn`. */
@@ -20,6 +27,13 @@ export interface NewTimeline {
   readonly timelineId: string;
   readonly pgVersion: number;
   readonly ancestor: BranchPoint;
+}
+
+export interface NewImport {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly pgVersion: number;
+  readonly dataDirectory: string;
 }
 
 export interface TimelineStatus {
@@ -39,6 +53,12 @@ export interface Storage {
   ensureTemplate(pgVersion: number): Promise<BranchPoint>;
   /** Durable when it resolves. Repeatable: a timeline that exists with the same ancestor is success. */
   createTimeline(timeline: NewTimeline): Promise<void>;
+  /** What a data directory holds. `bad-request`, with the reason and the next step, when it cannot be imported. */
+  inspectImport(dataDirectory: string): Promise<ImportableCluster>;
+  /** A timeline without ancestor, from a stopped cluster's data directory. Durable when it resolves, with where its history begins; takes its time. */
+  importTimeline(timeline: NewImport): Promise<Lsn>;
+  /** Undefined when the timeline is not being imported. */
+  importProgress(timelineId: string): Promise<ImportProgress | undefined>;
   /** Repeatable: a timeline that does not exist is success. Rejects with `conflict` when it has children. */
   deleteTimeline(tenantId: string, timelineId: string): Promise<void>;
   /** An LSN at or past every commit acknowledged before the call, which the pageserver has ingested. */
@@ -96,6 +116,24 @@ export interface ComputeSpec {
    * that do not exist. To be done before `start` resolves. Absent: the cluster has it already, nothing to do.
    */
   readonly catalog?: CatalogSpec;
+  /**
+   * Present, with `catalog`, when the cluster was made elsewhere and may still be as it was there: the platform's role, owners' rights and ownership are to be set
+   * right, and every superuser but the platform's is to cease to be one.
+   */
+  readonly adoption?: { readonly ownerName: string };
+}
+
+/** What was found in a cluster that was made elsewhere. */
+export interface AdoptionReport {
+  /** All but templates, the one to be taken for the default first. */
+  readonly databaseNames: readonly string[];
+  /** What is not as it was there, for people. */
+  readonly notes: readonly string[];
+}
+
+export interface StartedCompute extends RunningCompute {
+  /** Present when it was asked for. */
+  readonly adoption?: AdoptionReport;
 }
 
 /** What a compute is doing at one moment, for the decision to suspend it. */
@@ -116,7 +154,7 @@ export type ComputeExitListener = (endpointId: string, reason: string) => void;
 /** The computes of this host. Calls for one endpoint come one at a time; different endpoints' calls overlap. */
 export interface Computes {
   /** Resolves when the compute accepts connections and the catalog is applied. Starting a running compute is success. */
-  start(spec: ComputeSpec): Promise<RunningCompute>;
+  start(spec: ComputeSpec): Promise<StartedCompute>;
   /** Undefined when the compute is not running, still starting or already stopping. */
   running(endpointId: string): RunningCompute | undefined;
   /** Clean shutdown, cache kept. Not running is success. */

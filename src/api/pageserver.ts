@@ -27,6 +27,20 @@ export interface ImportTimelineRequest {
   readonly dataDirectory: string;
 }
 
+/** A data directory that can be imported. */
+export interface ImportableCluster {
+  readonly pgVersion: number;
+  readonly systemId: string;
+  readonly relationBytes: number;
+  /** What will not be as it was, for people. */
+  readonly notes: readonly string[];
+}
+
+export interface ImportProgress {
+  readonly doneBytes: number;
+  readonly totalBytes: number;
+}
+
 export interface PageserverTimelineStatus {
   readonly tenantId: string;
   readonly timelineId: string;
@@ -176,7 +190,7 @@ const WAIT_MARGIN_MS = 5_000;
 const DEFAULT_TIMEOUT_MS = 60_000;
 /** A person waits. */
 const STATUS_TIMEOUT_MS = 5_000;
-const IMPORT_TIMEOUT_MS = 60 * 60_000;
+const IMPORT_TIMEOUT_MS = 7 * 24 * 60 * 60_000;
 const FLUSH_TIMEOUT_MS = 10 * 60_000;
 const CHANGES_TIMEOUT_MS = 10 * 60_000;
 const REPAIR_TIMEOUT_MS = 35 * 60_000;
@@ -199,7 +213,20 @@ export class PageserverClient {
     await this.#rpc.call('createTimeline', request);
   }
 
-  /** Durable when it resolves. A timeline that was imported before under this id is success. */
+  /** `bad-request`, with the reason and the next step, for a directory that cannot be imported. */
+  async inspectImport(dataDirectory: string): Promise<ImportableCluster> {
+    return (await this.#rpc.call('inspectImport', { dataDirectory })).result as ImportableCluster;
+  }
+
+  /** How far importTimeline is; undefined when it does not run. */
+  async importProgress(timelineId: string): Promise<ImportProgress | undefined> {
+    return ((await this.#rpc.call('importProgress', { timelineId })).result as ImportProgress | null) ?? undefined;
+  }
+
+  /**
+   * Durable when it resolves. A timeline that was imported before under this id is success. Ends, with nothing left, when the connection is
+   * lost.
+   */
   async importTimeline(request: ImportTimelineRequest): Promise<void> {
     await this.#rpc.call('importTimeline', request, { timeoutMs: IMPORT_TIMEOUT_MS });
   }

@@ -58,10 +58,10 @@ function withTarget(command: Command): Command {
     .option('--database <name>', 'database to connect to (default: the first one)');
 }
 
-async function connectionUri(
+export async function connectionUri(
   scope: ProjectScope,
   wanted: string | undefined,
-  options: ConnectOptions,
+  options: Pick<ConnectOptions, 'role' | 'database'>,
 ): Promise<string> {
   const { api, project } = scope;
   const branch = findBranch(await listBranches(api, project), wanted);

@@ -11,6 +11,7 @@ import type { CliContext } from './context.ts';
 import { endpointsCommand } from './endpoints.ts';
 import { CliError } from './errors.ts';
 import { exportCommand, type ExportTool } from './export.ts';
+import { importCommand } from './import.ts';
 import { projectsCommand } from './projects.ts';
 import { scrubCommand, type ScrubTool } from './scrub.ts';
 import { type StartOptions, startCommand } from './start.ts';
@@ -50,6 +51,7 @@ export async function runCli(commandLine: readonly string[], options: CliOptions
     .addCommand(branchesCommand(context))
     .addCommand(endpointsCommand(context))
     .addCommand(storageCommand(context))
+    .addCommand(importCommand(context))
     .addCommand(connectionStringCommand(context))
     .addCommand(psql);
   if (options.wal !== undefined) program.addCommand(walCommand(context, options.wal, (code) => (exitCode = code)));

@@ -27,13 +27,19 @@ const ANSWER_MARGIN_MS = 2_000;
 /** Of a sample of the activity. */
 const SAMPLE_TIMEOUT_MS = 3_000;
 
-export async function connectAdmin(address: AdminAddress, database = ADMIN_DATABASE): Promise<Client> {
+/** `options`: settings of the session, as on a command line. */
+export async function connectAdmin(
+  address: AdminAddress,
+  database = ADMIN_DATABASE,
+  options?: string,
+): Promise<Client> {
   const client = new Client({
     host: address.socketDir,
     user: ADMIN_ROLE,
     password: address.password,
     database,
     application_name: ADMIN_APPLICATION,
+    ...(options === undefined ? {} : { options }),
     connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
     statement_timeout: STATEMENT_TIMEOUT_MS,
     query_timeout: STATEMENT_TIMEOUT_MS + ANSWER_MARGIN_MS,
@@ -54,14 +60,15 @@ function ownerGrants(pgVersion: PgVersion): readonly string[] {
 /** Predefined roles by which files and programs of the server are reached, and so those of every other project. */
 export const SERVER_ROLES = ['pg_read_server_files', 'pg_write_server_files', 'pg_execute_server_program'];
 
-/** The group of owners; once per template. */
+/** The group of owners; once per template, and for a cluster that comes from elsewhere. Repeatable. */
 export async function createOwnerGroup(client: Client, pgVersion: PgVersion): Promise<void> {
   if (pgVersion < 16) {
     // Before 16 whoever may create roles may grant any role that is no superuser's (AddRoleMems in src/backend/commands/user.c). Being a superuser is not
     // inherited: this keeps the roles from being granted, and gives nothing to anybody.
     await client.query('UPDATE pg_authid SET rolsuper = true WHERE rolname = ANY ($1)', [SERVER_ROLES]);
   }
-  await client.query(`CREATE ROLE ${OWNER_GROUP} NOLOGIN`);
+  const existing = await client.query('SELECT FROM pg_roles WHERE rolname = $1', [OWNER_GROUP]);
+  if (existing.rowCount === 0) await client.query(`CREATE ROLE ${OWNER_GROUP} NOLOGIN`);
   await client.query(`GRANT ${ownerGrants(pgVersion).join(', ')} TO ${OWNER_GROUP} WITH ADMIN OPTION`);
 }
 

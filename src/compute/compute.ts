@@ -11,7 +11,7 @@
  */
 import { join } from 'node:path';
 import type { Client } from 'pg';
-import type { ActivitySample, CatalogSpec, ComputeSpec } from '../api/control.ts';
+import type { ActivitySample, AdoptionReport, CatalogSpec, ComputeSpec } from '../api/control.ts';
 import type { PageserverClient } from '../api/pageserver.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
 import { toStrataError } from '../base/errors.ts';
@@ -19,6 +19,7 @@ import type { Logger } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { ActivityMonitor, applyCatalog, connectAdmin } from './admin.ts';
+import { adoptCluster, prepareAdoption } from './adoption.ts';
 import { keepCache, newInstance, takeCache } from './cache.ts';
 import { refreshDataDirectory, writeDataDirectory } from './data-directory.ts';
 import type { PostgresInstallation, UnixUser } from './installation.ts';
@@ -68,6 +69,7 @@ export class Compute {
   readonly #walPush: WalPush;
   readonly #lease: LsnLease;
   #monitor: { readonly client: Client; readonly activity: ActivityMonitor } | undefined;
+  #adoption: AdoptionReport | undefined;
   #isStopping = false;
   #resolveExited: (reason: string | undefined) => void = () => {};
   /** Resolves when the compute is gone: undefined when it was asked to, else why. */
@@ -142,7 +144,8 @@ export class Compute {
       );
       const { instanceDir, postgres, isKept, lease } = instance;
       const compute = new Compute(options, { instanceDir, postgres, proposer, walPush, lease });
-      if (spec.catalog !== undefined) await times.lap('catalog', compute.applyCatalog(spec.catalog));
+      if (spec.adoption !== undefined) await times.lap('adoption', compute.#adopt(spec.adoption.ownerName));
+      else if (spec.catalog !== undefined) await times.lap('catalog', compute.applyCatalog(spec.catalog));
       signal.throwIfAborted();
       log.info({ startLsn: formatLsn(proposer.startLsn), term: proposer.term, isKept, ...times.laps }, 'compute is up');
       return compute;
@@ -157,6 +160,11 @@ export class Compute {
 
   get timelineId(): string {
     return this.#options.spec.timelineId;
+  }
+
+  /** What the adoption found, when this start was one. */
+  get adoption(): AdoptionReport | undefined {
+    return this.#adoption;
   }
 
   get socketPath(): string {
@@ -174,6 +182,16 @@ export class Compute {
     } finally {
       await client.end();
     }
+  }
+
+  async #adopt(ownerName: string): Promise<void> {
+    const { spec, environment } = this.#options;
+    this.#adoption = await adoptCluster({
+      connect: (database, options) => this.#connectAdmin(database, options),
+      pgVersion: environment.installation.pgVersion,
+      catalog: spec.catalog ?? { roles: [], databases: [] },
+      ownerName,
+    });
   }
 
   async activity(): Promise<ActivitySample> {
@@ -252,9 +270,9 @@ export class Compute {
     await this.#proposer.close();
   }
 
-  #connectAdmin(): Promise<Client> {
+  #connectAdmin(database?: string, options?: string): Promise<Client> {
     const { socketDir, environment } = this.#options;
-    return connectAdmin({ socketDir, password: environment.adminPassword });
+    return connectAdmin({ socketDir, password: environment.adminPassword }, database, options);
   }
 }
 
@@ -286,6 +304,9 @@ async function startInstance(
   };
   try {
     signal.throwIfAborted();
+    if (options.spec.adoption !== undefined) {
+      await times.lap('prepareAdoption', prepareAdoption({ ...process, signal }, options.environment.adminPassword));
+    }
     const postgres = await times.lap('postgres', PostgresProcess.start(process, signal));
     return { ...directory, postgres };
   } catch (error) {

@@ -9,6 +9,7 @@
  * Failing at 3 removes it again. Deleting hides the rows first, then stops computes, removes the timeline, and last the rows; a restart goes on where it stopped.
  */
 import { StrataError } from '../base/errors.ts';
+import type { Lsn } from '../postgres/lsn.ts';
 import { BranchPoints, type PointInHistory, type PointOptions } from './branch-points.ts';
 import type { Catalog } from './catalog.ts';
 import type { ControlContext } from './context.ts';
@@ -16,7 +17,7 @@ import type { EndpointOptions, Endpoints } from './endpoints.ts';
 import { newBranchId, newTimelineId } from './ids.ts';
 import { Lanes } from './lanes.ts';
 import { type Page, type PageRequest, decodeCursor, encodeCursor } from './pagination.ts';
-import type { BranchRow, EndpointRow, ProjectRow, State } from './state.ts';
+import type { BranchRow, EndpointRow, ImportRow, ProjectRow, State } from './state.ts';
 
 export interface BranchCreateOptions {
   readonly parent_id?: string;
@@ -176,22 +177,40 @@ export class Branches {
     return { branch: this.get(project.id, id), endpoints: begun.endpoints, operationIds: [begun.operationId] };
   }
 
-  /** Makes the branch's timeline and closes the operation. On failure the branch (and a project whose first it is) is removed. */
-  finishCreate(operationId: string, branchId: string): Promise<void> {
+  /**
+   * Makes the branch's timeline and closes the operation. On failure the branch (and a project whose first it is) is removed. With `giveUp` it fails
+   * with that.
+   */
+  finishCreate(operationId: string, branchId: string, giveUp?: StrataError): Promise<Lsn> {
     const { state, operations, storage, now } = this.#context;
     const branch = state.get<BranchRow>('SELECT * FROM branches WHERE id = ?', branchId)!;
     const project = state.get<ProjectRow>('SELECT * FROM projects WHERE id = ?', branch.project_id)!;
-    const work = () =>
-      storage.createTimeline({
-        tenantId: project.tenant_id,
-        timelineId: branch.timeline_id,
-        pgVersion: project.pg_version,
-        ancestor: { timelineId: branch.ancestor_timeline_id, lsn: branch.ancestor_lsn },
-      });
+    const imported = state.get<ImportRow>(`SELECT * FROM imports WHERE branch_id = ?`, branchId);
+    const timeline = { tenantId: project.tenant_id, timelineId: branch.timeline_id, pgVersion: project.pg_version };
+    const work = async (): Promise<Lsn> => {
+      if (giveUp !== undefined) throw giveUp;
+      if (imported !== undefined)
+        return storage.importTimeline({ ...timeline, dataDirectory: imported.data_directory });
+      const ancestor = { timelineId: branch.ancestor_timeline_id, lsn: branch.ancestor_lsn };
+      await storage.createTimeline({ ...timeline, ancestor });
+      return branch.ancestor_lsn;
+    };
+    const noteImport = (importState: ImportRow['state'], error: string | null) =>
+      state.run(
+        'UPDATE imports SET state = ?, error = ?, updated_at = ? WHERE branch_id = ?',
+        importState,
+        error,
+        now(),
+        branchId,
+      );
     return operations.run(operationId, work, {
-      onFinished: () =>
-        state.update('branches', branchId, { state: 'ready', state_changed_at: now(), updated_at: now() }),
-      onFailed: () => {
+      onFinished: (lsn) => {
+        const at = now();
+        state.update('branches', branchId, { state: 'ready', ancestor_lsn: lsn, state_changed_at: at, updated_at: at });
+        if (imported !== undefined) noteImport('starting', null);
+      },
+      onFailed: (error) => {
+        if (imported !== undefined) noteImport('failed', error.message);
         // Storage may have made the timeline all the same, so it is removed like any other.
         if (branch.parent_id === null) state.update('projects', project.id, { deleted_at: now() });
         const removal = this.finishDelete(this.hide(branch), branch);
@@ -330,6 +349,7 @@ export function purgeProject(state: State, projectId: string): void {
   );
   if (kept !== undefined) return;
   state.run('DELETE FROM operations WHERE project_id = ?', projectId);
+  state.run(`DELETE FROM imports WHERE project_id = ? AND state <> 'failed'`, projectId);
   state.run('DELETE FROM projects WHERE id = ?', projectId);
 }
 

@@ -94,6 +94,12 @@ export class Catalog {
     });
   }
 
+  /** Those that are not known yet, in this order. */
+  addDatabases(branchId: string, names: readonly string[], ownerName: string): void {
+    const known = new Set(this.databases(branchId).map((database) => database.name));
+    for (const name of names) if (!known.has(name)) this.insertDatabase(branchId, name, ownerName);
+  }
+
   /** A child branch begins with its parent's roles (same passwords) and databases. */
   copy(parentId: string, childId: string): void {
     for (const role of this.roles(parentId)) {

@@ -15,6 +15,7 @@ import type { ControlConfig, ControlContext } from './context.ts';
 import { connectionUri } from './connection-uri.ts';
 import { Endpoints } from './endpoints.ts';
 import { IdleMonitor } from './idle-monitor.ts';
+import { Imports } from './imports.ts';
 import { Operations } from './operations.ts';
 import { childrenFirst, Projects } from './projects.ts';
 import { SecretBox } from './secrets.ts';
@@ -29,6 +30,11 @@ import {
 } from './state.ts';
 
 const PASSWORD_KEY_FILE_NAME = 'password-key';
+/** The directory may have changed meanwhile, and whoever asked is gone. */
+const IMPORT_GIVEN_UP = new StrataError(
+  'unavailable',
+  'the platform stopped before the import had ended: nothing is left of it, run it again',
+);
 
 export interface ControlOptions {
   readonly dataDirectory: string;
@@ -42,6 +48,7 @@ export interface ControlOptions {
 
 export class Control implements WakeService {
   readonly projects: Projects;
+  readonly imports: Imports;
   readonly branches: Branches;
   readonly endpoints: Endpoints;
   readonly catalog: Catalog;
@@ -57,6 +64,7 @@ export class Control implements WakeService {
     this.endpoints = new Endpoints(context, this.catalog);
     this.branches = new Branches(context, this.catalog, this.endpoints);
     this.projects = new Projects(context, this.catalog, this.branches, this.endpoints);
+    this.imports = new Imports(context, this.projects, this.branches, this.endpoints);
     this.apiKeys = new ApiKeys(context.state, context.now);
     this.#idleMonitor = new IdleMonitor(context, this.endpoints);
   }
@@ -74,7 +82,7 @@ export class Control implements WakeService {
   }
 
   /**
-   * Takes up what a crash interrupted. Creations are brought to their end and waited for; deletions go on in the background; a compute's
+   * Takes up what a crash interrupted. Creations are brought to their end and waited for (imports are given up); deletions go on in the background; a compute's
    * start is given up (the next connection starts it).
    */
   async recover(): Promise<void> {
@@ -87,7 +95,11 @@ export class Control implements WakeService {
       if (!isCreation(operation)) continue;
       // What fails here is removed again and logged; the platform starts all the same.
       await this.branches
-        .finishCreate(operation.id, operation.branch_id!)
+        .finishCreate(
+          operation.id,
+          operation.branch_id!,
+          operation.action === 'import_data' ? IMPORT_GIVEN_UP : undefined,
+        )
         .catch((error: unknown) =>
           log.error({ err: error, operation: operation.id }, 'an interrupted creation failed'),
         );
@@ -98,6 +110,7 @@ export class Control implements WakeService {
         .setRetention(row.tenant_id, row.history_retention_seconds)
         .catch((error: unknown) => log.error({ err: error, projectId: row.id }, 'storage was not told of a window'));
     }
+    this.imports.resume();
     this.#resumeDeletions();
     for (const row of state.all<ProjectRow>('SELECT * FROM projects WHERE deleted_at IS NOT NULL'))
       purgeProject(state, row.id);
@@ -191,6 +204,7 @@ export class Control implements WakeService {
         operations.finish(operation.id);
         break;
       case 'create_timeline':
+      case 'import_data':
       case 'create_branch':
         break;
     }
@@ -220,5 +234,5 @@ export class Control implements WakeService {
 }
 
 function isCreation(operation: OperationRow): boolean {
-  return operation.action === 'create_timeline' || operation.action === 'create_branch';
+  return ['create_timeline', 'import_data', 'create_branch'].includes(operation.action);
 }

@@ -8,14 +8,15 @@
  * its Postgres gone in the middle of the password exchange; those that come later wait for the suspend and for the next start.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
-import type { ComputeSpec } from '../api/control.ts';
+import type { ComputeSpec, StartedCompute } from '../api/control.ts';
 import type { Admission, EndpointRequest, RunningCompute } from '../api/wake.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Catalog } from './catalog.ts';
 import type { ControlContext } from './context.ts';
 import { newEndpointId } from './ids.ts';
+import { noteAdoption } from './adoption-notes.ts';
 import { Lanes } from './lanes.ts';
-import type { BranchRow, EndpointRow, ProjectRow } from './state.ts';
+import type { BranchRow, EndpointRow, ImportRow, ProjectRow } from './state.ts';
 
 const DEFAULT_COMPUTE_UNITS = 0.25;
 const POOLER_SUFFIX = '-pooler';
@@ -382,22 +383,27 @@ export class Endpoints {
     return { operationId, done };
   }
 
-  #startNow(operationId: string, endpointId: string): Promise<RunningCompute> {
+  #startNow(operationId: string, endpointId: string): Promise<StartedCompute> {
     const { state, operations, computes, now } = this.#context;
     let appliedVersion: number | undefined;
     let branchId = '';
+    let ownerName = '';
     const work = async () => {
       const { spec, branch } = this.#spec(endpointId);
       branchId = branch.id;
+      ownerName = spec.adoption?.ownerName ?? '';
       if (spec.catalog !== undefined) appliedVersion = branch.catalog_version;
       return computes.start(spec);
     };
     return operations.run(operationId, work, {
-      onFinished: () => {
+      onFinished: ({ adoption }) => {
         const at = now();
         state.update('endpoints', endpointId, { state: 'active', started_at: at, last_active: at, updated_at: at });
         this.#clearPending(endpointId, 'active');
         if (appliedVersion !== undefined) this.#catalog.markApplied(branchId, appliedVersion);
+        if (adoption === undefined) return;
+        this.#catalog.addDatabases(branchId, adoption.databaseNames, ownerName);
+        noteAdoption(this.#context, branchId, adoption);
       },
       onFailed: () => this.#clearPending(endpointId, 'active'),
     });
@@ -444,9 +450,18 @@ export class Endpoints {
       tenantId: project.tenant_id,
       timelineId: branch.timeline_id,
       pgVersion: project.pg_version,
-      ...(this.#catalog.isApplied(branch) ? {} : { catalog: this.#catalog.spec(branch.id) }),
+      ...(this.#catalog.isApplied(branch)
+        ? {}
+        : { catalog: this.#catalog.spec(branch.id), ...this.#adoption(project) }),
     };
     return { spec, branch };
+  }
+
+  /** A cluster that lacks the catalog may, in an imported project, also be one of before the adoption. */
+  #adoption(project: ProjectRow): Pick<ComputeSpec, 'adoption'> {
+    const sql = 'SELECT owner_name FROM imports WHERE project_id = ?';
+    const row = this.#context.state.get<ImportRow>(sql, project.id);
+    return row === undefined ? {} : { adoption: { ownerName: row.owner_name } };
   }
 
   #onExit(endpointId: string, reason: string): void {

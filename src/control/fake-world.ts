@@ -14,11 +14,20 @@ import type {
   ComputeExitListener,
   Computes,
   ComputeSpec,
+  NewImport,
   NewTimeline,
+  StartedCompute,
   Storage,
   TimelineStatus,
 } from '../api/control.ts';
-import type { ChangesPage, ChangesRequest, ObjectStoreStatus, TimelineSizes } from '../api/pageserver.ts';
+import type {
+  ChangesPage,
+  ChangesRequest,
+  ImportableCluster,
+  ImportProgress,
+  ObjectStoreStatus,
+  TimelineSizes,
+} from '../api/pageserver.ts';
 import type { RunningCompute } from '../api/wake.ts';
 import { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
@@ -70,6 +79,20 @@ export class FakeStorage implements Storage {
       head: timeline.ancestor.lsn,
       commits: [],
     });
+  }
+
+  async inspectImport(dataDirectory: string): Promise<ImportableCluster> {
+    return { pgVersion: 17, systemId: '7', relationBytes: 1000, notes: [`from ${dataDirectory}`] };
+  }
+
+  async importTimeline({ tenantId, timelineId }: NewImport): Promise<Lsn> {
+    await this.#turn();
+    this.timelines.set(timelineId, { tenantId, ancestor: undefined, head: TEMPLATE_LSN, commits: [] });
+    return TEMPLATE_LSN;
+  }
+
+  async importProgress(): Promise<ImportProgress | undefined> {
+    return { doneBytes: 500, totalBytes: 1000 };
   }
 
   async deleteTimeline(_tenantId: string, timelineId: string): Promise<void> {
@@ -191,13 +214,15 @@ export class FakeComputes implements Computes {
   readonly #busy = new Set<string>();
   #exitListener: ComputeExitListener = () => {};
 
-  start(spec: ComputeSpec): Promise<RunningCompute> {
+  start(spec: ComputeSpec): Promise<StartedCompute> {
     return this.#alone(spec.endpointId, `start ${spec.endpointId}`, () => {
       const failure = this.startFailures.shift();
       if (failure !== undefined) throw failure;
       this.specs.set(spec.endpointId, spec);
       if (spec.catalog !== undefined) this.catalogs.set(spec.endpointId, spec.catalog);
-      return { endpointId: spec.endpointId, socketPath: `/run/${spec.endpointId}` };
+      const running = { endpointId: spec.endpointId, socketPath: `/run/${spec.endpointId}` };
+      if (spec.adoption === undefined) return running;
+      return { ...running, adoption: { databaseNames: ['shop', 'postgres'], notes: ['adopted'] } };
     });
   }
 

@@ -38,6 +38,10 @@ export function newOperationId(): string {
   return randomUUID();
 }
 
+export function newImportId(): string {
+  return randomUUID();
+}
+
 export function newTenantId(): string {
   return randomBytes(16).toString('hex');
 }

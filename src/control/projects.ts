@@ -2,17 +2,19 @@
  * Projects: each is a tenant with a default branch, a read-write endpoint, a role and a database.
  *
  * A project's first branch is a branch of the template, the freshly initialised cluster of its Postgres version, so creating one costs what a
- * branch costs. Its role and database are made inside the cluster by the first start of its compute, which begins at once.
+ * branch costs. Its role and database are made inside the cluster by the first start of its compute, which begins at once. The first branch of an
+ * imported project (imports.ts) has no ancestor.
  */
+import type { BranchPoint } from '../api/control.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Branches } from './branches.ts';
 import { likePattern } from './branches.ts';
-import { type Catalog, prepareRole } from './catalog.ts';
+import { type Catalog, type NewRole, prepareRole } from './catalog.ts';
 import type { ControlContext } from './context.ts';
 import type { EndpointOptions, Endpoints } from './endpoints.ts';
 import { newBranchId, newProjectId, newTenantId, newTimelineId } from './ids.ts';
 import { type Page, type PageRequest, decodeCursor, encodeCursor } from './pagination.ts';
-import type { BranchRow, EndpointRow, ProjectRow } from './state.ts';
+import type { BranchRow, EndpointRow, OperationAction, ProjectRow } from './state.ts';
 
 export const DEFAULT_ROLE_NAME = 'stratadb_owner';
 export const DEFAULT_DATABASE_NAME = 'stratadb';
@@ -43,6 +45,13 @@ export interface CreatedProject {
   readonly branch: BranchRow;
   readonly endpoint: EndpointRow;
   readonly operationIds: readonly string[];
+}
+
+export interface InsertedProject {
+  readonly project: ProjectRow;
+  readonly branch: BranchRow;
+  readonly endpoint: EndpointRow;
+  readonly operationId: string;
 }
 
 export class Projects {
@@ -92,64 +101,98 @@ export class Projects {
   }
 
   async create(options: ProjectCreateOptions): Promise<CreatedProject> {
-    const { state, operations, storage, config, now } = this.#context;
+    const { storage, config } = this.#context;
     const pgVersion = options.pg_version ?? config.defaultPgVersion;
     this.#refusePgVersion(pgVersion);
     const [template, role] = await Promise.all([
       storage.ensureTemplate(pgVersion),
       prepareRole(options.branch?.role_name ?? DEFAULT_ROLE_NAME),
     ]);
-    const projectId = newProjectId();
-    const branchId = newBranchId();
-    const createdAt = now();
-    const begun = state.transaction(() => {
-      const project: ProjectRow = {
-        id: projectId,
-        tenant_id: newTenantId(),
-        name: options.name ?? projectId,
-        pg_version: pgVersion,
-        settings: JSON.stringify(options.settings ?? {}),
-        default_endpoint_settings: JSON.stringify(endpointDefaults(options)),
-        store_passwords: 1,
-        history_retention_seconds: options.history_retention_seconds ?? DEFAULT_HISTORY_RETENTION_SECONDS,
-        created_at: createdAt,
-        updated_at: createdAt,
-        deleted_at: null,
-      };
-      state.insert('projects', project);
-      state.insert('branches', {
-        id: branchId,
-        project_id: projectId,
-        timeline_id: newTimelineId(),
-        ancestor_timeline_id: template.timelineId,
-        ancestor_lsn: template.lsn,
-        parent_id: null,
-        parent_timestamp_us: null,
-        name: options.branch?.name ?? DEFAULT_BRANCH_NAME,
-        state: 'init',
-        is_default: 1,
-        protected: 0,
-        catalog_version: 1,
-        catalog_applied: 0,
-        creation_source: 'console',
-        state_changed_at: createdAt,
-        created_at: createdAt,
-        updated_at: createdAt,
-        deleted_at: null,
-      });
-      this.#catalog.insertRole(branchId, role);
-      this.#catalog.insertDatabase(branchId, options.branch?.database_name ?? DEFAULT_DATABASE_NAME, role.name);
-      const endpoint = this.#endpoints.insert(project, branchId, {});
-      return { endpointId: endpoint.id, operationId: operations.begin('create_timeline', { projectId, branchId }) };
+    const begun = this.#context.state.transaction(() => {
+      const inserted = this.#insert(options, pgVersion, role, 'create_timeline', template);
+      const databaseName = options.branch?.database_name ?? DEFAULT_DATABASE_NAME;
+      this.#catalog.insertDatabase(inserted.branch.id, databaseName, role.name);
+      return inserted;
     });
-    await this.#branches.finishCreate(begun.operationId, branchId);
-    const started = this.#endpoints.start(projectId, begun.endpointId);
+    const { project, branch } = begun;
+    await this.#branches.finishCreate(begun.operationId, branch.id);
+    const started = this.#endpoints.start(project.id, begun.endpoint.id);
     return {
-      project: this.get(projectId),
-      branch: this.#branches.get(projectId, branchId),
+      project: this.get(project.id),
+      branch: this.#branches.get(project.id, branch.id),
       endpoint: started.endpoint,
       operationIds: [begun.operationId, ...started.operationIds],
     };
+  }
+
+  /**
+   * Writes down a project whose first branch storage is still to import; `also` is called in the same transaction. Its databases are known when the cluster was
+   * adopted.
+   */
+  async insertImported(
+    options: ProjectCreateOptions & { readonly pg_version: number },
+    also: (inserted: InsertedProject & { readonly ownerName: string }) => void,
+  ): Promise<InsertedProject> {
+    this.#refusePgVersion(options.pg_version);
+    const role = await prepareRole(options.branch?.role_name ?? DEFAULT_ROLE_NAME);
+    return this.#context.state.transaction(() => {
+      const inserted = this.#insert(options, options.pg_version, role, 'import_data', undefined);
+      also({ ...inserted, ownerName: role.name });
+      return inserted;
+    });
+  }
+
+  /** In a transaction. Without an ancestor the timeline is its own, from an LSN that is not known yet. */
+  #insert(
+    options: ProjectCreateOptions,
+    pgVersion: number,
+    role: NewRole,
+    action: OperationAction,
+    ancestor: BranchPoint | undefined,
+  ): InsertedProject {
+    const { state, operations, now } = this.#context;
+    const projectId = newProjectId();
+    const branchId = newBranchId();
+    const timelineId = newTimelineId();
+    const createdAt = now();
+    const project: ProjectRow = {
+      id: projectId,
+      tenant_id: newTenantId(),
+      name: options.name ?? projectId,
+      pg_version: pgVersion,
+      settings: JSON.stringify(options.settings ?? {}),
+      default_endpoint_settings: JSON.stringify(endpointDefaults(options)),
+      store_passwords: 1,
+      history_retention_seconds: options.history_retention_seconds ?? DEFAULT_HISTORY_RETENTION_SECONDS,
+      created_at: createdAt,
+      updated_at: createdAt,
+      deleted_at: null,
+    };
+    const branch: BranchRow = {
+      id: branchId,
+      project_id: projectId,
+      timeline_id: timelineId,
+      ancestor_timeline_id: ancestor?.timelineId ?? timelineId,
+      ancestor_lsn: ancestor?.lsn ?? 0,
+      parent_id: null,
+      parent_timestamp_us: null,
+      name: options.branch?.name ?? DEFAULT_BRANCH_NAME,
+      state: 'init',
+      is_default: 1,
+      protected: 0,
+      catalog_version: 1,
+      catalog_applied: 0,
+      creation_source: 'console',
+      state_changed_at: createdAt,
+      created_at: createdAt,
+      updated_at: createdAt,
+      deleted_at: null,
+    };
+    state.insert('projects', project);
+    state.insert('branches', branch);
+    this.#catalog.insertRole(branchId, role);
+    const endpoint = this.#endpoints.insert(project, branchId, {});
+    return { project, branch, endpoint, operationId: operations.begin(action, { projectId, branchId }) };
   }
 
   update(projectId: string, options: ProjectUpdateOptions): ProjectRow {

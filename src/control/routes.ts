@@ -9,6 +9,7 @@ import { branchChanges, type BranchChangesOptions } from './branch-changes.ts';
 import type { BranchCreateOptions, BranchSortKey, BranchUpdateOptions } from './branches.ts';
 import type { Control } from './control.ts';
 import type { EndpointOptions } from './endpoints.ts';
+import type { ImportOptions } from './imports.ts';
 import type { ProjectCreateOptions, ProjectUpdateOptions } from './projects.ts';
 import * as schemas from './schemas.ts';
 import * as shapes from './shapes.ts';
@@ -75,7 +76,7 @@ function registerUser(api: FastifyInstance, control: Control): void {
 }
 
 function registerProjects(api: FastifyInstance, control: Control): void {
-  const { projects, context } = control;
+  const { projects, imports, context } = control;
   const show = (row: ProjectRow) => shapes.project(row, context.config, lastActive(control, row.id));
 
   api.get<{ Querystring: PageQuery & { recoverable?: string } }>(
@@ -120,6 +121,34 @@ function registerProjects(api: FastifyInstance, control: Control): void {
       });
     },
   );
+
+  // Not Neon's: a project from a data directory of this machine. The import goes on after the answer.
+  api.post<{ Body: { import: ImportOptions } }>(
+    '/projects/import',
+    { schema: { body: schemas.importBody } },
+    async (request, reply) => {
+      const begun = await imports.begin(request.body.import);
+      return reply.code(201).send({
+        import: shapes.dataImport(begun.row),
+        project: show(begun.project),
+        operations: operationsOf(control, begun.operationIds),
+        branch: shapes.branch(begun.branch),
+        endpoints: [shapes.endpoint(begun.endpoint, context.config)],
+      });
+    },
+  );
+
+  api.get<{ Params: { import: string } }>('/imports/:import', async (request) => {
+    const row = imports.get(request.params.import);
+    // It may end between the two looks.
+    const progress = await imports.progress(row).catch(() => undefined);
+    const now = imports.get(row.id);
+    const [endpoint] = now.state === 'finished' ? control.endpoints.ofBranch(row.branch_id) : [];
+    return {
+      import: shapes.dataImport(now, progress),
+      ...(endpoint === undefined ? {} : { connection_uris: connectionDetails(control, endpoint) }),
+    };
+  });
 
   api.get<{ Params: ProjectParams }>('/projects/:project', (request) => ({
     project: show(projects.get(request.params.project)),

@@ -63,6 +63,17 @@ export const projectCreateBody = body('project', {
   },
 });
 
+export const importBody = body(
+  'import',
+  {
+    data_directory: { type: 'string', pattern: '^/', maxLength: 4096 },
+    name: nameText,
+    role_name: identifier,
+    keep: flag,
+  },
+  ['data_directory'],
+);
+
 export const projectUpdateBody = body('project', {
   name: nameText,
   settings,

@@ -2,10 +2,10 @@
  * Rows as the API shows them: Neon's entities, every required field, plus those optional ones that we know.
  * What Strata does not count (billing figures) is 0; what it does not limit is shown as the largest value that clients take.
  */
-import type { ObjectStoreStatus, TimelineSizes } from '../api/pageserver.ts';
+import type { ImportProgress, ObjectStoreStatus, TimelineSizes } from '../api/pageserver.ts';
 import type { PointInHistory } from './branch-points.ts';
 import type { BranchChanges } from './branch-changes.ts';
-import type { BranchRow, DatabaseRow, EndpointRow, OperationRow, ProjectRow, RoleRow } from './state.ts';
+import type { BranchRow, DatabaseRow, EndpointRow, ImportRow, OperationRow, ProjectRow, RoleRow } from './state.ts';
 import type { ControlConfig } from './context.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import { formatTimestampMs, formatTimestampUs } from './timestamps.ts';
@@ -226,5 +226,21 @@ export function objectStore(status: ObjectStoreStatus): Record<string, unknown> 
     pending_deletions: status.pendingDeletions,
     ...(status.failure === undefined ? {} : { failure: status.failure }),
     ...(status.failingSinceMs === undefined ? {} : { failing_since: formatTimestampMs(status.failingSinceMs) }),
+  };
+}
+
+/** Not Neon's: a project that comes from elsewhere. */
+export function dataImport(row: ImportRow, progress?: ImportProgress): object {
+  return {
+    id: row.id,
+    project_id: row.project_id,
+    branch_id: row.branch_id,
+    data_directory: row.data_directory,
+    state: row.state,
+    ...(row.error === null ? {} : { error: row.error }),
+    ...(progress === undefined ? {} : { done_bytes: progress.doneBytes, total_bytes: progress.totalBytes }),
+    notes: JSON.parse(row.notes) as string[],
+    created_at: formatTimestampMs(row.created_at),
+    updated_at: formatTimestampMs(row.updated_at),
   };
 }

@@ -133,6 +133,23 @@ const MIGRATIONS: readonly string[] = [
     value TEXT NOT NULL
   ) STRICT;
   `,
+  `
+  CREATE TABLE imports (
+    id TEXT PRIMARY KEY,
+    project_id TEXT NOT NULL,
+    branch_id TEXT NOT NULL,
+    timeline_id TEXT NOT NULL,
+    data_directory TEXT NOT NULL,
+    owner_name TEXT NOT NULL,
+    keep INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('importing', 'starting', 'finished', 'failed')),
+    error TEXT,
+    notes TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    updated_at INTEGER NOT NULL
+  ) STRICT;
+  CREATE INDEX imports_project ON imports (project_id);
+  `,
 ];
 
 /** In the data directory. */
@@ -238,6 +255,24 @@ export interface OperationRow {
   readonly updated_at: number;
 }
 
+/** A project that came from elsewhere (imports.ts). No references: a failed import outlives its project. */
+export interface ImportRow {
+  readonly id: string;
+  readonly project_id: string;
+  readonly branch_id: string;
+  readonly timeline_id: string;
+  readonly data_directory: string;
+  readonly owner_name: string;
+  /** A failed one is not removed. */
+  readonly keep: number;
+  readonly state: 'importing' | 'starting' | 'finished' | 'failed';
+  readonly error: string | null;
+  /** JSON: what is not as it was there, for people. */
+  readonly notes: string;
+  readonly created_at: number;
+  readonly updated_at: number;
+}
+
 export interface ApiKeyRow {
   readonly id: number;
   readonly name: string;
@@ -248,7 +283,13 @@ export interface ApiKeyRow {
 }
 
 export type OperationAction =
-  'create_timeline' | 'create_branch' | 'delete_timeline' | 'start_compute' | 'suspend_compute' | 'apply_config';
+  | 'create_timeline'
+  | 'import_data'
+  | 'create_branch'
+  | 'delete_timeline'
+  | 'start_compute'
+  | 'suspend_compute'
+  | 'apply_config';
 
 export type OperationStatus = 'scheduling' | 'running' | 'finished' | 'failed';
 
@@ -260,6 +301,7 @@ interface TableRows {
   databases: Omit<DatabaseRow, 'id'>;
   operations: Omit<OperationRow, 'sequence'>;
   api_keys: Omit<ApiKeyRow, 'id'>;
+  imports: ImportRow;
 }
 
 type Parameters = readonly SQLInputValue[];

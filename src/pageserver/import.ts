@@ -3,19 +3,20 @@
  * where its shutdown checkpoint ends.
  *
  * Keys come in order, so that they can be written into an image layer as they come. Memory is bounded: one piece of a file at a time,
- * besides the list of files.
+ * besides the list of files. The event loop is given back every few pages, as a pageserver has others to serve.
  *
- * Not supported, and refused: data checksums (pages made by redo carry none), tablespaces of users, a cluster that was not stopped
- * cleanly.
+ * Where the cluster has data checksums each page is verified, and then carries none, as the pages that redo makes. What a directory must be
+ * besides: import-check.ts.
  */
 
 import { closeSync, openSync, readFileSync, readSync, readdirSync, statSync } from 'node:fs';
 import { join } from 'node:path';
+import { setImmediate as turn } from 'node:timers/promises';
 
-import { CONTROL_FILE_PATH, DB_SHUTDOWNED, decodeControlFile } from '../postgres/control-file.ts';
+import { encodeControlFile } from '../postgres/control-file.ts';
 import type { ControlFile } from '../postgres/control-file.ts';
-import { WAL_SEGMENT_SIZE, formatLsn, segmentOffset, segmentStart, walFileName } from '../postgres/lsn.ts';
-import type { Lsn } from '../postgres/lsn.ts';
+import { setPageChecksum } from '../postgres/page.ts';
+import { verifyPageChecksum } from '../postgres/page-checksum.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import {
   BLOCKS_PER_SEGMENT,
@@ -26,9 +27,8 @@ import {
   parseRelationPath,
   relationSegmentPath,
 } from '../postgres/relation.ts';
-import type { PgVersion } from '../postgres/version.ts';
-import { WalReader } from '../postgres/wal/reader.ts';
-import type { WalRecord } from '../postgres/wal/record.ts';
+import { assertStillStopped, ImportError, inspectDataDirectory } from './import-check.ts';
+import type { StoppedCluster } from './import-check.ts';
 import { encodeCheckpointState, fullXid } from './ingest/checkpoint-state.ts';
 import { SLRUS, parseSlruFileName, slruSegmentPath } from './ingest/slru.ts';
 import { encodeChunk, walIndexBucket, walIndexChunkKey } from './ingest/wal-index.ts';
@@ -52,41 +52,32 @@ export interface ImportSink {
   drain(): Promise<void>;
 }
 
-export interface ImportedCluster {
-  /** Where the shutdown checkpoint's record ends: the LSN of all keys. */
-  readonly lsn: Lsn;
-  /** Where that record starts. */
-  readonly recordStartLsn: Lsn;
-  readonly pgVersion: PgVersion;
-  readonly systemId: bigint;
-}
-
-/** The data directory cannot be imported; the message says why. */
-export class ImportError extends Error {
-  override name = 'ImportError';
+export interface ImportOptions {
+  /** Relation bytes so far; called every few pages. */
+  readonly onProgress?: (doneBytes: number) => void;
+  readonly signal?: AbortSignal;
 }
 
 const READ_BYTES = 1024 * 1024;
-const PAGES_BETWEEN_DRAINS = 128;
+const PAGES_BETWEEN_DRAINS = 64;
 const UNIX_TO_POSTGRES_EPOCH_SECONDS = 946_684_800;
 
-/** Where the imported history begins. Throws ImportError when the directory cannot be imported. */
-export function inspectDataDirectory(dataDir: string): ImportedCluster {
-  return positionOf(dataDir, readControlFile(dataDir).controlFile);
-}
-
 /** Puts every key of a stopped cluster into the sink. Throws ImportError when the directory cannot be imported. */
-export async function importDataDirectory(dataDir: string, sink: ImportSink): Promise<ImportedCluster> {
-  const { controlFile, bytes } = readControlFile(dataDir);
-  const cluster = positionOf(dataDir, controlFile);
+export async function importDataDirectory(
+  dataDir: string,
+  sink: ImportSink,
+  options: ImportOptions = {},
+): Promise<StoppedCluster> {
+  const cluster = inspectDataDirectory(dataDir);
+  const { controlFile } = cluster;
   sink.put(CHECKPOINT_STATE_KEY, initialState(controlFile, cluster));
-  sink.put(CONTROL_FILE_KEY, bytes);
+  sink.put(CONTROL_FILE_KEY, encodeControlFile({ ...controlFile, dataChecksumVersion: 0 }));
   const databases = listDatabases(dataDir);
   for (const { spc, db } of databases) {
     const map = join(dataDir, databasePath(spc, db, cluster.pgVersion), 'pg_filenode.map');
     sink.put(databaseKey(spc, db), readFileSync(map));
   }
-  await putRelations(dataDir, databases, cluster.pgVersion, sink);
+  await putRelations(dataDir, databases, cluster, sink, options);
   putSlrus(dataDir, sink);
   putTwoPhase(dataDir, controlFile.checkPointCopy.nextXid, sink);
   // Nothing is known of times before: as the first time there is, the checkpoint's own.
@@ -98,37 +89,11 @@ export async function importDataDirectory(dataDir: string, sink: ImportSink): Pr
     commits: [],
   });
   sink.put(walIndexChunkKey(walIndexBucket(cluster.recordStartLsn)), chunk);
+  assertStillStopped(dataDir, cluster);
   return cluster;
 }
 
-function readControlFile(dataDir: string): { controlFile: ControlFile; bytes: Buffer } {
-  const bytes = readFileSync(join(dataDir, CONTROL_FILE_PATH));
-  const controlFile = decodeControlFile(bytes);
-  if (controlFile.state !== DB_SHUTDOWNED) {
-    throw new ImportError(`${dataDir} was not stopped cleanly: its control file says state ${controlFile.state}`);
-  }
-  if (controlFile.dataChecksumVersion !== 0) {
-    throw new ImportError(`${dataDir} has data checksums; take them off with pg_checksums --disable`);
-  }
-  return { controlFile, bytes };
-}
-
-function positionOf(dataDir: string, controlFile: ControlFile): ImportedCluster {
-  const { version: pgVersion, systemId, checkPoint, checkPointCopy } = controlFile;
-  const reader = new WalReader(checkPoint, pgVersion);
-  let record: WalRecord | undefined;
-  for (let lsn = checkPoint; record === undefined; lsn = segmentStart(lsn) + WAL_SEGMENT_SIZE) {
-    const path = join(dataDir, 'pg_wal', walFileName(checkPointCopy.timelineId, lsn));
-    reader.push(lsn, readFileSync(path).subarray(segmentOffset(lsn)));
-    record = reader.next();
-  }
-  if (record.startLsn !== checkPoint) {
-    throw new ImportError(`${dataDir} has no checkpoint record at ${formatLsn(checkPoint)}`);
-  }
-  return { lsn: record.endLsn, recordStartLsn: record.startLsn, pgVersion, systemId };
-}
-
-function initialState(controlFile: ControlFile, cluster: ImportedCluster): Buffer {
+function initialState(controlFile: ControlFile, cluster: StoppedCluster): Buffer {
   return encodeCheckpointState({
     checkPoint: controlFile.checkPointCopy,
     parameters: controlFile,
@@ -138,9 +103,6 @@ function initialState(controlFile: ControlFile, cluster: ImportedCluster): Buffe
 }
 
 function listDatabases(dataDir: string): { spc: number; db: number }[] {
-  if (readdirSync(join(dataDir, 'pg_tblspc')).length > 0) {
-    throw new ImportError(`${dataDir} has tablespaces of its own, which are not supported`);
-  }
   const databases = readdirSync(join(dataDir, 'base'))
     .filter((name) => /^\d+$/.test(name))
     .map((name) => ({ spc: DEFAULT_TABLESPACE, db: Number(name) }))
@@ -150,26 +112,43 @@ function listDatabases(dataDir: string): { spc: number; db: number }[] {
 
 interface ForkFiles extends RelationFork {
   blocks: number;
+  /** Blocks in each of its files, by segment. */
+  readonly segments: Map<number, number>;
 }
 
 async function putRelations(
   dataDir: string,
   databases: readonly { spc: number; db: number }[],
-  version: PgVersion,
+  cluster: StoppedCluster,
   sink: ImportSink,
+  { onProgress, signal }: ImportOptions,
 ): Promise<void> {
+  const { pgVersion, controlFile } = cluster;
+  const hasChecksums = controlFile.dataChecksumVersion !== 0;
   const forks: ForkFiles[] = [];
-  for (const { spc, db } of databases) forks.push(...listForks(dataDir, databasePath(spc, db, version)));
+  for (const { spc, db } of databases) forks.push(...listForks(dataDir, databasePath(spc, db, pgVersion)));
   for (const { spc, db, rel, fork, blocks } of forks) {
     sink.put(relationSizeKey(spc, db, rel, fork), u32(blocks));
   }
+  let pagesRead = 0;
   for (const fork of forks) {
     for (let blk = 0; blk < fork.blocks; blk += BLOCKS_PER_SEGMENT) {
-      const path = relationSegmentPath({ ...fork, segment: blk / BLOCKS_PER_SEGMENT }, version);
+      const path = relationSegmentPath({ ...fork, segment: blk / BLOCKS_PER_SEGMENT }, pgVersion);
       for (const [index, page] of readPages(join(dataDir, path))) {
-        if (index % PAGES_BETWEEN_DRAINS === 0) await sink.drain();
+        if (++pagesRead % PAGES_BETWEEN_DRAINS === 0) {
+          signal?.throwIfAborted();
+          onProgress?.(pagesRead * BLOCK_SIZE);
+          await sink.drain();
+          await turn();
+        }
         // A block without a value is zeroes.
         if (isZero(page)) continue;
+        if (hasChecksums) {
+          if (!verifyPageChecksum(page, blk + index)) {
+            throw new ImportError(`${join(dataDir, path)} is damaged: block ${index} does not have its checksum`);
+          }
+          setPageChecksum(page, 0);
+        }
         sink.put(relationBlockKey(fork.spc, fork.db, fork.rel, fork.fork, blk + index), page);
       }
     }
@@ -188,13 +167,25 @@ function listForks(dataDir: string, directory: string): ForkFiles[] {
     const blocks = statSync(join(dataDir, directory, name)).size / BLOCK_SIZE;
     if (!Number.isInteger(blocks)) throw new ImportError(`${directory}/${name} does not consist of whole pages`);
     const id = `${rel}/${fork}`;
-    const known = forks.get(id) ?? { spc, db, rel, fork, blocks: 0 };
+    const known = forks.get(id) ?? { spc, db, rel, fork, blocks: 0, segments: new Map<number, number>() };
+    known.segments.set(segment, blocks);
     if (blocks > 0) known.blocks = Math.max(known.blocks, segment * BLOCKS_PER_SEGMENT + blocks);
     forks.set(id, known);
   }
+  for (const fork of forks.values()) assertWhole(directory, fork);
   return [...forks.values()]
     .filter(({ rel, fork }) => fork === FORK_INIT || !unlogged.has(rel))
     .sort((a, b) => compareKeys(sizeKey(a), sizeKey(b)));
+}
+
+/** All files of a fork but the last are full. */
+function assertWhole(directory: string, { rel, fork, blocks, segments }: ForkFiles): void {
+  for (let segment = 0; (segment + 1) * BLOCKS_PER_SEGMENT < blocks; segment++) {
+    const found = segments.get(segment);
+    if (found === BLOCKS_PER_SEGMENT) continue;
+    const what = found === undefined ? 'is missing' : `has ${found} blocks`;
+    throw new ImportError(`segment ${segment} of ${directory}/${rel} (fork ${fork}) ${what}, but there is a later one`);
+  }
 }
 
 function sizeKey({ spc, db, rel, fork }: RelationFork): Key {

@@ -4,6 +4,8 @@ import { basename } from 'node:path';
 import type {
   ChangesRequest,
   CreateTimelineRequest,
+  ImportableCluster,
+  ImportProgress,
   ImportTimelineRequest,
   ListedTimeline,
   LsnForTimestamp,
@@ -24,7 +26,8 @@ import type { Lsn } from '../postgres/lsn.ts';
 import { takeBasebackup } from './basebackup.ts';
 import { changesPage } from './changes-page.ts';
 import { commonPoint } from './changes.ts';
-import { ImportError, importDataDirectory, inspectDataDirectory } from './import.ts';
+import { importDataDirectory } from './import.ts';
+import { ImportError, inspectDataDirectory } from './import-check.ts';
 import { WalIndexError } from './ingest/wal-index.ts';
 import { lastCommitEnd, lsnForTimestamp, resolveLsn, timestampOfLsn } from './ingest/wal-search.ts';
 import type { IndexedTimeline } from './ingest/wal-search.ts';
@@ -64,6 +67,7 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
   const { timelines, receiver, log } = options;
   /** Reads; what is damaged or not here on the way is brought back first. */
   const repairing = <T>(read: () => T): Promise<T> => readWhole(read, timelines.repair);
+  const imports = new Map<string, ImportProgress>();
   const indexed = (timeline: Timeline): IndexedTimeline => new Indexed(timeline);
 
   return {
@@ -84,7 +88,14 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result: {} };
     },
 
-    async importTimeline(request: ImportTimelineRequest): Promise<RpcReply> {
+    /** What importTimeline would find; nothing is changed. */
+    inspectImport({ dataDirectory }: { dataDirectory: string }): RpcReply {
+      const { pgVersion, systemId, relationBytes, notes } = importable(() => inspectDataDirectory(dataDirectory));
+      const result: ImportableCluster = { pgVersion, systemId: systemId.toString(), relationBytes, notes };
+      return { result };
+    },
+
+    async importTimeline(request: ImportTimelineRequest, { signal }: RpcContext): Promise<RpcReply> {
       const { tenantId, timelineId, pgVersion, dataDirectory } = request;
       const existing = timelines.find(timelineId);
       if (existing !== undefined && existing.ancestor === undefined && existing.pgVersion === pgVersion) {
@@ -92,25 +103,32 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
         return { result: {} };
       }
       const startMs = performance.now();
+      const cluster = importable(() => inspectDataDirectory(dataDirectory));
+      if (cluster.pgVersion !== pgVersion) {
+        throw new StrataError('bad-request', `${dataDirectory} is of Postgres ${cluster.pgVersion}, not ${pgVersion}`);
+      }
+      const { lsn, recordStartLsn, relationBytes: totalBytes } = cluster;
       try {
-        const cluster = inspectDataDirectory(dataDirectory);
-        if (cluster.pgVersion !== pgVersion) {
-          throw new ImportError(`${dataDirectory} is of Postgres ${cluster.pgVersion}, not ${pgVersion}`);
-        }
-        const { lsn, recordStartLsn } = cluster;
         await timelines.import(
           { tenantId, timelineId, pgVersion: cluster.pgVersion, lsn, recordLsn: recordStartLsn },
           async (target) => {
-            await importDataDirectory(dataDirectory, target);
+            const onProgress = (doneBytes: number): void => void imports.set(timelineId, { doneBytes, totalBytes });
+            await importDataDirectory(dataDirectory, target, { onProgress, signal });
           },
         );
       } catch (error) {
-        if (error instanceof ImportError) throw new StrataError('bad-request', error.message, { cause: error });
-        throw error;
+        throw asCoded(error);
+      } finally {
+        imports.delete(timelineId);
       }
       receiver.timelineAdded(timelineId);
       log.info({ timelineId, pgVersion, tookMs: Math.round(performance.now() - startMs) }, 'cluster is imported');
       return { result: {} };
+    },
+
+    /** How far an import is that runs; null when none does. */
+    importProgress({ timelineId }: TimelineParams): RpcReply {
+      return { result: imports.get(timelineId) ?? null };
     },
 
     async deleteTimeline({ timelineId }: TimelineParams): Promise<RpcReply> {
@@ -295,6 +313,18 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result: {} };
     },
   };
+}
+
+function importable<T>(inspect: () => T): T {
+  try {
+    return inspect();
+  } catch (error) {
+    throw asCoded(error);
+  }
+}
+
+function asCoded(error: unknown): unknown {
+  return error instanceof ImportError ? new StrataError('bad-request', error.message, { cause: error }) : error;
 }
 
 function resolved(timeline: IndexedTimeline, lsn: Lsn): { startLsn: Lsn; endLsn: Lsn } {

@@ -3,7 +3,14 @@
  */
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
-import type { ActivitySample, CatalogSpec, ComputeExitListener, ComputeSpec, Computes } from '../api/control.ts';
+import type {
+  ActivitySample,
+  CatalogSpec,
+  ComputeExitListener,
+  Computes,
+  ComputeSpec,
+  StartedCompute,
+} from '../api/control.ts';
 import type { RunningCompute } from '../api/wake.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
@@ -42,11 +49,11 @@ export class LocalComputes implements Computes {
     this.#options = options;
   }
 
-  start(spec: ComputeSpec): Promise<RunningCompute> {
+  start(spec: ComputeSpec): Promise<StartedCompute> {
     return this.#change(() => this.#start(spec));
   }
 
-  async #start(spec: ComputeSpec): Promise<RunningCompute> {
+  async #start(spec: ComputeSpec): Promise<StartedCompute> {
     this.#closing.signal.throwIfAborted();
     const existing = this.#computes.get(spec.endpointId);
     if (existing !== undefined) return toRunning(spec.endpointId, existing);
@@ -77,7 +84,8 @@ export class LocalComputes implements Computes {
       if (reason === undefined) return;
       for (const listener of this.#exitListeners) listener(spec.endpointId, reason);
     });
-    return toRunning(spec.endpointId, compute);
+    const { adoption } = compute;
+    return { ...toRunning(spec.endpointId, compute), ...(adoption === undefined ? {} : { adoption }) };
   }
 
   running(endpointId: string): RunningCompute | undefined {

@@ -2,13 +2,15 @@
  * Safekeepers and pageserver as the control plane sees them (api/control.ts).
  */
 import { setTimeout as sleep } from 'node:timers/promises';
-import type { BranchPoint, NewTimeline, Storage, TimelineStatus } from '../api/control.ts';
+import type { BranchPoint, NewImport, NewTimeline, Storage, TimelineStatus } from '../api/control.ts';
 import {
   type ChangesPage,
   type ChangesRequest,
+  type ImportableCluster,
+  type ImportProgress,
+  type ObjectStoreStatus,
   type PageserverClient,
   RETENTION_MS,
-  type ObjectStoreStatus,
   type TimelineSizes,
 } from '../api/pageserver.ts';
 import { type SafekeeperAddress, SafekeeperClient, type SafekeeperTimelineStatus } from '../api/safekeeper.ts';
@@ -77,6 +79,20 @@ export class ClusterStorage implements Storage {
   async deleteTimeline(tenantId: string, timelineId: string): Promise<void> {
     await this.#options.pageserver.deleteTimeline(timelineId);
     await Promise.all(this.#safekeepers.map((safekeeper) => safekeeper.deleteTimeline(tenantId, timelineId)));
+  }
+
+  inspectImport(dataDirectory: string): Promise<ImportableCluster> {
+    return this.#options.pageserver.inspectImport(dataDirectory);
+  }
+
+  async importTimeline(timeline: NewImport): Promise<Lsn> {
+    const { pageserver } = this.#options;
+    await pageserver.importTimeline(timeline);
+    return (await pageserver.timelineStatus(timeline.timelineId)).startLsn;
+  }
+
+  importProgress(timelineId: string): Promise<ImportProgress | undefined> {
+    return this.#options.pageserver.importProgress(timelineId);
   }
 
   async headLsn(timelineId: string): Promise<Lsn> {

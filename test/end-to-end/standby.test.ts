@@ -17,7 +17,7 @@ import type { TimelineIdentity } from '../../src/api/safekeeper.ts';
 import { signToken } from '../../src/base/token.ts';
 import { electProposer } from '../../src/compute/proposer.ts';
 import { startWalPush } from '../../src/compute/wal-push.ts';
-import { inspectDataDirectory } from '../../src/pageserver/import.ts';
+import { inspectDataDirectory } from '../../src/pageserver/import-check.ts';
 import { formatLsn, parseLsn } from '../../src/postgres/lsn.ts';
 import { Cluster } from '../ingest/cluster.ts';
 import { waitUntil } from './platform.ts';

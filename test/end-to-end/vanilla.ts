@@ -61,8 +61,9 @@ export class VanillaPostgres implements AsyncDisposable {
   }
 
   /** Closed when the server stops. */
-  async connect(database = 'postgres', user = 'postgres', password?: string): Promise<Client> {
-    const client = new Client({ host: this.#folder, user, database, ...(password === undefined ? {} : { password }) });
+  async connect(database = 'postgres', user = 'postgres', password?: string, port = 5432): Promise<Client> {
+    const secret = password === undefined ? {} : { password };
+    const client = new Client({ host: this.#folder, port, user, database, ...secret });
     client.on('error', () => {});
     await client.connect();
     this.#clients.push(client);

@@ -10,7 +10,8 @@ import { MemoryTimeline } from '../../../test/ingest/memory-timeline.ts';
 import type { Lsn } from '../../postgres/lsn.ts';
 import { RM_XACT } from '../../postgres/rmgr.ts';
 import { parseXactRecord } from '../../postgres/xact-record.ts';
-import { importDataDirectory, inspectDataDirectory } from '../import.ts';
+import { inspectDataDirectory } from '../import-check.ts';
+import { importDataDirectory } from '../import.ts';
 import { Ingest } from './ingest.ts';
 import { lsnForTimestamp, timestampOfLsn } from './wal-search.ts';
 

@@ -36,7 +36,8 @@ import { FORK_FSM, FORK_MAIN, FORK_VM, parseRelationPath, relationPath } from '.
 import { RM_GIST, RM_XLOG, rmgrName } from '../../postgres/rmgr.ts';
 import { twoPhaseFileName } from '../../postgres/version.ts';
 import type { PgVersion } from '../../postgres/version.ts';
-import { importDataDirectory, inspectDataDirectory } from '../import.ts';
+import { importDataDirectory } from '../import.ts';
+import { inspectDataDirectory } from '../import-check.ts';
 import { Ingest } from '../ingest/ingest.ts';
 import { SLRUS, slruSegmentPath } from '../ingest/slru.ts';
 import { KEY_KIND, prefixRange, slruPageKey } from '../key.ts';
