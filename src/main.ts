@@ -172,11 +172,12 @@ async function withCodedErrors<T>(work: () => Promise<T>): Promise<T> {
   }
 }
 
-/** `strata start`: runs in the foreground until SIGINT or SIGTERM. */
+/** `strata start`: runs in the foreground until SIGINT, SIGTERM or SIGHUP. */
 async function start(options: StartOptions): Promise<void> {
   const stopping = new Promise<void>((resolve) => {
     process.once('SIGINT', resolve);
     process.once('SIGTERM', resolve);
+    process.once('SIGHUP', resolve); // the terminal was closed
     if (process.env['npm_lifecycle_event'] === 'start') onceParentIsGone(resolve);
   });
   const { startPlatform } = await import('./platform/platform.ts');

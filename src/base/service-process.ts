@@ -5,7 +5,8 @@
  *   - standard input stays open for the service's life: its end asks for a clean stop, and comes too when the supervisor is gone;
  *   - each line PING that follows is answered by a line ALIVE, which shows that the service is not stuck;
  *   - SIGTERM is only passed on, as a line ASKED: one that reaches the whole process group must not stop the services before the Postgres that
- *     need them, and the supervisor knows which of the two it is. SIGINT (Ctrl-C reaches the group too) is the supervisor's alone.
+ *     need them, and the supervisor knows which of the two it is. SIGINT (Ctrl-C) and SIGHUP (a terminal that closes) reach the group too and are the
+ *     supervisor's alone.
  */
 import { createInterface } from 'node:readline';
 
@@ -30,6 +31,7 @@ export async function runServiceProcess<Config>(
     if (isReady) say(ASKED);
   });
   process.on('SIGINT', () => {});
+  process.on('SIGHUP', () => {});
   const lines = createInterface({ input: process.stdin });
   const ended = new Promise<void>((resolve) => lines.once('close', resolve));
   const config = await new Promise<Config>((resolve, reject) => {

@@ -16,11 +16,13 @@ function platformLog(platform: TestPlatform): string {
   return readFileSync(join(platform.dataDir, 'logs', 'platform.log'), 'utf8');
 }
 
-test('SIGTERM to every process of the platform but Postgres is a clean end', async (context) => {
+test('signals to every process of the platform but Postgres are a clean end', async (context) => {
   const platform = await startPlatform(context);
-  const services = platform.descendants().filter(({ command }) => /main\.ts (safekeeper|pageserver)/.test(command));
-  assert.equal(services.length, 4);
-  for (const { pid } of services) process.kill(pid, 'SIGTERM');
+  const services = platform
+    .descendants()
+    .filter(({ command }) => /main\.ts (safekeeper|pageserver|proxy)/.test(command));
+  assert.equal(services.length, 5);
+  for (const signal of ['SIGTERM', 'SIGINT', 'SIGHUP']) for (const { pid } of services) process.kill(pid, signal);
   assert.equal(await platform.stop(), 0);
   assert(!platformLog(platform).includes('suspended uncleanly'), platformLog(platform));
   await platform.start();
