@@ -101,10 +101,15 @@ describe('scrub', () => {
     renameSync(`${path}.partial`, path);
   }
 
-  function largestLayer(): string {
-    const names = readdirSync(folder).filter((name) => /__[0-9A-F]{16}-/.test(name));
-    const size = (name: string): number => readFileSync(join(folder, name)).length;
-    return join(folder, names.sort((a, b) => size(b) - size(a))[0]!);
+  /** The largest delta layer, once no merge is under way. */
+  async function settledLayer(): Promise<string> {
+    for (let before = ''; ;) {
+      const names = readdirSync(folder).filter((name) => /__[0-9A-F]{16}-/.test(name));
+      const size = (name: string): number => readFileSync(join(folder, name)).length;
+      if (names.join() === before) return join(folder, names.sort((a, b) => size(b) - size(a))[0]!);
+      before = names.join();
+      await new Promise((done) => setTimeout(done, 2_000));
+    }
   }
 
   test('a clean platform passes, and most of it is compared with its WAL', async () => {
@@ -141,7 +146,7 @@ describe('scrub', () => {
   });
 
   test('a layer that is damaged or gone here is named, and repaired when that is asked for', async () => {
-    const path = largestLayer();
+    const path = await settledLayer();
     const bytes = readFileSync(path);
     const damaged = Buffer.from(bytes);
     damaged[Math.floor(bytes.length / 2)]! ^= 255;
