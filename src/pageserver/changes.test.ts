@@ -339,6 +339,13 @@ describe('what changed', () => {
       assert.equal(blocks, 1);
       assert(keyBlocks <= 2, `${keyBlocks} key blocks for one change`);
     }
+    // Of a layer that straddles the window, key blocks that have nothing in it are passed over.
+    const beforeMerge = root.lastRecordLsn - 8;
+    await timelines.compaction.merge(root, (runs) => runs);
+    assert.equal(root.index.layers.filter((layer) => layer.kind === 'delta').length, 1);
+    const straddling = await cost(root, beforeMerge);
+    assert.equal(straddling.blocks, 1);
+    assert(straddling.keyBlocks <= 3, `${straddling.keyBlocks} key blocks for one change in a merged layer`);
     const all = await cost(root, LSN);
     assert.equal(all.blocks, many);
     assert(all.keyBlocks > 20 && all.keyBlocks < many / 100, `${all.keyBlocks} key blocks for ${many} changes`);

@@ -2,8 +2,9 @@
  * What changed between two LSNs of a timeline: for each fork of a relation the blocks that have a value in the window, as ranges, in key order.
  *
  * The answer comes from the indexes of layers and from the maps of memory layers; pages are not read, and of values only the sizes of forks whose
- * size was set in the window. A layer whose LSN range lies in the window counts with all its keys; of one that only touches it, the LSNs in its
- * key blocks decide. So the cost is that of the key blocks of the layers that have LSNs in the window, whatever the size of the database.
+ * size was set in the window. The layer map leaves out layers without LSNs in the window, a layer's index leaves out key blocks without (each says its newest
+ * LSN), and in the others the LSN of each entry decides. So the cost is that of the key blocks with changes in the window or after it, whatever the size of the
+ * database and of its history.
  * Image layers say nothing about when something changed, and are not looked at; images inside of delta layers stand at the LSN of a change.
  *
  * What it means:

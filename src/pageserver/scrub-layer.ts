@@ -161,6 +161,9 @@ class LayerCheck {
         section.firstKeys.compare(number, block.keys.get(0)) === 0 &&
         section.firstLsns[number] === block.lsns[0];
       if (!beginsSo) this.#add(offset, 'the key block begins with another entry than the index says');
+      const newestLsn = block.lsns.reduce((newest, lsn) => Math.max(newest, lsn), 0);
+      if (newestLsn !== section.newestLsns[number])
+        this.#add(offset, 'the key block’s newest LSN is not what the index says');
       for (let i = 0; i < block.keys.count; i++) {
         const key = block.keys.get(i);
         const order = lastKey === undefined ? -1 : compareKeys(lastKey, key);

@@ -172,6 +172,7 @@ export class KeyBlockBuilder {
   #length = HEADER_BYTES;
   #count = 0;
   #firstLsn: Lsn = 0;
+  #newestLsn: Lsn = 0;
   #firstKey: Key | undefined;
   #lastKey: Key | undefined;
   #previousLsn: Lsn = 0;
@@ -205,6 +206,7 @@ export class KeyBlockBuilder {
     if (this.#count === 0) {
       this.#firstKey = key;
       this.#firstLsn = lsn;
+      this.#newestLsn = lsn;
       this.#previousValueBlock = valueBlock;
       bytes.writeUInt32LE(valueBlock, 4);
       bytes.writeUInt32LE(valueOffset, 8);
@@ -217,20 +219,21 @@ export class KeyBlockBuilder {
     this.#varint(valueBlock - this.#previousValueBlock);
     this.#varint(valueLength);
     bytes[this.#length++] = kind;
+    if (lsn > this.#newestLsn) this.#newestLsn = lsn;
     this.#previousLsn = lsn;
     this.#previousValueBlock = valueBlock;
     this.#count++;
   }
 
   /** The block's content, and what the index says of it. The builder begins a new block. */
-  finish(): { content: Buffer; firstKey: Key; firstLsn: Lsn } {
+  finish(): { content: Buffer; firstKey: Key; firstLsn: Lsn; newestLsn: Lsn } {
     const content = this.#bytes.subarray(0, this.#length);
     content.writeUInt32LE(this.#count, 0);
     const firstKey = this.#firstKey!;
     this.#bytes = Buffer.allocUnsafe(this.#targetBytes + MAX_ENTRY_BYTES);
     this.#length = HEADER_BYTES;
     this.#count = 0;
-    return { content, firstKey, firstLsn: this.#firstLsn };
+    return { content, firstKey, firstLsn: this.#firstLsn, newestLsn: this.#newestLsn };
   }
 
   #varint(value: number): void {

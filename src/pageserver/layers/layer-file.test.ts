@@ -64,7 +64,7 @@ describe('layer files', () => {
     assert.equal(layerFileName(layer.description), name);
     const bytes = readFileSync(layer.path);
     const expected = [
-      '53545241' + '54414c59' + '0200' + '01' + '0000000000', // header
+      '53545241' + '54414c59' + '0300' + '01' + '0000000000', // header
       '........' + '01' + '00' + '0000' + '08000000' + '08000000', // history: value block, not compressed
       '01' + '616263' + '04' + '09' + '7879',
       '........' + '02' + '00' + '0000' + '28000000' + '28000000', // key block

@@ -5,7 +5,7 @@
  * holds, as images, all keys of its key range that exist at one LSN: a key in its range that is not in it does not exist there.
  * Both have the same bytes; integers are little-endian unless said otherwise:
  *
- *   header    16 bytes: "STRATALY", u16 version (2), u8 kind (1 delta, 2 image), 5 zeroes
+ *   header    16 bytes: "STRATALY", u16 version (3), u8 kind (1 delta, 2 image), 5 zeroes
  *   blocks    value blocks and key blocks, in any order, each as in block.ts, one after the other
  *   index     one block
  *   footer    128 bytes
@@ -36,13 +36,14 @@
  * Varint: 7 bits at a time, least significant first, the top bit set on all but the last byte; below 2^53.
  *
  * Index block, for history and then for newest:
- *   u32  key block count, then for each: first key (18 bytes), u64 first LSN, u48 file offset, u32 length of the block as stored
+ *   u32  key block count, then for each: first key (18 bytes), u64 first LSN, u64 newest LSN of all entries, u48 file offset, u32 length of the
+ *        block as stored
  *   u32  value block count, then for each: u48 file offset, u32 length as stored (header included in both)
  *
  * Footer:
  *   offset  size  field
  *        0     4  CRC32C of the other 124 bytes
- *        4     2  version (2)
+ *        4     2  version (3)
  *        6     1  kind
  *        7     1  zero
  *        8    16  timeline id
@@ -75,7 +76,7 @@ import { LayerDamagedError } from './block.ts';
 import { KeyBlock, KeyColumns } from './key-block.ts';
 
 export const LAYER_MAGIC = 'STRATALY';
-export const LAYER_VERSION = 2;
+export const LAYER_VERSION = 3;
 export const LAYER_HEADER_BYTES = 16;
 export const LAYER_FOOTER_BYTES = 128;
 
@@ -115,12 +116,15 @@ export interface BlockLocation {
 export interface KeyBlockLocation extends BlockLocation {
   readonly firstKey: Key;
   readonly firstLsn: Lsn;
+  /** Of all its entries. */
+  readonly newestLsn: Lsn;
 }
 
 /** A section of the decoded index block, column by column. */
 export interface SectionIndex {
   readonly firstKeys: KeyColumns;
   readonly firstLsns: Float64Array;
+  readonly newestLsns: Float64Array;
   readonly keyBlockOffsets: Float64Array;
   readonly keyBlockLengths: Uint32Array;
   readonly valueBlockOffsets: Float64Array;
@@ -200,7 +204,7 @@ export function decodeFooter(bytes: Buffer, file: string, offset: number): Layer
   };
 }
 
-const KEY_BLOCK_ITEM_BYTES = KEY_SIZE_BYTES + 8 + 6 + 4;
+const KEY_BLOCK_ITEM_BYTES = KEY_SIZE_BYTES + 8 + 8 + 6 + 4;
 const VALUE_BLOCK_ITEM_BYTES = 6 + 4;
 
 /** What the index says of a section. */
@@ -221,8 +225,9 @@ function encodeSection({ keyBlocks, valueBlocks }: SectionLocations): Buffer {
   for (const block of keyBlocks) {
     writeKey(block.firstKey, bytes, at);
     writeLsn(bytes, block.firstLsn, at + 18);
-    bytes.writeUIntLE(block.offset, at + 26, 6);
-    at = bytes.writeUInt32LE(block.length, at + 32);
+    writeLsn(bytes, block.newestLsn, at + 26);
+    bytes.writeUIntLE(block.offset, at + 34, 6);
+    at = bytes.writeUInt32LE(block.length, at + 40);
   }
   at = bytes.writeUInt32LE(valueBlocks.length, at);
   for (const block of valueBlocks) {
@@ -254,6 +259,7 @@ function decodeSection(bytes: Buffer, start: number): { index: SectionIndex; end
   const index: SectionIndex = {
     firstKeys: new KeyColumns(keyBlockCount),
     firstLsns: new Float64Array(keyBlockCount),
+    newestLsns: new Float64Array(keyBlockCount),
     keyBlockOffsets: new Float64Array(keyBlockCount),
     keyBlockLengths: new Uint32Array(keyBlockCount),
     valueBlockOffsets: new Float64Array(valueBlockCount),
@@ -262,8 +268,9 @@ function decodeSection(bytes: Buffer, start: number): { index: SectionIndex; end
   for (let i = 0, at = start + 4; i < keyBlockCount; i++, at += KEY_BLOCK_ITEM_BYTES) {
     index.firstKeys.decode(i, bytes, at);
     index.firstLsns[i] = readLsn(bytes, at + 18);
-    index.keyBlockOffsets[i] = bytes.readUIntLE(at + 26, 6);
-    index.keyBlockLengths[i] = bytes.readUInt32LE(at + 32);
+    index.newestLsns[i] = readLsn(bytes, at + 26);
+    index.keyBlockOffsets[i] = bytes.readUIntLE(at + 34, 6);
+    index.keyBlockLengths[i] = bytes.readUInt32LE(at + 40);
   }
   for (let i = 0, at = valuesAt + 4; i < valueBlockCount; i++, at += VALUE_BLOCK_ITEM_BYTES) {
     index.valueBlockOffsets[i] = bytes.readUIntLE(at, 6);

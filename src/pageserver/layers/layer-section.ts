@@ -68,14 +68,16 @@ export class LayerSection {
   }
 
   /**
-   * The keys of the range that have an entry with `floor < LSN <= lsn`, in order. Gives undefined for each key block that it reads. Without
+   * The keys of the range that have an entry with `floor < LSN <= lsn`, in order. Gives undefined for each key block that it reads: those
+   * that have nothing after `floor` are passed over. Without
    * `isKept` it leaves the cache as it is.
    */
   *keysWithin(range: KeyRange, floor: Lsn, lsn: Lsn, isKept: boolean): Generator<Key | undefined, undefined> {
-    const { firstKeys } = this.#index;
+    const { firstKeys, newestLsns } = this.#index;
     let last: Key | undefined;
     for (let number = Math.max(0, firstKeys.lowerBound(range.start) - 1); number < firstKeys.count; number++) {
       if (firstKeys.compare(number, range.end) >= 0) return undefined;
+      if (newestLsns[number]! <= floor) continue;
       const block = this.#keyBlock(number, isKept);
       yield undefined;
       const { keys } = block;

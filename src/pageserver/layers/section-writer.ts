@@ -77,7 +77,7 @@ export class SectionWriter {
   }
 
   #closeKeyBlock(): void {
-    const { content, firstKey, firstLsn } = this.#keys.finish();
-    this.keyBlocks.push({ firstKey, firstLsn, ...this.#append(BLOCK_TYPE.keys, content)[0] });
+    const { content, ...known } = this.#keys.finish();
+    this.keyBlocks.push({ ...known, ...this.#append(BLOCK_TYPE.keys, content)[0] });
   }
 }
