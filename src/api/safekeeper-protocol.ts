@@ -26,7 +26,7 @@
  *
  *     30  watch           c → s      nothing; makes the connection a watcher's
  *     31  progress        s → c      count × {16 tenant id, 16 timeline id, u64 commit LSN, u64 flush LSN}
- *     32  feedback        c → s      from a watcher that is a pageserver: count × {16 timeline id, u64 ingested, u64 flushed, u64 remote, u64 oldest LSN}
+ *     32  feedback        c → s      from a watcher that is a pageserver, and s → c to proposers, of their timeline: count × {16 timeline id, u64 ingested, u64 flushed, u64 remote, u64 oldest LSN}
  *
  *     40  request         c → s      JSON {id, method, params}
  *     41  response        s → c      JSON {id, result} or {id, error: {code, message}}
@@ -162,6 +162,19 @@ export interface TimelineProgress {
   readonly commitLsn: Lsn;
   /** A lower bound when no proposer has been here since the safekeeper's start. */
   readonly flushLsn: Lsn;
+}
+
+/** A timeline's WAL on one safekeeper. */
+export interface TimelineWalStatus extends TimelineProgress {
+  /** The first byte on its disk. */
+  readonly localStartLsn: Lsn;
+  readonly offloadedLsn: Lsn;
+  /** WAL could not be brought to the object store at the last attempt. */
+  readonly isOffloadFailing: boolean;
+  /** Absent when no pageserver has told of it since the safekeeper's start. */
+  readonly feedback?: PageserverFeedback;
+  /** Why it is not served. */
+  readonly failure?: string;
 }
 
 /** How far a pageserver has got with a timeline. */

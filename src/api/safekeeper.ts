@@ -29,10 +29,11 @@ import {
   type PageserverFeedback,
   type ReadRequest,
   type TimelineProgress,
+  type TimelineWalStatus,
   type WalChunk,
 } from './safekeeper-protocol.ts';
 
-export type { PageserverFeedback, TimelineProgress, WalChunk } from './safekeeper-protocol.ts';
+export type { PageserverFeedback, TimelineProgress, TimelineWalStatus, WalChunk } from './safekeeper-protocol.ts';
 
 const CONNECT_TIMEOUT_MS = 5_000;
 const CALL_TIMEOUT_MS = 30_000;
@@ -160,6 +161,10 @@ export class SafekeeperClient {
   /** Durable when it resolves. Rejects with `conflict` when the safekeeper has the log and is not told to replace it. */
   async rebuildTimeline(rebuild: RebuildRequest): Promise<void> {
     await this.#call('rebuildTimeline', rebuild);
+  }
+
+  async walStatus(): Promise<TimelineWalStatus[]> {
+    return (await this.#call('walStatus', {})) as TimelineWalStatus[];
   }
 
   async list(): Promise<TimelineProgress[]> {

@@ -15,12 +15,14 @@ import {
 } from '../api/safekeeper.ts';
 import {
   decodeAcceptorMessage,
+  decodeFeedback,
   decodeGreetingReply,
   type CreateRequest,
   encodeAppendHead,
   encodeJson,
   encodeProposerMessage,
   FRAME,
+  type PageserverFeedback,
 } from '../api/safekeeper-protocol.ts';
 import type { AcceptorState } from '../consensus/acceptor.ts';
 import type { Elected, Renew, VoteRequest } from '../consensus/messages.ts';
@@ -54,6 +56,8 @@ export interface ProposerPeerOptions {
   readonly perform: (actions: readonly ProposerAction[]) => void;
   readonly addressOf: (peer: number) => SafekeeperAddress;
   readonly onAcknowledged: () => void;
+  /** How far the pageserver has got. */
+  readonly onFeedback: (feedback: PageserverFeedback) => void;
   /** The safekeeper said something that trying again will not change. */
   readonly onRefused: () => void;
   readonly log: Logger | undefined;
@@ -272,6 +276,10 @@ export class ProposerPeer {
       }
       this.#lastError = new StrataError('not-found', `safekeeper ${this.#name} has no timeline ${timelineId}`);
       this.#options.onRefused();
+      return;
+    }
+    if (frame.type === FRAME.feedback) {
+      for (const feedback of decodeFeedback(frame.payload)) this.#options.onFeedback(feedback);
       return;
     }
     const message = decodeAcceptorMessage(frame.type, frame.payload);

@@ -16,6 +16,7 @@ import { fixedSafekeepers, type SafekeeperDirectory } from '../api/safekeeper-se
 import { ProposerState, type ProposerAction } from '../consensus/proposer.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { EagerPeers } from './eager-peers.ts';
+import { allowedRate, type BackpressureLimits, lagOf } from './backpressure.ts';
 import { ProposerPeer } from './proposer-peer.ts';
 import { WalBuffer } from './wal-buffer.ts';
 
@@ -37,6 +38,8 @@ export interface ProposerOptions {
    * is missing otherwise was lost, and is given anew once it is certain that nothing is lost with it.
    */
   readonly mayCreate: boolean;
+  /** When storage lags; the defaults of backpressure.ts when absent. */
+  readonly backpressure?: BackpressureLimits;
   /** Rejects with `conflict`, and raises no term, when so many safekeepers have a leader connected that no quorum is free. */
   readonly yieldsToLeader?: boolean;
 }
@@ -99,6 +102,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
   #buffer = new WalBuffer(0);
   #pumpScheduled = false;
   #full = false;
+  #feedback: { readonly ingestedLsn: Lsn; readonly remoteLsn: Lsn } | undefined;
   #retryCount = 0;
   #pauseTimer: NodeJS.Timeout | undefined;
   #retryTimer: NodeJS.Timeout | undefined;
@@ -154,6 +158,13 @@ export class Proposer extends EventEmitter<ProposerEvents> {
   /** End of what was appended: the next append begins here. */
   get endLsn(): Lsn {
     return this.#buffer.endLsn;
+  }
+
+  /** WAL bytes per second that storage can be given; Infinity as a rule (backpressure.ts). */
+  get allowedRate(): number {
+    const feedback = this.#feedback;
+    if (feedback === undefined) return Infinity;
+    return allowedRate(lagOf(this.endLsn, feedback), this.#options.backpressure);
   }
 
   get fenced(): boolean {
@@ -302,6 +313,14 @@ export class Proposer extends EventEmitter<ProposerEvents> {
       perform: (actions) => this.#perform(actions),
       addressOf: (peer) => this.#addressOf(peer),
       onAcknowledged: () => this.#acknowledged(),
+      onFeedback: (told) => {
+        const { ingestedLsn, remoteLsn } = this.#feedback ?? told;
+        // Each safekeeper tells what it heard last; the newest is the highest.
+        this.#feedback = {
+          ingestedLsn: Math.max(told.ingestedLsn, ingestedLsn),
+          remoteLsn: Math.max(told.remoteLsn, remoteLsn),
+        };
+      },
       onRefused: () => this.#checkRefusals(),
       log,
     });

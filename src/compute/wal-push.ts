@@ -3,11 +3,12 @@
  * has brought it to a quorum and we have told Postgres so.
  *
  * Nothing waits for a timer on this way: WAL is appended as it arrives, and each move of the commit LSN is reported at once. When the proposer
- * has no room, reading stops; the slot keeps Postgres' WAL meanwhile.
+ * has no room, reading stops; the slot keeps Postgres' WAL meanwhile. When storage lags too far behind, reading is slowed (backpressure.ts).
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Logger } from '../base/log.ts';
 import type { Lsn } from '../postgres/lsn.ts';
+import { DELAY_MS_MAX, delayMs } from './backpressure.ts';
 import type { Proposer } from './proposer.ts';
 import { ReplicationClient, type ReplicationOptions } from './replication-client.ts';
 import { PROPOSER_NAME } from './settings.ts';
@@ -24,6 +25,8 @@ const RECONNECT_FOR_MS = 5_000;
 const RECONNECT_DELAY_MS = 50;
 /** Postgres drops a standby that is silent for wal_sender_timeout. */
 const STATUS_INTERVAL_MS = 10_000;
+/** Shorter delays are not worth a timer: the next bytes bring more. */
+const SLOW_MS_MIN = 1;
 
 /** Resolves when Postgres streams to us. Throws `unavailable` with what Postgres says. */
 export async function startWalPush(options: WalPushOptions): Promise<WalPush> {
@@ -37,12 +40,18 @@ export class WalPush {
   readonly closed: Promise<string>;
   readonly #options: WalPushOptions;
   readonly #onCommit = (lsn: Lsn): void => this.#client?.sendStatus(lsn);
-  readonly #onDrain = (): void => this.#client?.resume();
+  readonly #onDrain = (): void => {
+    this.#isFull = false;
+    this.#resume();
+  };
   readonly #onFenced = (): void => this.#end('another proposer leads');
   readonly #onAbort = (): void => this.#end('aborted');
   readonly #statusTimer: NodeJS.Timeout;
   #resolveClosed: ((reason: string) => void) | undefined;
   #client: ReplicationClient | undefined;
+  #isFull = false;
+  /** Storage lags: no WAL is taken until it fires. */
+  #slowTimer: NodeJS.Timeout | undefined;
   #ended = false;
 
   constructor(options: WalPushOptions) {
@@ -82,7 +91,10 @@ export class WalPush {
       this.#client = client;
       await client.stream(slotName, proposer.endLsn, {
         onWal: (lsn, bytes) => {
-          if (!proposer.append(lsn, bytes)) client.pause();
+          if (!proposer.append(lsn, bytes)) this.#isFull = true;
+          const waitMs = delayMs(bytes.length, proposer.allowedRate);
+          if (waitMs >= SLOW_MS_MIN) this.#slow(waitMs);
+          if (this.#isFull || this.#slowTimer !== undefined) client.pause();
         },
         onStatusWanted: () => client.sendStatus(proposer.commitLsn),
         onClose: (reason) => void this.#lost(reason),
@@ -93,6 +105,20 @@ export class WalPush {
     }
     client.sendStatus(proposer.commitLsn);
     if (this.#ended) client.close();
+  }
+
+  #slow(waitMs: number): void {
+    if (this.#slowTimer !== undefined) return;
+    this.#slowTimer = setTimeout(() => {
+      this.#slowTimer = undefined;
+      // At the hard limit nothing is taken until the lag is less.
+      if (this.#options.proposer.allowedRate === 0 && !this.#ended) this.#slow(DELAY_MS_MAX);
+      else this.#resume();
+    }, waitMs);
+  }
+
+  #resume(): void {
+    if (!this.#isFull && this.#slowTimer === undefined) this.#client?.resume();
   }
 
   async #lost(reason: string): Promise<void> {
@@ -123,6 +149,7 @@ export class WalPush {
     proposer.off('fenced', this.#onFenced);
     signal?.removeEventListener('abort', this.#onAbort);
     clearInterval(this.#statusTimer);
+    clearTimeout(this.#slowTimer);
     this.#client?.close();
     this.#resolveClosed?.(reason);
   }

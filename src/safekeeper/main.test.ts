@@ -2,12 +2,13 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
-import { existsSync, readdirSync, readlinkSync } from 'node:fs';
-import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { cpSync, existsSync, readdirSync, readlinkSync } from 'node:fs';
+import { mkdir, mkdtemp, open, rm, rmdir, writeFile } from 'node:fs/promises';
 import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test, type TestContext } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
 import {
   greetingOf,
   readWal,
@@ -33,6 +34,7 @@ import { signToken } from '../base/token.ts';
 import { blankState } from '../consensus/acceptor.ts';
 import { NO_CONFIGURATION } from '../consensus/configuration.ts';
 import type { AcceptorMessage, ProposerMessage } from '../consensus/messages.ts';
+import { type Lsn, segmentOffset } from '../postgres/lsn.ts';
 import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from './made-wal.test-data.ts';
 import { runSafekeeper, type Safekeeper } from './main.ts';
 import { segmentPath } from './wal-store.ts';
@@ -47,8 +49,8 @@ interface Served {
   restart(): Promise<void>;
 }
 
-async function serve(context: TestContext): Promise<Served> {
-  const dataDir = await mkdtemp(join(tmpdir(), 'strata-safekeeper-'));
+async function serve(context: TestContext, existing?: string): Promise<Served> {
+  const dataDir = existing ?? (await mkdtemp(join(tmpdir(), 'strata-safekeeper-')));
   const token = await signToken(SECRET, { scope: 'platform' });
   const start = async (): Promise<void> => {
     served.safekeeper = await runSafekeeper({ nodeId: 1, dataDir, host: '127.0.0.1', port: 0, secret: SECRET, log });
@@ -375,7 +377,7 @@ test('hundreds of idle timelines hold no file open and are there quickly after a
   again.close();
 });
 
-test('after a failed write the timeline is not served any more, others are', async (context) => {
+test('after a failed write the timeline is not served, others are, and it is again when the disk works', async (context) => {
   const served = await serve(context);
   const [broken, sound] = [newTimeline(), newTimeline()];
   const proposer = new RawProposer(served.endpoint, broken);
@@ -384,16 +386,77 @@ test('after a failed write the timeline is not served any more, others are', asy
   // The next segment cannot be made: a folder stands in its place.
   await mkdir(segmentPath(directory, MID_SEGMENT_LSN + 16 * 1024 * 1024));
   const wal = makeWal(MID_SEGMENT_LSN, [18_000_000]);
-  for (let at = 0; at < wal.bytes.length; at += 500_000) {
-    const bytes = wal.bytes.subarray(at, at + 500_000);
-    proposer.send({ kind: 'append', term: 1, beginLsn: MID_SEGMENT_LSN + at, commitLsn: 0, bytes });
-  }
-  assert.equal((await proposer.closed).code, 'internal');
+  const appendAll = (to: RawProposer, term: number): void => {
+    for (let at = 0; at < wal.bytes.length; at += 500_000) {
+      const bytes = wal.bytes.subarray(at, at + 500_000);
+      to.send({ kind: 'append', term, beginLsn: MID_SEGMENT_LSN + at, commitLsn: 0, bytes });
+    }
+  };
+  appendAll(proposer, 1);
+  assert.equal((await proposer.closed).code, 'unavailable');
   const client = new SafekeeperClient(served.endpoint);
-  await assert.rejects(client.status(broken.tenantId, broken.timelineId), { code: 'internal' });
+  await assert.rejects(client.status(broken.tenantId, broken.timelineId), { code: 'unavailable', message: /disk/ });
   await client.createTimeline(sound);
   assert.equal((await client.status(sound.tenantId, sound.timelineId)).flushLsn, MID_SEGMENT_LSN);
+  await rmdir(segmentPath(directory, MID_SEGMENT_LSN + 16 * 1024 * 1024));
+  let flushLsn: Lsn | undefined;
+  for (const deadline = Date.now() + 10_000; flushLsn === undefined && Date.now() < deadline; await sleep(50)) {
+    flushLsn = (await client.status(broken.tenantId, broken.timelineId).catch(() => undefined))?.flushLsn;
+  }
+  assert.equal(flushLsn, MID_SEGMENT_LSN, 'the record that did not fit was never acknowledged');
+  const again = new RawProposer(served.endpoint, broken);
+  await again.lead(2);
+  appendAll(again, 2);
+  while ((await client.status(broken.tenantId, broken.timelineId)).flushLsn !== wal.endLsn) await sleep(20);
   client.close();
+});
+
+test('a log that ends before what it had acknowledged gives no vote until it is healed; a torn tail costs nothing', async (context) => {
+  const served = await serve(context);
+  const timeline = newTimeline();
+  const proposer = new RawProposer(served.endpoint, timeline);
+  await proposer.lead(1);
+  const wal = makeWal(MID_SEGMENT_LSN, [500, 600, 700, 800]);
+  const bytes = wal.bytes.subarray(0, wal.bytes.length - 100); // The last record is not whole.
+  proposer.send({ kind: 'append', term: 1, beginLsn: MID_SEGMENT_LSN, commitLsn: MID_SEGMENT_LSN, bytes });
+  const acknowledged = wal.ends[2]!;
+  const client = new SafekeeperClient(served.endpoint);
+  while ((await client.status(timeline.tenantId, timeline.timelineId)).flushLsn !== acknowledged) await sleep(10);
+  client.close();
+  await sleep(500); // The mark is written.
+
+  // What a crash would leave, and the same with a byte of the third record changed.
+  for (const isDamaged of [false, true]) {
+    const dataDir = `${served.dataDir}-${isDamaged}`;
+    cpSync(served.dataDir, dataDir, { recursive: true });
+    if (isDamaged) {
+      const path = segmentPath(join(dataDir, timeline.tenantId, timeline.timelineId), MID_SEGMENT_LSN);
+      const file = await open(path, 'r+');
+      await file.write(Buffer.from([0xff]), 0, 1, segmentOffset(wal.ends[1]!) + 300);
+      await file.close();
+    }
+    const other = await serve(context, dataDir);
+    const asked = new SafekeeperClient(other.endpoint);
+    const status = await asked.status(timeline.tenantId, timeline.timelineId);
+    assert.equal(status.isVoter, !isDamaged);
+    assert.equal(status.flushLsn, isDamaged ? wal.ends[1] : acknowledged);
+    if (isDamaged) {
+      const leader = new RawProposer(other.endpoint, timeline);
+      assert.equal(await leader.next(), 'greeted');
+      leader.send({ kind: 'vote', term: 2, generation: 0, configuration: NO_CONFIGURATION });
+      const vote = await leader.next();
+      assert(vote !== 'greeted' && vote.kind === 'vote-reply' && !vote.granted && !vote.isVoter);
+      // Elected by others, who have it all.
+      const history = [...vote.history, { term: 2, startLsn: acknowledged }];
+      leader.send({ kind: 'elected', term: 2, startLsn: wal.ends[1]!, history });
+      assert.notEqual(await leader.next(), 'greeted'); // It follows.
+      const rest = wal.bytes.subarray(wal.ends[1]! - MID_SEGMENT_LSN);
+      leader.send({ kind: 'append', term: 2, beginLsn: wal.ends[1]!, commitLsn: 0, bytes: rest });
+      while ((await asked.status(timeline.tenantId, timeline.timelineId)).flushLsn !== wal.endLsn) await sleep(10);
+      assert((await asked.status(timeline.tenantId, timeline.timelineId)).isVoter, 'healed');
+    }
+    asked.close();
+  }
 });
 
 function openFiles(directory: string): string[] {

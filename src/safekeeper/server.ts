@@ -17,6 +17,7 @@ import {
   decodeJson,
   decodeProposerMessage,
   encodeAcceptorMessage,
+  encodeFeedback,
   encodeGreetingReply,
   encodeHelloReply,
   encodeJson,
@@ -25,6 +26,7 @@ import {
   type CreateRequest,
   type GiveRequest,
   type Greeting,
+  type PageserverFeedback,
   MAX_FRAME_BYTES,
   type ReadRequest,
 } from '../api/safekeeper-protocol.ts';
@@ -125,6 +127,10 @@ class Connection implements ProposerLink {
 
   send(message: AcceptorMessage): void {
     if (!this.#socket.destroyed) this.#socket.write(encodeAcceptorMessage(message));
+  }
+
+  tell(feedback: PageserverFeedback): void {
+    if (!this.#socket.destroyed) this.#socket.write(encodeFeedback([feedback]));
   }
 
   fail(error: StrataError): void {
@@ -254,6 +260,8 @@ class Connection implements ProposerLink {
     this.#socket.write(
       encodeGreetingReply({ kind: 'present', nodeId: this.#context.nodeId, hasLeader, ...timeline.greeting }),
     );
+    const { feedback } = timeline.kept;
+    if (feedback !== undefined) this.tell(feedback);
   }
 
   async #read(request: ReadRequest): Promise<void> {
@@ -318,6 +326,9 @@ class Connection implements ProposerLink {
         await timeline.open();
         return timeline.status;
       }
+      case 'walStatus':
+        this.#requirePlatform();
+        return timelines.walStatus();
       case 'list':
         this.#requirePlatform();
         return timelines.list();

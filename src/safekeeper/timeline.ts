@@ -4,31 +4,40 @@
  * An idle timeline is this object with its last known control file: no open file, no timer. The first proposer opens it, which finds the end
  * of its WAL; when the last one leaves, its file is closed and its commit LSN saved.
  *
- * An I/O error ends it until the process is started anew: after a failed write or fsync nobody knows what the disk holds, so nothing
- * more is acknowledged and nobody is served.
+ * After an I/O error nothing more is acknowledged and nobody is served, until the disk works again (#ioFailed). WAL that was acknowledged and is damaged at a
+ * start costs the timeline its vote until others have healed it (flush-mark.ts).
  */
+import { open, rm } from 'node:fs/promises';
+import { join } from 'node:path';
 import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
-import type { SafekeeperTimelineStatus, TimelineIdentity } from '../api/safekeeper.ts';
+import type { PageserverFeedback, SafekeeperTimelineStatus, TimelineIdentity } from '../api/safekeeper.ts';
 import { Acceptor, type AcceptorAction, type AcceptorState, type BoundaryTracker } from '../consensus/acceptor.ts';
 import type { AcceptorMessage, ProposerMessage, TermHistory } from '../consensus/messages.ts';
 import type { AcceptorGreeting } from '../consensus/proposer.ts';
-import { historyUpTo, lastLogTerm } from '../consensus/term-history.ts';
+import { compareLogs, historyUpTo, lastLogTerm, type LogPosition } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
 import { writeControlFile } from './control-file.ts';
+import { FLUSH_MARK_NAME, FlushMark } from './flush-mark.ts';
 import type { KeptWal } from './kept-wal.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
+import { EXTENT_FILE_NAME } from './wal-extent.ts';
 import { WalStore } from './wal-store.ts';
 
 /** A proposer's connection, as the timeline needs it. */
 export interface ProposerLink {
   send(message: AcceptorMessage): void;
+  tell(feedback: PageserverFeedback): void;
   fail(error: StrataError): void;
 }
 
 /** WAL that waits for the disk; beyond it connections are paused. */
 const MAX_UNWRITTEN_BYTES = 8 * 1024 * 1024;
+const REVIVE_MIN_MS = 1_000;
+const REVIVE_MAX_MS = 30_000;
+/** What must be writable before a timeline whose disk was full is served again. */
+const ROOM_BYTES = 4 * 1024 * 1024;
 
 export class Timeline {
   readonly identity: TimelineIdentity;
@@ -38,6 +47,7 @@ export class Timeline {
   readonly offloadedWal: OffloadedWal | undefined;
   readonly #nodeId: number;
   readonly #store: WalStore;
+  readonly #mark: FlushMark;
   readonly #log: Logger;
   readonly #onProgress: (timeline: Timeline) => void;
   readonly #links = new Set<ProposerLink>();
@@ -51,6 +61,8 @@ export class Timeline {
   #leader: ProposerLink | undefined;
   #opening: Promise<void> | undefined;
   #failure: StrataError | undefined;
+  #reviveTimer: NodeJS.Timeout | undefined;
+  #markedLsn: Lsn = 0;
 
   constructor(options: {
     /** Of the safekeeper. */
@@ -74,6 +86,7 @@ export class Timeline {
     this.#savedCommitLsn = options.state.commitLsn;
     this.#onProgress = options.onProgress;
     this.#log = options.log.child({ timelineId: options.identity.timelineId });
+    this.#mark = new FlushMark(options.directory, (error) => this.#log.warn({ err: error }, 'the flush mark failed'));
     this.#store = new WalStore(options.directory, options.identity, options.kept.logStartLsn);
     if (options.isNew) this.#opening = Promise.resolve(this.#opened(options.state.commitLsn));
   }
@@ -98,6 +111,11 @@ export class Timeline {
 
   get history(): TermHistory {
     return this.#acceptor?.history ?? this.#state.history;
+  }
+
+  /** Why it is not served; undefined as a rule. */
+  get failure(): StrataError | undefined {
+    return this.#failure;
   }
 
   get isFailed(): boolean {
@@ -170,6 +188,12 @@ export class Timeline {
     return acceptor.unwrittenBytes < MAX_UNWRITTEN_BYTES;
   }
 
+  /** The pageserver has told how far it has got. */
+  told(feedback: PageserverFeedback): void {
+    this.kept.feedback = feedback;
+    for (const link of this.#links) link.tell(feedback);
+  }
+
   onWritable(callback: () => void): void {
     this.#writableWaiters.push(callback);
   }
@@ -194,7 +218,9 @@ export class Timeline {
     this.#fail(new StrataError('not-found', `timeline ${this.identity.timelineId} was deleted`));
     const { tenantId, timelineId } = this.identity;
     await writeControlFile(this.directory, { kind: 'deleted', tenantId, timelineId });
+    await this.#release();
     await this.#store.remove();
+    for (const name of [FLUSH_MARK_NAME, EXTENT_FILE_NAME]) await rm(join(this.directory, name), { force: true });
   }
 
   /** Ends it as if it were not here; its files stay. */
@@ -202,28 +228,52 @@ export class Timeline {
     await this.#opening?.catch(() => {});
     await this.#whenIdle();
     this.#fail(new StrataError('unavailable', `timeline ${this.identity.timelineId} is being rebuilt`));
-    await this.#store.release();
+    await this.#release();
   }
 
   /** Nobody is connected any more. */
   async close(): Promise<void> {
     await this.#opening?.catch(() => {});
     await this.save();
+    await this.#release();
+  }
+
+  async #release(): Promise<void> {
+    clearTimeout(this.#reviveTimer);
+    await this.#mark.release().catch(() => {}); // It only says less than it could.
     await this.#store.release();
   }
 
   async #recover(): Promise<void> {
     try {
-      const { commitLsn } = this.#state;
-      const [flushLsn] = await Promise.all([
-        this.#store.recover(commitLsn),
-        // A control file that was renamed just before a kill may not be durable yet; what follows relies on it.
-        writeControlFile(this.directory, { kind: 'timeline', identity: this.identity, acceptor: this.#state }),
-      ]);
+      const [flushLsn, mark] = await Promise.all([this.#store.recover(this.#state.commitLsn), this.#mark.read()]);
+      this.#noteLoss(flushLsn, mark);
+      // A control file that was renamed just before a kill may not be durable yet; what follows relies on it.
+      await this.#writeControl();
       this.#opened(flushLsn);
     } catch (error) {
       this.#ioFailed(error);
     }
+  }
+
+  /** A log that ends before what it had acknowledged is damaged: it gives no vote before others have brought it back there. */
+  #noteLoss(flushLsn: Lsn, mark: LogPosition | undefined): void {
+    const state = this.#state;
+    const found = { lastLogTerm: lastLogTerm(state.history, flushLsn), flushLsn };
+    if (mark === undefined || compareLogs(found, mark) >= 0) return;
+    const [ends, was] = [formatLsn(flushLsn), formatLsn(mark.flushLsn)];
+    this.#log.error(
+      { ends, acknowledged: was },
+      'the WAL on this disk is damaged: it ends before what was acknowledged. It does not vote before others have healed it',
+    );
+    const { votesFrom } = state;
+    if (votesFrom === undefined || compareLogs(mark, votesFrom) > 0) this.#state = { ...state, votesFrom: mark };
+  }
+
+  async #writeControl(): Promise<void> {
+    const acceptor = this.#state;
+    await writeControlFile(this.directory, { kind: 'timeline', identity: this.identity, acceptor });
+    this.#savedCommitLsn = acceptor.commitLsn;
   }
 
   #opened(flushLsn: Lsn): void {
@@ -242,7 +292,7 @@ export class Timeline {
     await this.save();
     if (this.#links.size > 0 || this.#acceptor?.isIdle !== true) return;
     this.#acceptor.rest();
-    await this.#store.release();
+    await this.#release();
   }
 
   #perform(actions: readonly AcceptorAction<ProposerLink>[]): void {
@@ -259,19 +309,11 @@ export class Timeline {
           break;
         case 'truncate':
           this.#log.info({ lsn: formatLsn(action.lsn) }, 'cutting WAL that another leader has not got');
-          this.#io(this.#store.truncate(action.lsn));
+          this.#io(this.#cut(action.lsn));
           break;
         case 'persist':
           this.#state = action.state;
-          this.#io(
-            writeControlFile(this.directory, {
-              kind: 'timeline',
-              identity: this.identity,
-              acceptor: action.state,
-            }).then(() => {
-              this.#savedCommitLsn = action.state.commitLsn;
-            }),
-          );
+          this.#io(this.#writeControl());
           break;
         case 'term-raised':
           for (const link of this.#links) {
@@ -296,17 +338,69 @@ export class Timeline {
     );
   }
 
+  async #cut(lsn: Lsn): Promise<void> {
+    const { history } = this.#acceptor!;
+    await this.#mark.lower({ lastLogTerm: lastLogTerm(history, lsn), flushLsn: lsn });
+    await this.#store.truncate(lsn);
+  }
+
   #progressed(): void {
+    const acceptor = this.#acceptor;
+    if (acceptor !== undefined && acceptor.flushLsn !== this.#markedLsn) {
+      this.#markedLsn = acceptor.flushLsn;
+      this.#mark.note({ lastLogTerm: acceptor.lastLogTerm, flushLsn: acceptor.flushLsn });
+    }
     this.#onProgress(this);
     for (const callback of this.#progressListeners) callback();
   }
 
+  /**
+   * After a failed write or fsync nobody knows what the disk holds after what was acknowledged. What was, is there: it was written through. So the timeline
+   * comes back, when the disk works again, as from a restart that ended its log there.
+   */
   #ioFailed(error: unknown): void {
-    this.#log.error({ err: error }, 'the disk failed: the timeline is not served until the safekeeper is restarted');
+    const { code } = (error ?? {}) as NodeJS.ErrnoException;
     const reason = error instanceof Error ? error.message : String(error);
-    this.#fail(
-      new StrataError('internal', `timeline ${this.identity.timelineId} is out of order: ${reason}`, { cause: error }),
-    );
+    const { timelineId } = this.identity;
+    if (code === undefined) {
+      // Not the disk's refusal, but what is on it.
+      this.#log.error({ err: error }, 'the timeline is out of order until the safekeeper is restarted');
+      this.#fail(new StrataError('internal', `timeline ${timelineId} is out of order: ${reason}`, { cause: error }));
+      return;
+    }
+    const isFull = code === 'ENOSPC' || code === 'EDQUOT';
+    const what = isFull ? 'the disk is full' : 'the disk failed';
+    this.#log.error({ err: error }, `${what}: the timeline is not served until it works again`);
+    this.#fail(new StrataError('unavailable', `timeline ${timelineId}: ${what}: ${reason}`, { cause: error }));
+    this.#scheduleRevival(REVIVE_MIN_MS);
+  }
+
+  #scheduleRevival(delayMs: number): void {
+    clearTimeout(this.#reviveTimer);
+    this.#reviveTimer = setTimeout(() => {
+      this.#revive().catch((error: unknown) => {
+        this.#log.debug({ err: error }, 'the disk does not work yet');
+        this.#scheduleRevival(Math.min(2 * delayMs, REVIVE_MAX_MS));
+      });
+    }, delayMs);
+    this.#reviveTimer.unref();
+  }
+
+  async #revive(): Promise<void> {
+    const failure = this.#failure;
+    await assertRoom(this.directory);
+    const acceptor = this.#acceptor;
+    if (acceptor === undefined) {
+      this.#opening = undefined; // It was the opening that failed: the next one tries again.
+    } else {
+      await this.#store.truncate(acceptor.flushLsn);
+      await this.#writeControl();
+      if (this.#failure !== failure) return; // deleted meanwhile
+      this.#opened(acceptor.flushLsn);
+    }
+    this.#failure = undefined;
+    this.#log.info({ flushLsn: formatLsn(this.flushLsn) }, 'the disk works again');
+    this.#progressed();
   }
 
   #fail(failure: StrataError): void {
@@ -325,6 +419,22 @@ export class Timeline {
 
   #wake(waiters: (() => void)[]): void {
     for (const wake of waiters.splice(0)) wake();
+  }
+}
+
+/** Throws the disk's error when a little more than nothing cannot be written. */
+async function assertRoom(directory: string): Promise<void> {
+  const path = join(directory, 'room.partial');
+  try {
+    const file = await open(path, 'w', 0o600);
+    try {
+      await file.write(Buffer.alloc(ROOM_BYTES, 1));
+      await file.sync();
+    } finally {
+      await file.close();
+    }
+  } finally {
+    await rm(path, { force: true });
   }
 }
 

@@ -10,12 +10,13 @@ import { dirname, join } from 'node:path';
 import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
 import { readWal, type RebuildRequest, type SafekeeperAddress, type TimelineIdentity } from '../api/safekeeper.ts';
-import type { PageserverFeedback, TimelineProgress } from '../api/safekeeper-protocol.ts';
+import type { PageserverFeedback, TimelineProgress, TimelineWalStatus } from '../api/safekeeper-protocol.ts';
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration.ts';
 import { formatLsn, type Lsn, segmentStart } from '../postgres/lsn.ts';
 import { toPgVersion } from '../postgres/version.ts';
 import { readControlFile, syncDirectory, writeControlFile } from './control-file.ts';
+import { FLUSH_MARK_NAME } from './flush-mark.ts';
 import { KeptWal } from './kept-wal.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
 import type { Offloader } from './offloader.ts';
@@ -165,6 +166,18 @@ export class Timelines {
     await this.#configuring;
   }
 
+  /** What each timeline's WAL takes here, and what waits. */
+  walStatus(): TimelineWalStatus[] {
+    return Array.from(this.#timelines.values(), (timeline) => ({
+      ...progressOf(timeline),
+      localStartLsn: timeline.kept.localStartLsn,
+      offloadedLsn: timeline.kept.offloadedLsn,
+      isOffloadFailing: this.#offloading?.offloader.isFailing(timeline) ?? false,
+      ...(timeline.kept.feedback === undefined ? {} : { feedback: timeline.kept.feedback }),
+      ...(timeline.failure === undefined ? {} : { failure: timeline.failure.message }),
+    }));
+  }
+
   list(): TimelineProgress[] {
     return Array.from(this.#timelines.values(), progressOf);
   }
@@ -174,7 +187,7 @@ export class Timelines {
     for (const entry of entries) {
       const timeline = this.#byId.get(entry.timelineId);
       if (timeline === undefined) continue;
-      timeline.kept.feedback = entry;
+      timeline.told(entry);
       this.#offloading?.offloader.notice(timeline);
     }
   }
@@ -199,7 +212,8 @@ export class Timelines {
     } else if (control.kind !== 'timeline') {
       this.#tombstones.add(keyOf(tenantId, timelineId));
       for (const name of await readdir(directory)) {
-        if (/^[0-9A-F]{24}$/.test(name) || name.startsWith(EXTENT_FILE_NAME)) await rm(join(directory, name)); // A deletion that did not finish.
+        if (/^[0-9A-F]{24}$/.test(name) || name === FLUSH_MARK_NAME || name.startsWith(EXTENT_FILE_NAME))
+          await rm(join(directory, name)); // A deletion that did not finish.
       }
     } else {
       const extent = (await readWalExtent(directory)) ?? wholeExtent(control.identity.startLsn);
