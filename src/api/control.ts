@@ -168,6 +168,45 @@ export interface Computes {
   onExit(listener: ComputeExitListener): void;
 }
 
+/** Who keeps the WAL, and how far they are. */
+export interface SafekeeperListing {
+  /** Of the membership configuration. */
+  readonly version: number;
+  readonly safekeepers: readonly {
+    readonly id: number;
+    readonly address: string;
+    readonly state: 'up' | 'down';
+    readonly role: 'member' | 'joining' | 'leaving';
+    readonly timelineCount: number;
+    /** Timelines of which it has less than another, or nothing. */
+    readonly behindCount: number;
+    readonly behindBytes: number;
+  }[];
+  /** The change under way. */
+  readonly change?: {
+    readonly members: readonly number[];
+    readonly movedTimelines: number;
+    /** 0: not known yet. */
+    readonly timelineCount: number;
+    /** Why it does not go on. */
+    readonly lastError?: string;
+  };
+}
+
+export type SafekeeperChange =
+  | { readonly kind: 'add'; readonly count: number }
+  | { readonly kind: 'remove'; readonly ids: readonly number[] }
+  /** Each by a new one. */
+  | { readonly kind: 'replace'; readonly ids: readonly number[] };
+
+export interface SafekeeperAdmin {
+  list(): Promise<SafekeeperListing>;
+  /** Begins a change and returns the ids of the members after it. Throws `conflict` when another is under way, `bad-request`. */
+  change(change: SafekeeperChange): Promise<readonly number[]>;
+  /** Back to the members before the change under way. Throws `conflict` when there is none. */
+  cancel(): Promise<void>;
+}
+
 /** `<data-dir>/platform.json`, written when the platform is ready and removed when it stops. */
 export interface PlatformFile {
   readonly pid: number;
@@ -176,7 +215,7 @@ export interface PlatformFile {
   readonly pgPort: number;
   /** Where the platform's services listen, for those who have its secret. */
   readonly pageserver: { readonly host: string; readonly port: number };
-  readonly safekeepers: readonly { readonly host: string; readonly port: number }[];
+  readonly safekeepers: readonly { readonly id?: number; readonly host: string; readonly port: number }[];
   /** Its URL, which has no secrets; absent when there is none. */
   readonly objectStore?: string;
   /** The Postgres binaries that computes are started from, one for each major. */

@@ -8,7 +8,7 @@ import { RpcClient } from '../base/rpc.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import type { RelationForkKey } from '../postgres/relation.ts';
 import { type Basebackup, type BasebackupHeader, decodeBasebackup } from './basebackup.ts';
-import type { TimelineIdentity } from './safekeeper.ts';
+import type { SafekeeperAddress, TimelineIdentity } from './safekeeper.ts';
 
 export interface CreateTimelineRequest {
   readonly tenantId: string;
@@ -244,6 +244,11 @@ export class PageserverClient {
   async timelineIdentity(timelineId: string, signal?: AbortSignal): Promise<LogIdentity> {
     const options = signal === undefined ? {} : { signal };
     return (await this.#rpc.call('timelineIdentity', { timelineId }, options)).result as LogIdentity;
+  }
+
+  /** The safekeepers have changed. */
+  async setSafekeepers(safekeepers: readonly SafekeeperAddress[]): Promise<void> {
+    await this.#rpc.call('setSafekeepers', { safekeepers });
   }
 
   async listTimelines(): Promise<readonly ListedTimeline[]> {

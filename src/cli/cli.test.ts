@@ -298,7 +298,6 @@ test('start has the documented defaults and checks what it is given', async () =
     dataDir: '.strata',
     pgPort: 55432,
     httpPort: 55480,
-    safekeeperCount: 3,
     pgVersion: undefined,
     pgBinDir: undefined,
     suspendTimeoutSeconds: 300,
@@ -322,6 +321,7 @@ test('start has the documented defaults and checks what it is given', async () =
   );
   assert.deepEqual(Object.values(terminal.started), ['/d', 1, 2, 1, 16, '/b', -1]);
   await terminal.fails(2, ['--pg-port', 'x'], 'start', '--pg-port', 'x');
+  await terminal.fails(2, ['1, 3, 5, 7'], 'start', '--safekeepers', '2');
   await terminal.fails(2, ['65535'], 'start', '--http-port', '65536');
   await terminal.fails(2, ['15, 16, 17, 18'], 'start', '--pg-version', '14');
   await terminal.fails(2, ['--suspend-timeout'], 'start', '--suspend-timeout', '0');

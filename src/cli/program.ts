@@ -13,6 +13,7 @@ import { CliError } from './errors.ts';
 import { exportCommand, type ExportTool } from './export.ts';
 import { importCommand } from './import.ts';
 import { projectsCommand } from './projects.ts';
+import { safekeepersCommand } from './safekeepers.ts';
 import { scrubCommand, type ScrubTool } from './scrub.ts';
 import { type StartOptions, startCommand } from './start.ts';
 import { statusCommand } from './status.ts';
@@ -50,6 +51,7 @@ export async function runCli(commandLine: readonly string[], options: CliOptions
     .addCommand(projectsCommand(context))
     .addCommand(branchesCommand(context))
     .addCommand(endpointsCommand(context))
+    .addCommand(safekeepersCommand(context))
     .addCommand(storageCommand(context))
     .addCommand(importCommand(context))
     .addCommand(connectionStringCommand(context))

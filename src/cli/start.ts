@@ -10,7 +10,8 @@ export interface StartOptions {
   readonly dataDir: string;
   readonly pgPort: number;
   readonly httpPort: number;
-  readonly safekeeperCount: number;
+  /** Undefined: as many as there are, 3 at the first start. */
+  readonly safekeeperCount?: number;
   /** Of new projects; undefined: that of pgBinDir, else the platform's default. */
   readonly pgVersion: number | undefined;
   readonly pgBinDir: string | undefined;
@@ -25,13 +26,13 @@ export interface StartOptions {
 export const DEFAULT_PG_PORT = 55432;
 export const DEFAULT_HTTP_PORT = 55480;
 const MAX_SUSPEND_TIMEOUT_SECONDS = 604_800;
-const MAX_SAFEKEEPERS = 7;
+const SAFEKEEPER_COUNTS = [1, 3, 5, 7];
 
 interface GivenOptions {
   readonly dataDir?: string;
   readonly pgPort: number;
   readonly httpPort: number;
-  readonly safekeepers: number;
+  readonly safekeepers?: number;
   readonly pgVersion?: number;
   readonly pgBinDir?: string;
   readonly suspendTimeout: number;
@@ -47,9 +48,8 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
     .option('--http-port <port>', 'port of the API', wholeNumber(1, 65_535), DEFAULT_HTTP_PORT)
     .option(
       '--safekeepers <count>',
-      'how many processes keep the WAL; a majority makes a commit',
-      wholeNumber(1, MAX_SAFEKEEPERS),
-      3,
+      'how many processes keep the WAL; a majority makes a commit (default: as many as there are, 3 at the first start)',
+      oneOf(SAFEKEEPER_COUNTS),
     )
     .option(
       '--pg-version <major>',
@@ -78,7 +78,7 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
         dataDir: chooseDataDirectory(given.dataDir, environment),
         pgPort: given.pgPort,
         httpPort: given.httpPort,
-        safekeeperCount: given.safekeepers,
+        ...(given.safekeepers === undefined ? {} : { safekeeperCount: given.safekeepers }),
         pgVersion: given.pgVersion,
         pgBinDir: given.pgBinDir,
         suspendTimeoutSeconds: given.suspendTimeout,

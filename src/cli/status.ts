@@ -116,7 +116,7 @@ interface ServiceStatus {
 async function probeServices(file: Pick<PlatformFile, 'pageserver' | 'safekeepers'>): Promise<ServiceStatus[]> {
   const services = [
     { name: 'pageserver', ...file.pageserver },
-    ...file.safekeepers.map((address, index) => ({ name: `safekeeper ${index + 1}`, ...address })),
+    ...file.safekeepers.map((address, index) => ({ name: `safekeeper ${address.id ?? index + 1}`, ...address })),
   ];
   return Promise.all(
     services.map(async ({ name, host, port }) => ({

@@ -13,7 +13,7 @@ import { join } from 'node:path';
 import type { Client } from 'pg';
 import type { ActivitySample, AdoptionReport, CatalogSpec, ComputeSpec } from '../api/control.ts';
 import type { PageserverClient } from '../api/pageserver.ts';
-import type { SafekeeperAddress } from '../api/safekeeper.ts';
+import type { SafekeeperDirectory } from '../api/safekeeper-set.ts';
 import { toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
@@ -34,7 +34,7 @@ export interface ComputeEnvironment {
   /** Whom Postgres runs as; undefined: as we do. */
   readonly user: UnixUser | undefined;
   readonly shimFile: string;
-  readonly safekeepers: readonly SafekeeperAddress[];
+  readonly safekeepers: SafekeeperDirectory;
   readonly pageserver: PageserverClient;
   /** Where the shim asks for pages. */
   readonly pageAddress: { readonly host: string; readonly port: number };

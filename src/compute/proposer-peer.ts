@@ -78,6 +78,7 @@ export class ProposerPeer {
   #heardAtMs = 0;
   /** What had been sent when the last pause ended. */
   #sentLsn: Lsn = 0;
+  #wasUnconfirmed = false;
   #lastError: StrataError | undefined;
   #closed = false;
 
@@ -194,6 +195,9 @@ export class ProposerPeer {
     const peer = state.peer(index);
     const isAsked =
       peer.state === 'voting' || peer.state === 'joining' || peer.state === 'creating' || peer.state === 'lost';
+    const isUnconfirmed = state.isUnconfirmed(index);
+    if (isUnconfirmed && this.#wasUnconfirmed) this.reconnect('it did not confirm the configuration');
+    this.#wasUnconfirmed = isUnconfirmed;
     const owes = isAsked || (peer.state === 'streaming' && peer.writtenLsn < peer.sendLsn);
     if (this.#connection !== undefined && owes && Date.now() - this.#heardAtMs > STALL_MS) this.reconnect('no answer');
   }

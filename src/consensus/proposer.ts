@@ -236,6 +236,14 @@ export class ProposerState {
     return !this.#configuration.members.includes(this.#peers[index]!.nodeId);
   }
 
+  /** It follows, and has not confirmed the newest generation or configuration yet: who waits for long for that connects to it anew. */
+  isUnconfirmed(index: number): boolean {
+    const { state, generation, configurationVersion } = this.#peers[index]!;
+    return (
+      state === 'streaming' && (generation < this.#generation || configurationVersion < this.#configuration.version)
+    );
+  }
+
   /** Takes over a configuration if it is newer. */
   configure(configuration: Configuration): ProposerAction[] {
     const actions: ProposerAction[] = [];
@@ -560,8 +568,7 @@ export class ProposerState {
     if (peer.state === 'joining') {
       peer.state = 'streaming';
       actions.push({ kind: 'stream', peer: index });
-      const isBehind = peer.generation < this.#generation || peer.configurationVersion < this.#configuration.version;
-      if (isBehind) this.#renew(index, actions);
+      if (this.isUnconfirmed(index)) this.#renew(index, actions);
     }
     if (writeLsn > peer.writtenLsn) peer.writtenLsn = writeLsn;
     if (flushLsn > peer.ackedLsn) {

@@ -5,9 +5,11 @@
  */
 import { randomUUID } from 'node:crypto';
 import fastify, { type FastifyError, type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify';
+import type { SafekeeperAdmin } from '../api/control.ts';
 import { StrataError, errorTable, toStrataError } from '../base/errors.ts';
 import type { Control } from './control.ts';
 import { registerRoutes } from './routes.ts';
+import { registerSafekeepers } from './safekeeper-routes.ts';
 
 const BODY_LIMIT_BYTES = 1024 * 1024;
 const REQUEST_TIMEOUT_MS = 60_000;
@@ -15,6 +17,8 @@ const REQUEST_ID = /^[A-Za-z0-9._-]{1,128}$/;
 
 export interface ApiServerOptions {
   readonly control: Control;
+  /** Without it there are no routes for the safekeepers. */
+  readonly safekeepers?: SafekeeperAdmin;
   /** Asked at each request. */
   readonly isReady: () => boolean;
 }
@@ -55,6 +59,7 @@ export function createApiServer(options: ApiServerOptions): FastifyInstance {
         if (!isReady()) throw new StrataError('unavailable', 'the platform is starting: try again in a moment');
         control.apiKeys.authenticate(request.headers.authorization, request.ip);
       });
+      if (options.safekeepers !== undefined) registerSafekeepers(api, options.safekeepers);
       registerRoutes(api, control);
     },
     { prefix: '/api/v2' },

@@ -1,16 +1,20 @@
 /**
- * What the platform remembers of itself beside projects: the pageserver's generation, and which object store is its own. In the control plane's state,
+ * What the platform remembers of itself beside projects: the pageserver's generation, which object store is its own, and who the safekeepers are. In the control plane's state,
  * over a connection of its own: the pageserver starts before the control plane and stops after it.
  */
 import { join } from 'node:path';
 import type { Generations } from '../api/generations.ts';
+import type { SafekeeperSet } from '../api/safekeeper-set.ts';
 import { StrataError } from '../base/errors.ts';
 import type { RpcMethod } from '../base/rpc.ts';
 import { State, STATE_FILE_NAME } from './state.ts';
 
+type Configuration = SafekeeperSet['configuration'];
+
 const GENERATION_MAX = 2 ** 32 - 1;
 
-export type SettingName = 'pageserver-generation' | 'object-store-url' | 'object-store-id';
+export type SettingName =
+  'pageserver-generation' | 'object-store-url' | 'object-store-id' | 'safekeepers' | 'last-safekeeper-id';
 
 export class Settings implements Generations {
   readonly #state: State;
@@ -54,6 +58,29 @@ export class Settings implements Generations {
 
   async isLatest(generation: number): Promise<boolean> {
     return this.#generation() === generation;
+  }
+
+  /** The newest configuration of the safekeepers; undefined before the first start. */
+  get safekeepers(): Configuration | undefined {
+    const value = this.get('safekeepers');
+    return value === undefined ? undefined : (JSON.parse(value) as Configuration);
+  }
+
+  /** True, and durable, when the configuration was still of the expected version, 0 when there was none. So each version has one content. */
+  replaceSafekeepers(expectedVersion: number, next: Configuration): boolean {
+    return this.#state.transaction(() => {
+      if ((this.safekeepers?.version ?? 0) !== expectedVersion) return false;
+      this.set('safekeepers', JSON.stringify(next));
+      const lastId = Math.max(Number(this.get('last-safekeeper-id') ?? 0), ...next.members, ...(next.newMembers ?? []));
+      this.set('last-safekeeper-id', String(lastId));
+      return true;
+    });
+  }
+
+  /** Ids that no safekeeper has ever had. */
+  newSafekeeperIds(count: number): number[] {
+    const lastId = Number(this.get('last-safekeeper-id') ?? 0);
+    return Array.from({ length: count }, (_, index) => lastId + 1 + index);
   }
 
   #generation(): number {

@@ -92,7 +92,7 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
       timelines,
       ...(remote === undefined ? {} : { remote }),
       walOf: ({ tenantId, timelineId }, fromLsn, signal) =>
-        readWalOfAny(safekeepers, { token, tenantId, timelineId, fromLsn, signal }),
+        readWalOfAny(receiver.safekeepers, { token, tenantId, timelineId, fromLsn, signal }),
       log,
     });
     timelines.repair = (damage) => repairs.repair(damage);

@@ -36,6 +36,7 @@ import { CONTROL_FILE_KEY } from './key.ts';
 import { LayerDamagedError } from './layers/block.ts';
 import { timeGone } from './retention.ts';
 import { sizesOf } from './storage-sizes.ts';
+import type { SafekeeperAddress } from '../api/safekeeper.ts';
 import type { Remote } from './remote/remote.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
@@ -85,6 +86,11 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       }
       await timelines.create({ tenantId, timelineId, ancestorTimelineId, ancestorLsn, ancestorRecordLsn: startLsn });
       receiver.timelineAdded(timelineId);
+      return { result: {} };
+    },
+
+    setSafekeepers({ safekeepers }: { safekeepers: readonly SafekeeperAddress[] }): RpcReply {
+      receiver.setSafekeepers(safekeepers);
       return { result: {} };
     },
 

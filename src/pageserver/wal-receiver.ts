@@ -77,17 +77,44 @@ export class WalReceiver {
   readonly #receptions = new Map<string, Reception>();
   /** By safekeeper; undefined while it is not connected. */
   readonly #told: (Told | undefined)[] = [];
+  /** All that there ever were; what is gone keeps its place. */
+  readonly #safekeepers: { readonly address: SafekeeperAddress; readonly gone: AbortController }[] = [];
   readonly #stopped = new AbortController();
   readonly #running = new Set<Promise<void>>();
 
   constructor(options: WalReceiverOptions) {
     this.#options = options;
+    for (const address of options.safekeepers) this.#safekeepers.push({ address, gone: new AbortController() });
   }
 
   start(): void {
-    this.#options.safekeepers.forEach((_, safekeeper) => this.#track(this.#watch(safekeeper)));
+    this.#safekeepers.forEach((_, safekeeper) => this.#track(this.#watch(safekeeper)));
     this.#track(this.#watchLag());
     this.#track(this.#tellAll());
+  }
+
+  get safekeepers(): readonly SafekeeperAddress[] {
+    return this.#safekeepers.filter(({ gone }) => !gone.signal.aborted).map(({ address }) => address);
+  }
+
+  /** From now on WAL comes from these. */
+  setSafekeepers(addresses: readonly SafekeeperAddress[]): void {
+    const isSame = (one: SafekeeperAddress, other: SafekeeperAddress): boolean =>
+      one.host === other.host && one.port === other.port;
+    this.#safekeepers.forEach(({ address, gone }, safekeeper) => {
+      if (gone.signal.aborted || addresses.some((each) => isSame(each, address))) return;
+      gone.abort();
+      for (const reception of this.#receptions.values()) {
+        reception.commitLsns[safekeeper] = 0;
+        if (reception.stream?.safekeeper === safekeeper) reception.stream.aborter.abort();
+      }
+    });
+    for (const address of addresses) {
+      if (this.safekeepers.some((known) => isSame(known, address))) continue;
+      this.#safekeepers.push({ address, gone: new AbortController() });
+      for (const { commitLsns } of this.#receptions.values()) commitLsns.push(0);
+      this.#track(this.#watch(this.#safekeepers.length - 1));
+    }
   }
 
   /** Resolves when nothing is ingested any more. */
@@ -117,8 +144,8 @@ export class WalReceiver {
 
   async #watch(safekeeper: number): Promise<void> {
     const { token, log } = this.#options;
-    const address = this.#options.safekeepers[safekeeper]!;
-    const { signal } = this.#stopped;
+    const { address, gone } = this.#safekeepers[safekeeper]!;
+    const signal = AbortSignal.any([this.#stopped.signal, gone.signal]);
     let delayMs = RETRY_DELAY_MIN_MS;
     let wasLost = false;
     while (!signal.aborted) {
@@ -133,7 +160,8 @@ export class WalReceiver {
           for (const { timelineId, commitLsn } of batch) this.#committed(safekeeper, timelineId, commitLsn);
         }
       } catch (error) {
-        if (!wasLost) log.warn({ safekeeper: address, reason: toStrataError(error).message }, 'safekeeper is lost');
+        if (!wasLost && !gone.signal.aborted)
+          log.warn({ safekeeper: address, reason: toStrataError(error).message }, 'safekeeper is lost');
         wasLost = true;
       }
       this.#told[safekeeper] = undefined;
@@ -147,7 +175,7 @@ export class WalReceiver {
     if (reception === undefined) {
       reception = {
         timelineId,
-        commitLsns: this.#options.safekeepers.map(() => 0),
+        commitLsns: this.#safekeepers.map(() => 0),
         receivedLsn: 0,
         ingest: undefined,
         isRunning: false,
@@ -224,7 +252,7 @@ export class WalReceiver {
 
   async #receiveFrom(reception: Reception, timeline: Timeline, safekeeper: number): Promise<void> {
     const { token, timelines, log } = this.#options;
-    const address = this.#options.safekeepers[safekeeper]!;
+    const { address } = this.#safekeepers[safekeeper]!;
     const { tenantId, timelineId } = timeline;
     const fromLsn = timeline.lastRecordLsn;
     const aborter = new AbortController();
@@ -254,7 +282,7 @@ export class WalReceiver {
       if (!(error instanceof WalError)) throw error;
       reception.damagedAt.set(safekeeper, error);
       log.error({ timelineId, safekeeper: address, err: error }, 'WAL of a safekeeper does not add up');
-      if (reception.damagedAt.size >= this.#options.safekeepers.length) throw new IngestStopped(error);
+      if (reception.damagedAt.size >= this.safekeepers.length) throw new IngestStopped(error);
       throw new StrataError('internal', error.message, { cause: error });
     } finally {
       clearTimeout(idle);

@@ -20,7 +20,7 @@ async function startService(context: TestContext, options: Partial<ChildServiceO
   const service = await ChildService.start({
     name: 'test',
     command: [ROLE],
-    config: {},
+    config: () => ({}),
     logFile: join(directory, 'log'),
     log: createLog({ name: 'test', level: 'silent' }),
     ...options,

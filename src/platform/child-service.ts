@@ -20,8 +20,8 @@ export interface ChildServiceOptions {
   readonly command: readonly string[];
   /** Added to those of this process. */
   readonly nodeFlags?: readonly string[];
-  /** Sent as one line of JSON; may hold secrets. */
-  readonly config: unknown;
+  /** Sent as one line of JSON; may hold secrets. Asked for at each start of the process. */
+  readonly config: () => unknown;
   readonly logFile: string;
   readonly log: Logger;
   /** Everything is being stopped, this service in its turn: a signal that it got for that is no reason to start it again. */
@@ -96,7 +96,7 @@ export class ChildService {
       child.once('error', (error) => resolve(error.message));
     });
     child.stdin?.on('error', () => {});
-    child.stdin?.write(`${JSON.stringify(config)}\n`); // and stays open: its end tells the service that we are gone
+    child.stdin?.write(`${JSON.stringify(config())}\n`); // and stays open: its end tells the service that we are gone
     const timeout = new AbortController();
     const lines = createInterface({ input: child.stdout! });
     const ready = await Promise.race([

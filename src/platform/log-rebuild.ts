@@ -14,6 +14,7 @@
  * What was acknowledged after that and is on none of them is lost. That, and nothing less, is what losing a majority of the disks means; the result says
  * from which LSN on, and of what time the last commit is that was kept.
  */
+import type { SafekeeperDirectory } from '../api/safekeeper-set.ts';
 import type { PageserverClient, PageserverTimelineStatus } from '../api/pageserver.ts';
 import type { RebuiltLog } from '../api/rebuilt-logs.ts';
 import {
@@ -38,7 +39,7 @@ import type { OffloadedName } from '../safekeeper/offloaded-segment.ts';
 import type { OffloadedWal } from '../safekeeper/offloaded-wal.ts';
 
 export interface LogRebuildOptions {
-  readonly safekeepers: readonly SafekeeperAddress[];
+  readonly safekeepers: SafekeeperDirectory;
   readonly pageserver: Pick<PageserverClient, 'timelineIdentity' | 'timelineStatus' | 'flush'>;
   /** Scope `platform`. */
   readonly token: string;
@@ -157,18 +158,36 @@ export function planRebuild(
   };
 }
 
+interface Member {
+  readonly nodeId: number;
+  readonly address: SafekeeperAddress;
+  readonly client: SafekeeperClient;
+}
+
 export class LogRebuild {
   readonly #options: LogRebuildOptions;
-  readonly #clients: readonly SafekeeperClient[];
+  readonly #stopWatching: () => void;
+  #members: readonly Member[] = [];
 
   constructor(options: LogRebuildOptions) {
     this.#options = options;
-    const { token, safekeepers } = options;
-    this.#clients = safekeepers.map((address) => new SafekeeperClient({ address, token }));
+    this.#connect();
+    this.#stopWatching = options.safekeepers.watch(() => this.#connect());
   }
 
   close(): void {
-    for (const client of this.#clients) client.close();
+    this.#stopWatching();
+    for (const { client } of this.#members) client.close();
+  }
+
+  #connect(): void {
+    const { token, safekeepers } = this.#options;
+    const { configuration, addresses } = safekeepers.current;
+    for (const { client } of this.#members) client.close();
+    this.#members = configuration.members.map((nodeId) => {
+      const address = addresses.get(nodeId)!;
+      return { nodeId, address, client: new SafekeeperClient({ address, token }) };
+    });
   }
 
   /**
@@ -178,44 +197,56 @@ export class LogRebuild {
     timelineId: string,
     options: { readonly mayIgnoreSilent?: boolean } = {},
   ): Promise<RebuiltLog | undefined> {
-    const { pageserver, wal, log } = this.#options;
+    const { pageserver, wal, log, safekeepers: directory } = this.#options;
+    const { configuration } = directory.current;
+    if (configuration.newMembers !== undefined)
+      throw new StrataError('unavailable', 'the safekeepers are being changed');
+    const members = this.#members;
     const mayIgnoreSilent = options.mayIgnoreSilent ?? false;
     const timeline = await pageserver.timelineIdentity(timelineId);
     if (!timeline.hasWal && !(await wal.hasAny(timeline))) return undefined;
     const views = await this.#views(timeline);
     const first = planRebuild(views, timeline, timeline.startLsn, undefined, mayIgnoreSilent);
     if (first.kind === 'none') return undefined;
-    if (first.kind === 'wait') throw silentError(timelineId, views);
+    if (first.kind === 'wait') throw silentError(timelineId, views, members);
     const status = await this.#madeDurable(timelineId);
     const offloaded = await findOffloadedEnd(wal, timeline, status.lastRecordLsn);
     const plan = planRebuild(views, timeline, status.lastRecordLsn, offloaded, mayIgnoreSilent);
     if (plan.kind !== 'rebuild') return undefined;
-    const { state, targets, source, copied, keptLsn } = plan;
+    const { targets, source, copied, keptLsn } = plan;
+    const state =
+      plan.state.configuration.version > configuration.version ? plan.state : { ...plan.state, configuration };
     const { tenantId } = timeline;
     const logStartLsn =
-      copied === undefined ? plan.logStartLsn : await this.#clients[copied]!.resumePoint(tenantId, timelineId);
+      copied === undefined ? plan.logStartLsn : await members[copied]!.client.resumePoint(tenantId, timelineId);
     log.warn(
-      { timelineId, safekeepers: targets.map(numberOf), source, keptLsn: formatLsn(keptLsn), term: state.term },
+      {
+        timelineId,
+        safekeepers: targets.map((index) => members[index]!.nodeId),
+        source,
+        keptLsn: formatLsn(keptLsn),
+        term: state.term,
+      },
       'a majority of the safekeepers has lost this log: it is rebuilt',
     );
     const replace = source === 'pageserver';
     for (const index of targets) {
-      await this.#clients[index]!.rebuildTimeline({
+      await members[index]!.client.rebuildTimeline({
         timeline: identityOf(timeline),
         logStartLsn,
         state,
         replace,
-        ...(copied === undefined ? {} : { source: { address: this.#options.safekeepers[copied]!, endLsn: keptLsn } }),
+        ...(copied === undefined ? {} : { source: { address: members[copied]!.address, endLsn: keptLsn } }),
       });
     }
     const lastCommitMs = source === 'object store' ? offloaded?.lastCommitMs : undefined;
-    const safekeepers = targets.map(numberOf);
+    const safekeepers = targets.map((index) => members[index]!.nodeId);
     return { timelineId, atMs: Date.now(), keptLsn, lastCommitMs, source, safekeepers };
   }
 
   async #views({ tenantId, timelineId }: TimelineIdentity): Promise<SafekeeperView[]> {
     return Promise.all(
-      this.#clients.map(async (client): Promise<SafekeeperView> => {
+      this.#members.map(async ({ client }): Promise<SafekeeperView> => {
         try {
           return { kind: 'present', status: await client.status(tenantId, timelineId) };
         } catch (error) {
@@ -320,13 +351,9 @@ function identityOf({ tenantId, timelineId, startLsn, pgVersion, systemId }: Tim
   return { tenantId, timelineId, startLsn, pgVersion, systemId };
 }
 
-function numberOf(index: number): number {
-  return index + 1;
-}
-
-function silentError(timelineId: string, views: readonly SafekeeperView[]): StrataError {
+function silentError(timelineId: string, views: readonly SafekeeperView[], members: readonly Member[]): StrataError {
   const silent = views.flatMap((view, index) =>
-    view.kind === 'silent' ? [`safekeeper ${numberOf(index)} (${view.reason})`] : [],
+    view.kind === 'silent' ? [`safekeeper ${members[index]!.nodeId} (${view.reason})`] : [],
   );
   return new StrataError(
     'unavailable',

@@ -9,12 +9,14 @@ import type { WakeService } from '../api/wake.ts';
 import { wakeMethods } from '../api/wake-rpc.ts';
 import { describeRebuiltLog, noteRebuiltLog, type RebuiltLog } from '../api/rebuilt-logs.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
+import { addressesOf, type SafekeeperDirectory } from '../api/safekeeper-set.ts';
 import { type DirectoryLock, lockDirectory } from '../base/directory-lock.ts';
 import { writeFileDurably } from '../base/durable-file.ts';
-import { StrataError } from '../base/errors.ts';
+import { StrataError, toStrataError } from '../base/errors.ts';
 import { createLog, type Logger } from '../base/log.ts';
 import { listen, serveRpc } from '../base/rpc.ts';
 import { signToken } from '../base/token.ts';
+import { nodesOf } from '../consensus/configuration.ts';
 import { findInstallation, Installations, unprivilegedUser } from '../compute/installation.ts';
 import { ADMIN_ROLE } from '../compute/settings.ts';
 import type { StartOptions } from '../cli/start.ts';
@@ -36,6 +38,7 @@ import {
   type Secrets,
 } from './platform-directory.ts';
 import { servicePorts } from './ports.ts';
+import { changeToCount, chooseSafekeepers, directoryOf, Safekeepers } from './safekeepers.ts';
 import { ClusterStorage } from './storage.ts';
 import { WalHealer } from './wal-healer.ts';
 import { rmSync } from 'node:fs';
@@ -166,7 +169,7 @@ async function bringUp(
   cleanup.add(() => control.close());
   cleanup.add(() => computes.endStarts()); // first: closing the control plane waits for them
   let isReady = false;
-  const api = createApiServer({ control, isReady: () => isReady });
+  const api = createApiServer({ control, safekeepers, isReady: () => isReady });
   cleanup.add(async () => {
     await api.close();
   });
@@ -190,14 +193,25 @@ async function bringUp(
     httpPort: options.httpPort,
     pgPort: options.pgPort,
     pageserver: pageserverAddress,
-    safekeepers,
+    safekeepers: [],
     objectStore: objectStoreUrl,
     installations: installations.all(),
     startedAtMs: Date.now(),
     version,
   };
-  writeFileDurably(platformFile, `${JSON.stringify(file, undefined, 2)}\n`, 0o600);
-  cleanup.add(() => rmSync(platformFile, { force: true }));
+  const writePlatformFile = (): void => {
+    const addresses = Array.from(safekeepers.current.addresses, ([id, address]) => ({ id, ...address }));
+    writeFileDurably(platformFile, `${JSON.stringify({ ...file, safekeepers: addresses }, undefined, 2)}\n`, 0o600);
+  };
+  writePlatformFile();
+  const stopWriting = safekeepers.watch(writePlatformFile);
+  cleanup.add(() => {
+    stopWriting();
+    rmSync(platformFile, { force: true });
+  });
+  safekeepers.resume();
+  cleanup.add(() => safekeepers.close());
+  if (options.safekeeperCount !== undefined) void changeCount(safekeepers, options.safekeeperCount, progress);
   log.info({ services: services.map((service) => service.pid) }, 'ready');
   return {
     connectionString: control.defaultConnectionUri(),
@@ -208,7 +222,7 @@ async function bringUp(
 
 /** Looks once before anything is woken: what was lost with a majority of the safekeepers' disks is rebuilt then, and told. */
 async function startHealer(
-  safekeepers: readonly SafekeeperAddress[],
+  safekeepers: SafekeeperDirectory,
   pageserver: PageserverClient,
   token: string,
   objectStoreUrl: string,
@@ -228,7 +242,7 @@ async function startHealer(
 }
 
 interface Services {
-  readonly safekeepers: readonly SafekeeperAddress[];
+  readonly safekeepers: Safekeepers;
   readonly pageserver: PageserverClient;
   readonly pageserverAddress: SafekeeperAddress;
   readonly pageAddress: SafekeeperAddress;
@@ -253,17 +267,22 @@ async function startServices(
     methods: { ...generationMethods(settings), ...wakeMethods(wakeService) },
   });
   cleanup.add(() => supervisor.close());
-  const ports = await servicePorts(directory.path, LOOPBACK, options.safekeeperCount);
+  const configuration = chooseSafekeepers(settings, directory.path, options.safekeeperCount);
+  const nodes = nodesOf(configuration);
+  const ports = await servicePorts(directory.path, LOOPBACK, Math.max(...nodes));
   const { rpcPort, pagePort, safekeeperPorts } = ports;
-  const safekeepers = safekeeperPorts.map((port) => ({ host: LOOPBACK, port }));
   const secret = secrets.platformSecret.toString('hex');
   const started: ChildService[] = [];
-  const start = async (name: string, command: string[], config: Record<string, unknown>): Promise<ChildService> => {
+  const start = async (
+    name: string,
+    command: string[],
+    config: () => Record<string, unknown>,
+  ): Promise<ChildService> => {
     const logFile = join(directory.logsDir, `${name}.log`);
     const service = await ChildService.start({
       name,
       command,
-      config: { ...config, host: LOOPBACK, secret },
+      config: () => ({ ...config(), host: LOOPBACK, secret }),
       logFile,
       log,
       // It makes much garbage when it has work: it gets Node's own default, which is larger than that of bin/strata.
@@ -276,48 +295,77 @@ async function startServices(
   cleanup.add(async () => {
     await Promise.all(started.map((service) => service.stop()));
   });
-  const services = await Promise.all([
-    ...safekeepers.map(({ port }, index) =>
-      start(`safekeeper-${index + 1}`, ['safekeeper', String(index + 1)], {
-        nodeId: index + 1,
-        dataDir: join(directory.path, `safekeeper-${index + 1}`),
+  const token = await signToken(secrets.platformSecret, { scope: 'platform' });
+  const pageserverAddress = { host: LOOPBACK, port: rpcPort };
+  const pageserver = new PageserverClient({ ...pageserverAddress, token });
+  cleanup.add(() => pageserver.close());
+  const safekeepers = new Safekeepers({
+    settings,
+    dataDir: directory.path,
+    host: LOOPBACK,
+    startProcess: (nodeId, port) =>
+      start(`safekeeper-${nodeId}`, ['safekeeper', String(nodeId)], () => ({
+        nodeId,
+        dataDir: directoryOf(directory.path, nodeId),
         port,
         objectStore: objectStoreUrl,
-        safekeeperCount: options.safekeeperCount,
-      }),
-    ),
-    start('pageserver', ['pageserver'], {
-      dataDir: join(directory.path, 'pageserver'),
-      rpcPort,
-      pagePort,
-      safekeepers,
-      objectStore: {
-        url: objectStoreUrl,
-        supervisor: { host: LOOPBACK, port: supervisor.port },
-        ...(options.cacheBytes === undefined ? {} : { cacheBytes: options.cacheBytes }),
-      },
-    }),
-  ]);
-  const pageserverAddress = { host: LOOPBACK, port: rpcPort };
-  const pageserver = new PageserverClient({
-    ...pageserverAddress,
-    token: await signToken(secrets.platformSecret, { scope: 'platform' }),
+        safekeeperCount: safekeepers.current.configuration.members.length,
+      })),
+    identityOf: async (timelineId) => {
+      const identity = await pageserver.timelineIdentity(timelineId).catch(unlessNotFound);
+      return identity;
+    },
+    token,
+    log,
   });
-  cleanup.add(() => pageserver.close());
+  const safekeepersStarted = safekeepers.start(new Map(nodes.map((nodeId) => [nodeId, safekeeperPorts[nodeId - 1]!])));
+  const pageserverStarted = start('pageserver', ['pageserver'], () => ({
+    dataDir: join(directory.path, 'pageserver'),
+    rpcPort,
+    pagePort,
+    safekeepers: addressesOf(safekeepers.current),
+    objectStore: {
+      url: objectStoreUrl,
+      supervisor: { host: LOOPBACK, port: supervisor.port },
+      ...(options.cacheBytes === undefined ? {} : { cacheBytes: options.cacheBytes }),
+    },
+  }));
+  await Promise.all([safekeepersStarted, pageserverStarted]);
+  // One that is just starting has been given them.
+  safekeepers.watch(() => void pageserver.setSafekeepers(addressesOf(safekeepers.current)).catch(() => {}));
   return {
     safekeepers,
     pageserver,
     pageserverAddress,
     pageAddress: { host: LOOPBACK, port: pagePort },
-    services,
+    services: started,
     startProxy: (certificate) =>
-      start('proxy', ['proxy'], {
+      start('proxy', ['proxy'], () => ({
         port: options.pgPort,
         certificate,
         supervisor: { host: LOOPBACK, port: supervisor.port },
         refusedRoles: [ADMIN_ROLE],
-      }),
+      })),
   };
+}
+
+function unlessNotFound(error: unknown): undefined {
+  if (toStrataError(error).code !== 'not-found') throw error;
+}
+
+/** In the background: the platform serves meanwhile. Never rejects. */
+async function changeCount(safekeepers: Safekeepers, count: number, progress: (text: string) => void): Promise<void> {
+  try {
+    await safekeepers.changed();
+    const change = changeToCount(safekeepers, count);
+    if (change === undefined) return;
+    progress(`changing from ${safekeepers.current.configuration.members.length} to ${count} safekeepers`);
+    const members = await safekeepers.change(change);
+    await safekeepers.changed();
+    progress(`the safekeepers are ${members.join(', ')} now`);
+  } catch (error) {
+    progress(`the safekeepers could not be changed: ${toStrataError(error).message}`);
+  }
 }
 
 async function lockPlatform(directory: PlatformDirectory): Promise<DirectoryLock> {

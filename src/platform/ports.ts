@@ -16,7 +16,7 @@ export interface ServicePorts {
   readonly safekeeperPorts: readonly number[];
 }
 
-/** All different, and free when this resolves. */
+/** All different, and free when this resolves. Safekeepers' are in the order of their ids, which begin with 1. */
 export async function servicePorts(dataDir: string, host: string, safekeeperCount: number): Promise<ServicePorts> {
   const path = join(dataDir, FILE_NAME);
   const kept = readKept(path);

@@ -13,7 +13,8 @@ import {
   RETENTION_MS,
   type TimelineSizes,
 } from '../api/pageserver.ts';
-import { type SafekeeperAddress, SafekeeperClient, type SafekeeperTimelineStatus } from '../api/safekeeper.ts';
+import { SafekeeperClient, type SafekeeperTimelineStatus } from '../api/safekeeper.ts';
+import type { SafekeeperDirectory } from '../api/safekeeper-set.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import type { Installations, UnixUser } from '../compute/installation.ts';
@@ -25,7 +26,7 @@ import { TEMPLATE_TENANT_ID, templateTimelineId, withFreshCluster } from './temp
 
 export interface ClusterStorageOptions {
   readonly pageserver: PageserverClient;
-  readonly safekeepers: readonly SafekeeperAddress[];
+  readonly safekeepers: SafekeeperDirectory;
   /** Scope `platform`. */
   readonly token: string;
   readonly installations: Installations;
@@ -47,13 +48,14 @@ const NO_PASSWORD =
 
 export class ClusterStorage implements Storage {
   readonly #options: ClusterStorageOptions;
-  readonly #safekeepers: readonly SafekeeperClient[];
+  /** By node id. */
+  readonly #safekeepers = new Map<number, SafekeeperClient>();
   readonly #templates = new Map<number, Promise<BranchPoint>>();
 
   constructor(options: ClusterStorageOptions) {
     this.#options = options;
-    const { token, safekeepers } = options;
-    this.#safekeepers = safekeepers.map((address) => new SafekeeperClient({ address, token }));
+    this.#connect();
+    options.safekeepers.watch(() => this.#connect());
   }
 
   ensureTemplate(pgVersion: number): Promise<BranchPoint> {
@@ -78,7 +80,8 @@ export class ClusterStorage implements Storage {
 
   async deleteTimeline(tenantId: string, timelineId: string): Promise<void> {
     await this.#options.pageserver.deleteTimeline(timelineId);
-    await Promise.all(this.#safekeepers.map((safekeeper) => safekeeper.deleteTimeline(tenantId, timelineId)));
+    const safekeepers = [...this.#safekeepers.values()];
+    await Promise.all(safekeepers.map((safekeeper) => safekeeper.deleteTimeline(tenantId, timelineId)));
   }
 
   inspectImport(dataDirectory: string): Promise<ImportableCluster> {
@@ -153,12 +156,14 @@ export class ClusterStorage implements Storage {
     const signal = AbortSignal.timeout(ELECTION_TIMEOUT_MS);
     let bound: Lsn | undefined;
     for (;;) {
+      // Whatever was acknowledged under this configuration, or the one before it, a majority of these has.
+      const { members } = safekeepers.current.configuration;
       const { known, unknownCount } = await this.#positions(identity.tenantId, timelineId);
-      const quorum = Math.floor(safekeepers.length / 2) + 1;
+      const quorum = Math.floor(members.length / 2) + 1;
       if (known.length === 0 && unknownCount >= quorum && !identity.hasWal) return identity.startLsn; // never started
       bound ??= acknowledgedBound(
         known.filter((status) => status.isVoter),
-        safekeepers.length,
+        members.length,
       );
       const commitLsn = Math.max(...known.map((status) => status.commitLsn));
       if (bound !== undefined && commitLsn >= bound) return commitLsn;
@@ -178,12 +183,27 @@ export class ClusterStorage implements Storage {
     }
   }
 
+  #connect(): void {
+    const { token, safekeepers } = this.#options;
+    const { addresses } = safekeepers.current;
+    for (const [nodeId, address] of addresses) {
+      if (!this.#safekeepers.has(nodeId)) this.#safekeepers.set(nodeId, new SafekeeperClient({ address, token }));
+    }
+    for (const [nodeId, client] of this.#safekeepers) {
+      if (addresses.has(nodeId)) continue;
+      client.close();
+      this.#safekeepers.delete(nodeId);
+    }
+  }
+
   async #positions(
     tenantId: string,
     timelineId: string,
   ): Promise<{ known: SafekeeperTimelineStatus[]; unknownCount: number }> {
     const answers = await Promise.allSettled(
-      this.#safekeepers.map(async (safekeeper) => safekeeper.status(tenantId, timelineId)),
+      this.#options.safekeepers.current.configuration.members
+        .flatMap((nodeId) => this.#safekeepers.get(nodeId) ?? [])
+        .map(async (safekeeper) => safekeeper.status(tenantId, timelineId)),
     );
     const known = answers.flatMap((answer) => (answer.status === 'fulfilled' ? [answer.value] : []));
     const unknownCount = answers.filter(

@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
 import { type SafekeeperAddress, SafekeeperClient } from '../api/safekeeper.ts';
+import { fixedSafekeepers } from '../api/safekeeper-set.ts';
 import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
 import { electProposer } from '../compute/proposer.ts';
@@ -35,7 +36,8 @@ test('a safekeeper that was down, and then one that has lost its disk, get every
     listTimelines: () => Promise.resolve([]),
     timelineIdentity: () => Promise.resolve({ ...identity, hasWal: true }),
   };
-  const healer = new WalHealer({ safekeepers: addresses, pageserver, token, log, intervalMs: 1 << 30 });
+  const directory = fixedSafekeepers(addresses);
+  const healer = new WalHealer({ safekeepers: directory, pageserver, token, log, intervalMs: 1 << 30 });
   context.after(async () => {
     await healer.close();
     for (const safekeeper of safekeepers) await safekeeper.close();

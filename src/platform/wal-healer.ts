@@ -7,14 +7,15 @@
  */
 import type { PageserverClient } from '../api/pageserver.ts';
 import type { RebuiltLog } from '../api/rebuilt-logs.ts';
-import { type SafekeeperAddress, SafekeeperClient, type TimelineProgress } from '../api/safekeeper.ts';
+import { SafekeeperClient, type TimelineProgress } from '../api/safekeeper.ts';
+import { addressesOf, type SafekeeperDirectory } from '../api/safekeeper-set.ts';
 import { toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { electProposer } from '../compute/proposer.ts';
 import type { LogRebuild } from './log-rebuild.ts';
 
 export interface WalHealerOptions {
-  readonly safekeepers: readonly SafekeeperAddress[];
+  readonly safekeepers: SafekeeperDirectory;
   readonly pageserver: Pick<PageserverClient, 'timelineIdentity' | 'listTimelines'>;
   /** Scope `platform`. */
   readonly token: string;
@@ -36,18 +37,19 @@ interface Unequal {
 
 export class WalHealer {
   readonly #options: WalHealerOptions;
-  readonly #clients: readonly SafekeeperClient[];
-  readonly #closing = new AbortController();
-  readonly #timer: NodeJS.Timeout;
   #seen = new Map<string, string>();
-  #healing: Promise<void> | undefined;
   /** How many timelines each safekeeper had at the last look: fewer means that some are lost, or deleted. */
   #counts: readonly number[] | undefined;
+  #clients: readonly SafekeeperClient[] = [];
+  readonly #stopWatching: () => void;
+  readonly #closing = new AbortController();
+  readonly #timer: NodeJS.Timeout;
+  #healing: Promise<void> | undefined;
 
   constructor(options: WalHealerOptions) {
     this.#options = options;
-    const { token, safekeepers } = options;
-    this.#clients = safekeepers.map((address) => new SafekeeperClient({ address, token }));
+    this.#connect();
+    this.#stopWatching = options.safekeepers.watch(() => this.#connect());
     this.#timer = setInterval(() => void this.heal(), options.intervalMs ?? INTERVAL_MS);
     this.#timer.unref();
   }
@@ -58,7 +60,16 @@ export class WalHealer {
     return this.#healing;
   }
 
+  #connect(): void {
+    const { token, safekeepers } = this.#options;
+    for (const client of this.#clients) client.close();
+    this.#clients = addressesOf(safekeepers.current).map((address) => new SafekeeperClient({ address, token }));
+    this.#seen.clear();
+    this.#counts = undefined;
+  }
+
   async close(): Promise<void> {
+    this.#stopWatching();
     clearInterval(this.#timer);
     this.#closing.abort();
     await this.#healing;
@@ -73,6 +84,7 @@ export class WalHealer {
   }
 
   async #look(): Promise<void> {
+    if (this.#options.safekeepers.current.configuration.newMembers !== undefined) return; // They are made equal by who changes them.
     const lists = await Promise.all(this.#clients.map((client) => client.list().catch(() => undefined)));
     const answers = lists.filter((list) => list !== undefined);
     if (answers.length < lists.length) return; // What is down will be unequal when it is back.

@@ -52,10 +52,10 @@ export class TestPlatform {
     return platform;
   }
 
-  /** Starts it (again) on the same ports and data; resolves when it has printed `ready`. */
-  async start(): Promise<void> {
+  /** Starts it (again) on the same ports and data; resolves when it has printed `ready`. Other arguments take the place of the first ones. */
+  async start(others: readonly string[] = this.#args): Promise<void> {
     const args = ['start', '--data-dir', this.dataDir, '--pg-port', String(this.pgPort)];
-    const child = spawn(executable, [...args, '--http-port', String(this.httpPort), ...this.#args], {
+    const child = spawn(executable, [...args, '--http-port', String(this.httpPort), ...others], {
       stdio: ['ignore', 'pipe', 'pipe'],
     });
     this.#child = child;

@@ -15,6 +15,7 @@ const MAX_IN_FLIGHT_BYTES = 1_500;
 const MAX_PENDING_BYTES = 3_000;
 const RETAINED_BYTES = 600;
 const PATIENCE_MS = 80;
+const MAX_UNCONFIRMED = 10;
 const RETRY_MS = 60;
 const MAX_DOUBLINGS = 4;
 const NO_IMAGE = Buffer.alloc(0);
@@ -42,6 +43,8 @@ export class SimulatedProposer {
   readonly #connections: string[] = [];
   readonly #heardAt: number[] = [];
   readonly #reading: boolean[] = [];
+  /** How often in a row it had not confirmed the newest configuration when it was looked at. */
+  readonly #unconfirmedCounts: number[] = [];
   /** The logs that the last votes came with. */
   readonly #images: Buffer[] = [];
   /** The whole log; what is below #memoryStart would not be in a real proposer's memory and has to be read from another acceptor. */
@@ -268,6 +271,7 @@ export class SimulatedProposer {
 
   #added(peer: number): void {
     this.#reading[peer] = false;
+    this.#unconfirmedCounts[peer] = 0;
     this.#images[peer] = NO_IMAGE;
     this.#connect(peer);
   }
@@ -310,7 +314,10 @@ export class SimulatedProposer {
     for (const peer of this.#peers()) {
       const view = this.#state.peer(peer);
       const isOwed = view.state === 'streaming' ? view.writtenLsn < view.sendLsn : true;
-      if (isOwed && scheduler.now - this.#heardAt[peer]! > PATIENCE_MS) this.#reconnect(peer);
+      const unconfirmedCount = this.#state.isUnconfirmed(peer) ? this.#unconfirmedCounts[peer]! + 1 : 0;
+      this.#unconfirmedCounts[peer] = unconfirmedCount;
+      if (unconfirmedCount > MAX_UNCONFIRMED) this.#reconnect(peer);
+      else if (isOwed && scheduler.now - this.#heardAt[peer]! > PATIENCE_MS) this.#reconnect(peer);
       else this.#pump(peer);
     }
     scheduler.after(random.between(20, 40), () => this.#watch());

@@ -1,0 +1,142 @@
+/** `strata safekeepers [list] | add | remove | replace | cancel`: who keeps the WAL. */
+import { setTimeout as sleep } from 'node:timers/promises';
+import { Command, InvalidArgumentError } from 'commander';
+import { type CliContext, type CommonOptions, openPlatform, platformCommand, show } from './context.ts';
+import { CliError } from './errors.ts';
+import { formatBytes, formatTable } from './format.ts';
+import type { RunningPlatform } from './platform.ts';
+
+interface Safekeepers {
+  readonly version: number;
+  readonly safekeepers: readonly {
+    readonly id: number;
+    readonly address: string;
+    readonly state: string;
+    readonly role: string;
+    readonly timeline_count: number;
+    readonly behind_count: number;
+    readonly behind_bytes: number;
+  }[];
+  readonly change?: {
+    readonly members: readonly number[];
+    readonly moved_timelines: number;
+    readonly timeline_count: number;
+    readonly last_error?: string;
+  };
+}
+
+type Change =
+  | { readonly kind: 'add'; readonly count: number }
+  | { readonly kind: 'remove' | 'replace'; readonly ids: readonly number[] };
+
+const POLL_INTERVAL_MS = 200;
+
+export function safekeepersCommand(context: CliContext): Command {
+  const list = platformCommand('list', 'list the safekeepers, and how far they are behind', 'safekeepers list').action(
+    async (options: CommonOptions) => {
+      const { api } = openPlatform(context, options);
+      const found = await api.get<Safekeepers>('/safekeepers');
+      show(context, options, found, () => tableOf(found));
+    },
+  );
+  const add = platformCommand('add', 'add safekeepers, and wait until they have everything', 'safekeepers add')
+    .option('--count <number>', 'how many; an odd number of safekeepers must result', positive, 2)
+    .action(async (options: CommonOptions & { readonly count: number }) =>
+      change(context, options, { kind: 'add', count: options.count }),
+    );
+  const remove = platformCommand('remove', 'remove safekeepers and what they kept', 'safekeepers remove 2 3')
+    .argument('<id...>', 'ids of safekeepers')
+    .action(async (ids: readonly string[], options: CommonOptions) =>
+      change(context, options, { kind: 'remove', ids: ids.map(idOf) }),
+    );
+  const replace = platformCommand(
+    'replace',
+    'replace safekeepers, dead ones too, by new ones, and wait until those have everything',
+    'safekeepers replace 3',
+  )
+    .argument('<id...>', 'ids of safekeepers')
+    .action(async (ids: readonly string[], options: CommonOptions) =>
+      change(context, options, { kind: 'replace', ids: ids.map(idOf) }),
+    );
+  const cancel = platformCommand('cancel', 'give up the change under way', 'safekeepers cancel').action(
+    async (options: CommonOptions) => {
+      const { api } = openPlatform(context, options);
+      const found = await api.delete<Safekeepers>('/safekeepers/change');
+      show(context, options, found, () => `the safekeepers are ${idsOf(found)} as before`);
+    },
+  );
+  return new Command('safekeepers')
+    .description('list, add, remove and replace safekeepers')
+    .addCommand(list, { isDefault: true })
+    .addCommand(add)
+    .addCommand(remove)
+    .addCommand(replace)
+    .addCommand(cancel)
+    .addHelpText('after', '\nExample:\n  $ strata safekeepers replace 3');
+}
+
+/** Begins the change and follows it to its end. */
+async function change(context: CliContext, options: CommonOptions, wanted: Change): Promise<void> {
+  const { api } = openPlatform(context, options);
+  const { members } = await api.post<{ members: readonly number[] }>('/safekeepers/change', { change: wanted });
+  const found = await ended(context, api, members);
+  show(context, options, found, () => tableOf(found));
+  const isDone = idsOf(found) === members.join(', ');
+  if (!isDone) throw new CliError(`the change was cancelled: the safekeepers are ${idsOf(found)}`);
+}
+
+/** Says how far it is whenever that has changed, to people who watch. */
+async function ended(
+  context: CliContext,
+  api: RunningPlatform['api'],
+  members: readonly number[],
+): Promise<Safekeepers> {
+  let said = '';
+  for (;;) {
+    const found = await api.get<Safekeepers>('/safekeepers');
+    const { change: underWay } = found;
+    if (underWay === undefined) return found;
+    const { moved_timelines: moved, timeline_count: count, last_error: lastError } = underWay;
+    const progress = count === 0 ? 'starting' : `${moved} of ${count} branches`;
+    const text = `changing to ${members.join(', ')}: ${progress}${lastError === undefined ? '' : ` (${lastError})`}`;
+    if (text !== said) context.printError(text);
+    said = text;
+    await sleep(POLL_INTERVAL_MS);
+  }
+}
+
+function tableOf({ safekeepers, change: underWay }: Safekeepers): string {
+  const table = formatTable(
+    ['ID', 'ADDRESS', 'STATE', 'ROLE', 'BRANCHES', 'BEHIND'],
+    safekeepers.map((each) => [
+      String(each.id),
+      each.address,
+      each.state,
+      each.role,
+      each.state === 'up' ? String(each.timeline_count) : '?',
+      each.state !== 'up'
+        ? '?'
+        : each.behind_count === 0
+          ? 'nothing'
+          : `${formatBytes(each.behind_bytes)} of ${each.behind_count} branches`,
+    ]),
+  );
+  if (underWay === undefined) return table;
+  const { members, moved_timelines: moved, timeline_count: count, last_error: lastError } = underWay;
+  const state = `changing to ${members.join(', ')}: ${moved} of ${count} branches are there`;
+  return `${table}\n${state}${lastError === undefined ? '' : `; it does not go on: ${lastError}`}`;
+}
+
+function idsOf({ safekeepers }: Safekeepers): string {
+  return safekeepers.map(({ id }) => id).join(', ');
+}
+
+function positive(text: string): number {
+  if (/^[1-9]\d?$/.test(text)) return Number(text);
+  throw new InvalidArgumentError('It must be a whole number from 1.');
+}
+
+function idOf(text: string): number {
+  if (/^[1-9]\d{0,8}$/.test(text)) return Number(text);
+  throw new CliError(`"${text}" is not the id of a safekeeper: "strata safekeepers" lists them`, 2);
+}
