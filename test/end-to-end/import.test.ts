@@ -10,6 +10,7 @@ import type { Client } from 'pg';
 import { TestPlatform, waitUntil } from './platform.ts';
 import { amcheck, assertSameContents, contentsOf, folderForExports, VanillaPostgres } from './vanilla.ts';
 
+const DEBIAN_BIN_DIR = '/usr/lib/postgresql/15/bin';
 const DATABASES = ['shop', 'Second "one"', 'postgres'];
 const SETTINGS = { max_prepared_transactions: '10', fsync: 'off' };
 
@@ -253,30 +254,72 @@ describe('strata import --pgdata', () => {
     });
   }
 
-  test('a cluster that was promoted, whose superuser has another name, is imported', async () => {
+  test('a cluster that was promoted, without a database postgres, whose superuser has another name, is imported', async () => {
     await using server = new VanillaPostgres(17);
     await server.initdb(['--data-checksums']);
     await server.start();
     const admin = await server.connect();
-    await admin.query(`CREATE ROLE other SUPERUSER LOGIN; CREATE TABLE t AS SELECT generate_series(1, 1000) AS n`);
-    const renamer = await server.connect('postgres', 'other');
+    await admin.query('CREATE ROLE other SUPERUSER LOGIN');
+    await admin.query('CREATE DATABASE app');
     await admin.end();
-    await renamer.query('ALTER ROLE postgres RENAME TO "Root Of All"');
+    const renamer = await server.connect('app', 'other');
+    await renamer.query(
+      'ALTER ROLE postgres RENAME TO "Root Of All"; CREATE TABLE t AS SELECT generate_series(1, 1000) AS n',
+    );
+    await renamer.query('DROP DATABASE postgres');
     await server.stop();
     server.write('standby.signal', '');
     await server.start();
-    await (await server.connect('postgres', 'other')).query('SELECT pg_promote()');
+    await (await server.connect('app', 'other')).query('SELECT pg_promote()');
     await server.stop();
     const imported = await platform.cliJson<Imported>(['import', '--pgdata', server.dataDir, '--role', 'other']);
     const url = new URL(imported.connection_uri);
-    assert.deepEqual([url.username, url.pathname], ['other', '/postgres']);
+    assert.deepEqual([url.username, url.pathname], ['other', '/app']);
     assert.match(imported.notes.join('\n'), /no longer superusers, with the rights of an owner: Root Of All, other/);
     assert.match(imported.notes.join('\n'), /without a password they cannot log in .*: Root Of All/);
     const client = await platform.connect(imported.connection_uri);
     assert.equal((await client.query('SELECT count(*) FROM t')).rows[0].count, '1000');
-    await client.query('ALTER TABLE t ADD COLUMN m int');
+    await client.query('ALTER TABLE t ADD COLUMN m int; DELETE FROM t');
     await client.end();
+
+    // A branch from before anybody was the platform's there.
+    const [storage] = await platform.cliJson<{ oldest_lsn: string }[]>(['storage', '--project', imported.project_id]);
+    const name = ['--name', 'untouched', '--at', storage!.oldest_lsn];
+    await platform.cli(['branches', 'create', '--project', imported.project_id, ...name]);
+    const at = ['psql', 'untouched', '--project', imported.project_id];
+    const { stdout } = await platform.cli([...at, '--', '-Atc', 'SELECT count(*) FROM t; SHOW is_superuser']);
+    assert.equal(stdout.trim(), '1000\noff');
   });
+
+  test(
+    'a cluster of Debian with ICU collations of another version is imported, and told what to do',
+    { skip: !existsSync(DEBIAN_BIN_DIR) },
+    async () => {
+      await using server = new VanillaPostgres(15, undefined, DEBIAN_BIN_DIR);
+      await server.initdb(['--locale-provider=icu', '--icu-locale=en-US', '--encoding=UTF8', '--locale=C']);
+      await server.start({ password_encryption: 'md5' });
+      const admin = await server.connect();
+      await admin.query(
+        'CREATE ROLE old LOGIN PASSWORD \'md5 secret\'; CREATE TABLE words (w text COLLATE "de-x-icu" PRIMARY KEY)',
+      );
+      await admin.query('INSERT INTO words SELECT md5(i::text) FROM generate_series(1, 1000) AS i');
+      server.write('postgresql.auto.conf', "shared_preload_libraries = 'pg_stat_statements, auto_explain'\n");
+      await server.stop();
+      const imported = await platform.cliJson<Imported>(['import', '--pgdata', server.dataDir]);
+      const notes = imported.notes.join('\n');
+      assert.match(
+        notes,
+        /database postgres: the collation of the database was of version \S+ and is of \S+ here: REINDEX/,
+      );
+      assert.match(notes, /database postgres: the collation of de-x-icu was of version/);
+      assert.match(notes, /shared_preload_libraries is not carried over: pg_stat_statements, auto_explain/);
+      assert.match(notes, /their md5 passwords do not open a session here, .*: old/);
+      const client = await platform.connect(imported.connection_uri);
+      await client.query('REINDEX TABLE words');
+      assert.equal((await client.query('SELECT count(*) FROM words')).rows[0].count, '1000');
+      await client.end();
+    },
+  );
 
   test('a cluster that runs, that crashed, or is damaged is refused, and no project is left', async () => {
     await using server = new VanillaPostgres(17);

@@ -27,12 +27,13 @@ export class VanillaPostgres implements AsyncDisposable {
   readonly #clients: Client[] = [];
   #isRunning = false;
 
-  /** `dataDir`: one that is there already; without it initdb is to be called. */
-  constructor(version: number, dataDir?: string) {
+  /** `dataDir`: one that is there already; without it initdb is to be called. `pgBinDir`: other binaries than npm's. */
+  constructor(version: number, dataDir?: string, pgBinDir?: string) {
     this.#folder = mkdtempSync(join(tmpdir(), 'strata-vanilla-'));
     if (this.#user !== undefined) chownSync(this.#folder, this.#user.uid, this.#user.gid);
+    const found = findInstallation({ pgVersion: version, ...(pgBinDir === undefined ? {} : { pgBinDir }) });
     const staging = join(tmpdir(), `strata-vanilla-binaries-${process.geteuid?.()}`);
-    this.installation = reachableInstallation(findInstallation({ pgVersion: version }), this.#user, staging);
+    this.installation = reachableInstallation(found, this.#user, staging);
     this.dataDir = dataDir ?? join(this.#folder, 'data');
   }
 
