@@ -56,9 +56,10 @@ export class Eviction {
       let evictedBytes = 0;
       for (const { timeline, layer } of this.#candidates(tick)) {
         if (localBytes <= limitBytes * LOW_WATER) break;
+        const bytes = localBytesOf(layer);
         if (!this.#evict(timeline, layer)) continue;
-        localBytes -= layer.description.sizeBytes;
-        evictedBytes += layer.description.sizeBytes;
+        localBytes -= bytes;
+        evictedBytes += bytes;
       }
       if (evictedBytes > 0) log.debug({ evictedBytes, localBytes }, 'layers were evicted');
     });
@@ -68,8 +69,7 @@ export class Eviction {
   #localBytes(): number {
     let bytes = 0;
     for (const timeline of this.#options.timelines.all()) {
-      for (const layer of timeline.layerMap.all())
-        if (layer.isLocal && !layer.isShared) bytes += layer.description.sizeBytes;
+      for (const layer of timeline.layerMap.all()) bytes += localBytesOf(layer);
     }
     return bytes;
   }
@@ -79,7 +79,7 @@ export class Eviction {
     const found: { timeline: Timeline; layer: LayerFile }[] = [];
     for (const timeline of this.#options.timelines.all()) {
       for (const layer of timeline.layerMap.all()) {
-        if (layer.isLocal && !layer.isShared && layer.usedAtTick < tick) found.push({ timeline, layer });
+        if (localBytesOf(layer) > 0 && layer.usedAtTick < tick) found.push({ timeline, layer });
       }
     }
     return found.sort((a, b) => a.layer.usedAtTick - b.layer.usedAtTick);
@@ -90,6 +90,12 @@ export class Eviction {
     const { remote, log } = this.#options;
     if (!remote.isStored(timeline, layer.description)) return false;
     try {
+      if (layer.partial !== undefined) {
+        layer.close();
+        layer.partial.remove();
+        layer.partial = undefined;
+        return true;
+      }
       layer.isShared = statSync(layer.path).nlink > 1;
       if (layer.isShared) return true;
       layer.close();
@@ -101,4 +107,10 @@ export class Eviction {
       return false;
     }
   }
+}
+
+/** What the layer takes here. */
+function localBytesOf(layer: LayerFile): number {
+  if (layer.partial !== undefined) return layer.partial.presentBytes;
+  return layer.isLocal && !layer.isShared ? layer.description.sizeBytes : 0;
 }

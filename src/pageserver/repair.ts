@@ -25,6 +25,7 @@ import { syncDirectory } from './layers/durable.ts';
 import { layerPath } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { isObjectError } from '../object-store/object-store.ts';
+import { fetchWanted, fetchWhole } from './remote/layer-fetch.ts';
 import type { Remote } from './remote/remote.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
@@ -35,6 +36,8 @@ export interface RepairsOptions {
   readonly remote?: Remote;
   /** The timeline's WAL from an LSN on, from whoever has it; it may go on for ever. */
   readonly walOf: (timeline: Timeline, fromLsn: Lsn, signal: AbortSignal) => AsyncIterable<WalPiece>;
+  /** From this size on, reads fetch pieces of layers. */
+  readonly piecesFromBytes?: number;
   readonly log: Logger;
 }
 
@@ -76,27 +79,27 @@ export class Repairs {
     return repair;
   }
 
-  /** As `repair`, from the object store alone. */
+  /** As `repair`, from the object store alone, and always the whole layer. */
   async fetch(damage: LayerDamagedError): Promise<void> {
-    if (!(await this.#fetch(this.#options.timelines.get(basename(dirname(damage.file))), damage))) throw damage;
+    const timeline = this.#options.timelines.get(basename(dirname(damage.file)));
+    if (!(await this.#fetch(timeline, damage, fetchWhole))) throw damage;
   }
 
   /** Whether the store had it. Rejects when the layer is not here and the store does not answer: it will have it. */
-  async #fetch(timeline: Timeline, damage: LayerDamagedError): Promise<boolean> {
+  async #fetch(timeline: Timeline, damage: LayerDamagedError, how: typeof fetchWanted): Promise<boolean> {
     const layer = timeline.findLayer(damage.file);
     if (layer === undefined) return true; // It was replaced meanwhile.
     const { remote, log } = this.#options;
     const { timelineId } = timeline;
     const isAbsent = damage instanceof LayerAbsentError;
     try {
-      if (remote === undefined || !(await remote.fetch(timeline, layer.description))) return false;
+      if (remote === undefined || !(await how(remote, timeline, layer, damage, this.#options.piecesFromBytes)))
+        return false;
     } catch (error) {
       if (isAbsent && isObjectError(error, 'transient')) throw error;
       log.error({ timelineId, file: damage.file, err: error }, 'the layer cannot be had from the object store');
       return false;
     }
-    layer.close();
-    layer.isLocal = true;
     if (!isAbsent) log.info({ timelineId, file: damage.file }, 'the layer was fetched from the object store');
     return true;
   }
@@ -108,7 +111,7 @@ export class Repairs {
     const { timelineId } = timeline;
     const isAbsent = damage instanceof LayerAbsentError;
     if (!isAbsent) log.error({ timelineId, file, offset: damage.offset, reason: damage.message }, 'a layer is damaged');
-    if (await this.#fetch(timeline, damage)) return;
+    if (await this.#fetch(timeline, damage, fetchWanted)) return;
     if (isAbsent) log.error({ timelineId, file }, 'a layer is neither here nor in the object store');
     try {
       const stopped = AbortSignal.timeout(REPAIR_TIMEOUT_MS);

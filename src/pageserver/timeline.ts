@@ -433,6 +433,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     for (const layer of added) this.layerMap.insert(this.#layerFile(layer));
     for (const file of old) {
       file.close();
+      file.partial?.remove();
       await rm(file.path, { force: true });
       this.#options.onStep?.('compacted layer removed');
     }

@@ -26,6 +26,7 @@ export interface NodeOptions {
   readonly limits?: Partial<StoreLimits>;
   readonly cacheBytes?: number;
   readonly storedWaitMs?: number;
+  readonly piecesFromBytes?: number;
   readonly lsnAt?: TimelinesOptions['lsnAt'];
   readonly now?: () => number;
   /** Called at each step; when it throws, the node is as good as dead. */
@@ -91,7 +92,9 @@ export class TestNode {
     const walOf = (): never => {
       throw new StrataError('unavailable', 'a test has no WAL');
     };
-    const repairs = new Repairs({ timelines, remote, walOf, log: silent });
+    const { piecesFromBytes } = options;
+    const pieces = piecesFromBytes === undefined ? {} : { piecesFromBytes };
+    const repairs = new Repairs({ timelines, remote, walOf, log: silent, ...pieces });
     timelines.repair = (damage) => repairs.repair(damage);
     timelines.fetch = (damage) => repairs.fetch(damage);
     const limitBytes = options.cacheBytes ?? Infinity;

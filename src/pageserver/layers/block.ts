@@ -16,6 +16,7 @@
 
 import { CRC32C_INIT, crc32c, crc32cExtend, crc32cFinish } from '../../base/crc32c.ts';
 import { StrataError } from '../../base/errors.ts';
+import type { ByteRange } from './partial-layer.ts';
 import { compress, decompress } from '../../base/zstd.ts';
 
 export const BLOCK_HEADER_BYTES = 16;
@@ -41,11 +42,15 @@ export class LayerDamagedError extends StrataError {
   }
 }
 
-/** The file is not here. It may have been taken away to save space: then the object store has it. */
+/** The file is not here, or not all of it. It may have been taken away to save space: then the object store has it. */
 export class LayerAbsentError extends LayerDamagedError {
-  constructor(file: string) {
-    super(file, 0, 'the file is not there');
+  /** What of it is not; undefined: nothing is known to be here. */
+  readonly missing: ByteRange | undefined;
+
+  constructor(file: string, missing?: ByteRange) {
+    super(file, missing?.start ?? 0, missing === undefined ? 'the file is not there' : 'this piece is not there');
     this.name = 'LayerAbsentError';
+    this.missing = missing;
   }
 }
 

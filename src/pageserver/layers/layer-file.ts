@@ -17,6 +17,7 @@ import { decodeFooter, decodeIndex, LAYER_FOOTER_BYTES } from './layer-format.ts
 import type { LayerDescription, LayerFooter } from './layer-format.ts';
 import { LayerSection, mergeByKey } from './layer-section.ts';
 import type { LayerEntry, SectionSource } from './layer-section.ts';
+import type { PartialLayer } from './partial-layer.ts';
 
 const BLOCKS_PER_LAYER_MAX = 2 ** 24;
 
@@ -74,6 +75,8 @@ export class LayerFile implements ValueSource {
   readonly path: string;
   /** The file is here, as far as is known. */
   isLocal = true;
+  /** What is here of a layer that is not here whole. */
+  partial: PartialLayer | undefined;
   /** The file is one with an object of the object store: it takes no space of its own. */
   isShared = false;
   /** The cache's tick when it was used last. */
@@ -156,6 +159,14 @@ export class LayerFile implements ValueSource {
     this.#cache.closed(this);
   }
 
+  /** The whole file is in its place, for the first time or anew. */
+  becomeWhole(): void {
+    this.close();
+    this.partial?.remove();
+    this.partial = undefined;
+    this.isLocal = true;
+  }
+
   /** For LayerCache: closes the file if it was not used since the last time this was asked. */
   closeUnlessUsed(): boolean {
     if (this.#wasUsed) {
@@ -210,16 +221,19 @@ export class LayerFile implements ValueSource {
 
   #openFile(): number {
     try {
-      return openSync(this.path, 'r');
+      return openSync(this.partial?.path ?? this.path, 'r');
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
       this.isLocal = false;
+      this.partial = undefined;
       throw new LayerAbsentError(this.path);
     }
   }
 
   #read(file: number, offset: number, length: number): Buffer {
     if (offset < 0) throw new LayerDamagedError(this.path, 0, 'file is too short to be a layer');
+    const missing = this.partial?.missing(offset, length);
+    if (missing !== undefined) throw new LayerAbsentError(this.path, missing);
     const bytes = Buffer.allocUnsafe(length);
     let done = 0;
     while (done < length) {

@@ -13,6 +13,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { encodePoke, ModelTimeline } from '../../../test/pageserver/history-model.ts';
 import { farStore, NodeDeath, TestGenerations, TestNode } from '../../../test/pageserver/node.ts';
 import { FaultyStore, randomFaults } from '../../object-store/faulty-store.ts';
@@ -106,6 +107,7 @@ class World {
       limits: { flushBytes: 4_000, collectBytesMin: 5_000 },
       cacheBytes: 20_000,
       storedWaitMs: 30,
+      piecesFromBytes: 2_000,
       now: () => now,
       lsnAt: ({ index }) => Math.max(index.startLsn, index.diskConsistentLsn - HISTORY),
       onStep: () => {
@@ -187,8 +189,11 @@ class World {
       for (const { key, value } of branch.model.puts.filter((put) => put.lsn === lsn)) timeline.put(key, lsn, value);
       timeline.advance(lsn, lsn - RECORD);
       timeline.freezeIfFull();
-      await timeline.writable();
-      if (timeline.isStopped) return;
+      // A dead one never has room again.
+      for (let room = timeline.writable(); room !== undefined; room = timeline.writable()) {
+        await Promise.race([room, sleep(10)]);
+        if (node.isDead || timeline.isStopped) return;
+      }
     }
   }
 

@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -14,6 +15,7 @@ import type { ObjectStore } from '../../object-store/object-store.ts';
 import { ALL_KEYS, relationBlockKey, relationSizeKey } from '../key.ts';
 import { layerFileName, layerPath } from '../layers/layer-format.ts';
 import { encodeCountImage, encodeImage } from '../value.ts';
+import { readWhole } from '../whole-reads.ts';
 import { listIndexes, listTimelineObjects, newestIndex, orphansOf, readIndex } from './timeline-objects.ts';
 
 const TENANT = 'a'.repeat(32);
@@ -366,6 +368,45 @@ describe('a pageserver and the object store', () => {
     await sleep(1_100); // a failed fetch is not tried again at once
     await assertRight(node);
     assert(await node.remote.settled());
+  });
+
+  test('of a large layer a read fetches the pieces that it wants, and many reads all of it', async () => {
+    const request = { tenantId: TENANT, timelineId: id(9), pgVersion: 17, lsn: LSN, recordLsn: LSN - RECORD } as const;
+    const fork = { spc: 1663, db: 5, rel: 9, fork: 0 };
+    const blocks = Array.from({ length: 600 }, () => randomBytes(8192));
+    await node.timelines.import(request, async (target) => {
+      target.put(relationSizeKey(1663, 5, 9, 0), Buffer.from([600 & 255, 600 >> 8, 0, 0]));
+      for (const [blk, page] of blocks.entries()) {
+        target.put(relationBlockKey(1663, 5, 9, 0, blk), page);
+        await target.drain();
+      }
+    });
+    await node.close();
+    await start('b', { piecesFromBytes: 1_000_000, cacheBytes: 500_000 });
+    const page = (blk: number): Promise<Buffer> =>
+      readWhole(() => node.timelines.get(id(9)).getPages(fork, blk, 1, LSN), node.timelines.repair);
+    store.calls.length = 0;
+    assert.deepEqual(await page(300), blocks[300]);
+    assert(store.calls.every(({ operation }) => operation === 'getRange'));
+    assert(store.calls.length <= 4, `${store.calls.length} pieces`);
+    const callCount = store.calls.length;
+    assert.deepEqual(await page(301), blocks[301]);
+    assert.equal(store.calls.length, callCount);
+    const files = (): string[] => readdirSync(join(root, 'b/timelines', id(9))).filter((name) => name.includes('__'));
+    assert.match(files().join(), /^[^,]*\.pieces$/);
+    await node.eviction.run();
+    await node.eviction.run();
+    assert.deepEqual(files(), [], 'pieces are evicted as layers are');
+    for (let blk = 0; blk < 600; blk += 7) assert.deepEqual(await page(blk), blocks[blk]);
+    assert.equal(store.calls.filter(({ operation }) => operation === 'getToFile').length, 1);
+    assert.match(files().join(), /^[^,.]*$/);
+    // What a crash leaves of pieces is not believed.
+    await start('c', { piecesFromBytes: 1_000_000 });
+    assert.deepEqual(await page(5), blocks[5]);
+    await node.abandon();
+    await start('c', { piecesFromBytes: 1_000_000 });
+    assert.deepEqual(readdirSync(join(root, 'c/timelines', id(9))).sort(), ['index', 'remote']);
+    assert.deepEqual(await page(5), blocks[5]);
   });
 
   test('merges fetch what they read', async () => {

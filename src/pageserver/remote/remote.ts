@@ -198,6 +198,20 @@ export class Remote {
     return true;
   }
 
+  /** A part of the layer's bytes; undefined when the store does not have it. Throws what the store throws. */
+  async fetchRange(
+    timeline: UploadedTimeline,
+    layer: LayerDescription,
+    start: number,
+    end: number,
+  ): Promise<Buffer | undefined> {
+    const stored = await this.#of(timeline).storedLayer(layer);
+    if (stored === undefined) return undefined;
+    const name = objectNameOf(timeline.index, stored);
+    const options = { signal: this.#stop.signal, timeoutMs: FETCH_TIMEOUT_MS };
+    return this.#fetchTurns.inTurn(() => this.#options.store.getRange(name, start, end, options));
+  }
+
   /** Resolves when everything is in the store and confirmed, and all is deleted that may be; or after `timeoutMs`. False when something was left. */
   async settled(timeoutMs = 60_000): Promise<boolean> {
     const deadline = performance.now() + timeoutMs;
