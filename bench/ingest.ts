@@ -15,7 +15,7 @@ export async function ingest({ quick }: { readonly quick: boolean }): Promise<Ro
   const wall: number[] = [];
   let note = '';
   for (let round = 0; round < rounds; round++) {
-    await withRecordedCluster(quick ? 150_000 : 500_000, async (recorded) => {
+    await withRecordedCluster({ rows: quick ? 150_000 : 500_000 }, async (recorded) => {
       const megabytes = recorded.wal.length / 1e6;
       const cutSeconds = cpuSeconds(() => cutRecords(recorded));
       const before = process.cpuUsage();

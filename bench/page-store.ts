@@ -28,12 +28,31 @@ export interface RecordedCluster {
   /** From startLsn on, without the zeroes of the last segment. */
   readonly wal: Buffer;
   readonly recordCount: number;
-  /** The table that the workload changed, and its size in blocks at the end. */
-  readonly table: { readonly spc: number; readonly db: number; readonly rel: number; readonly blocks: number };
+  /** The table that the workload changed. */
+  readonly table: RecordedTable;
+  /** A table of which each page was made by about ten records, where it was asked for. */
+  readonly tenRecords: RecordedTable | undefined;
+}
+
+/** A table, and its size in blocks at the end. */
+export interface RecordedTable {
+  readonly spc: number;
+  readonly db: number;
+  readonly rel: number;
+  readonly blocks: number;
+}
+
+export interface Workload {
+  readonly rows: number;
+  /** Pages of a table that is filled with rows of which ten fill a page. */
+  readonly pagesOfTenRecords?: number;
 }
 
 /** `rows` of about 100 bytes are inserted with a primary key, half of them then updated in small transactions. */
-export async function withRecordedCluster<T>(rows: number, use: (recorded: RecordedCluster) => Promise<T>): Promise<T> {
+export async function withRecordedCluster<T>(
+  workload: Workload,
+  use: (recorded: RecordedCluster) => Promise<T>,
+): Promise<T> {
   const directory = mkdtempSync(join(tmpdir(), 'strata-bench-pages-'));
   const cluster = new Cluster();
   let store: Timelines | undefined;
@@ -50,10 +69,10 @@ export async function withRecordedCluster<T>(rows: number, use: (recorded: Recor
       importDataDirectory(cluster.dataDir, target).then(() => {}),
     );
     await cluster.start('synchronous_commit = off\nmax_wal_senders = 0\n');
-    const table = await runWorkload(cluster, rows);
+    const { table, tenRecords } = await runWorkload(cluster, workload);
     await cluster.stop();
     const { wal, recordCount } = readWal(cluster, startLsn);
-    return await use({ store, timeline, startLsn, wal, recordCount, table });
+    return await use({ store, timeline, startLsn, wal, recordCount, table, tenRecords });
   } finally {
     await store?.close();
     await cluster[Symbol.asyncDispose]();
@@ -76,7 +95,10 @@ export async function ingestAll(recorded: RecordedCluster): Promise<void> {
   }
 }
 
-async function runWorkload(cluster: Cluster, rows: number): Promise<RecordedCluster['table']> {
+async function runWorkload(
+  cluster: Cluster,
+  { rows, pagesOfTenRecords }: Workload,
+): Promise<Pick<RecordedCluster, 'table' | 'tenRecords'>> {
   const client = await cluster.connect();
   await client.query('CREATE TABLE bench (id int PRIMARY KEY, n int, pad text)');
   await client.query(
@@ -85,12 +107,24 @@ async function runWorkload(cluster: Cluster, rows: number): Promise<RecordedClus
   await client.query(`CREATE PROCEDURE change(count int) LANGUAGE plpgsql AS $$ BEGIN
     FOR i IN 1..count LOOP UPDATE bench SET n = n + 1 WHERE id = 1 + (i::bigint * 7919) % ${rows}; COMMIT; END LOOP; END $$`);
   await client.query(`CALL change(${Math.floor(rows / 2)})`);
+  if (pagesOfTenRecords !== undefined) {
+    await client.query('CREATE TABLE ten (id int, pad text)');
+    await client.query(
+      `INSERT INTO ten SELECT i, (SELECT string_agg(md5((i * 31 + j)::text), '') FROM generate_series(1, 24) j)
+         FROM generate_series(1, ${pagesOfTenRecords * 10}) i`,
+    );
+  }
   await client.query('CHECKPOINT');
-  const { rows: found } = await client.query<{ db: number; rel: number; blocks: number }>(
-    `SELECT d.oid::int AS db, c.relfilenode::int AS rel, (pg_relation_size(c.oid) / 8192)::int AS blocks
-       FROM pg_class c, pg_database d WHERE c.relname = 'bench' AND d.datname = current_database()`,
-  );
-  return { spc: 1663, ...found[0]! };
+  const tableNamed = async (name: string): Promise<RecordedTable> => {
+    const { rows: found } = await client.query<{ db: number; rel: number; blocks: number }>(
+      `SELECT d.oid::int AS db, c.relfilenode::int AS rel, (pg_relation_size(c.oid) / 8192)::int AS blocks
+         FROM pg_class c, pg_database d WHERE c.relname = $1 AND d.datname = current_database()`,
+      [name],
+    );
+    return { spc: 1663, ...found[0]! };
+  };
+  const tenRecords = pagesOfTenRecords === undefined ? undefined : await tableNamed('ten');
+  return { table: await tableNamed('bench'), tenRecords };
 }
 
 function readWal(cluster: Cluster, startLsn: Lsn): { wal: Buffer; recordCount: number } {

@@ -6,7 +6,7 @@ import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerWriter } from './layers/layer-writer.ts';
 import type { MemoryLayer } from './layers/memory-layer.ts';
 
-const SLICE_MS = 5;
+const SLICE_MS = 2;
 /** Larger than in merged layers: compressing costs less, and most of what is flushed is merged before it is read. */
 const VALUE_BLOCK_BYTES = 64 * 1024;
 

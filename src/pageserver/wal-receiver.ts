@@ -45,7 +45,7 @@ const LAG_MAX_MS = 2_000;
 const FEEDBACK_MS = 250;
 const FEEDBACK_BATCH = 10_000;
 const ANCESTOR_WAIT_MS = 60_000;
-const SLICE_MS = 5;
+const SLICE_MS = 2;
 /** Layers that ingest may find damaged, one after the other, without getting on. */
 const REPAIRS_MAX = 16;
 

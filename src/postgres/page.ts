@@ -270,10 +270,13 @@ export function pageRepairFragmentation(page: Buffer): void {
   let unused = 0;
   let total = 0;
   let lastUsed = 0;
-  for (let i = 1; i <= lineCount; i++) {
-    const id = itemId(page, i);
+  // Every prune comes here, and looks at all line pointers.
+  const view = new DataView(page.buffer, page.byteOffset, page.length);
+  for (let i = 1, at = PAGE_HEADER_SIZE; i <= lineCount; i++, at += ITEM_ID_SIZE) {
+    const id = view.getUint32(at, true);
     if (((id >>> 15) & 3) === LP_UNUSED) {
       unused++;
+      if (id !== 0) view.setUint32(at, 0, true);
       continue;
     }
     lastUsed = i;
@@ -287,9 +290,8 @@ export function pageRepairFragmentation(page: Buffer): void {
     throw new PageError(`items need ${total} bytes, ${special - lower} are available`);
   }
 
-  for (let i = 1; i <= lineCount; i++) if (itemFlags(page, i) === LP_UNUSED) setItemUnused(page, i);
   if (kept === 0) put16(page, 14, special);
-  else compactify(page, kept);
+  else compactify(page, view, kept);
   unused -= lineCount - lastUsed;
   put16(page, 12, pageLower(page) - (lineCount - lastUsed) * ITEM_ID_SIZE);
   setPageFlag(page, PD_HAS_FREE_LINES, unused > 0);
@@ -342,7 +344,7 @@ export function pageIndexMultiDelete(page: Buffer, offsets: ArrayLike<number>): 
 
   for (let i = 0; i < kept; i++) setItemId(page, i + 1, keptIds[i]!);
   put16(page, 12, PAGE_HEADER_SIZE + kept * ITEM_ID_SIZE);
-  if (kept > 0) compactify(page, kept);
+  if (kept > 0) compactify(page, new DataView(page.buffer, page.byteOffset, page.length), kept);
   else put16(page, 14, special);
 }
 
@@ -424,7 +426,7 @@ function keep(index: number, offset: number, start: number, length: number): num
  * Lays the kept items out downwards from `special` in order of line pointer. Postgres has a fast path for items that are in that order
  * already; it makes the same bytes, so there is one path here: skip what is in place, copy the rest aside, put it back in runs.
  */
-function compactify(page: Buffer, count: number): void {
+function compactify(page: Buffer, view: DataView, count: number): void {
   let upper = pageSpecial(page);
   let i = 0;
   while (i < count && keptStart[i]! + keptSize[i]! === upper) upper -= keptSize[i++]!;
@@ -441,8 +443,8 @@ function compactify(page: Buffer, count: number): void {
       }
       upper -= size;
       runStart = start;
-      const offset = keptOffset[i]!;
-      setItemId(page, offset, (itemId(page, offset) & ~0x7fff) | upper);
+      const pointer = PAGE_HEADER_SIZE + (keptOffset[i]! - 1) * ITEM_ID_SIZE;
+      view.setUint32(pointer, (view.getUint32(pointer, true) & ~0x7fff) | upper, true);
     }
     scratch.copy(page, upper, runStart, runEnd);
   }
