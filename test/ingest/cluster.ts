@@ -145,6 +145,15 @@ export class Cluster implements AsyncDisposable {
     if (stopped === false) throw new Error('Postgres did not shut down');
   }
 
+  /** kill -9, as in a crash of the machine; it can be started again. */
+  async kill(): Promise<void> {
+    const server = this.#server;
+    this.#server = undefined;
+    server?.kill();
+    await server?.exited;
+    this.#clients = [];
+  }
+
   /** What the server has complained about. */
   complaints(): string[] {
     const log = readFileSync(join(this.#directory, 'log'), 'utf8');
