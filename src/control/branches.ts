@@ -189,6 +189,9 @@ export class Branches {
     const timeline = { tenantId: project.tenant_id, timelineId: branch.timeline_id, pgVersion: project.pg_version };
     const work = async (): Promise<Lsn> => {
       if (giveUp !== undefined) throw giveUp;
+      if (branch.parent_id === null) {
+        await storage.setRetention(project.tenant_id, project.history_retention_seconds);
+      }
       if (imported !== undefined)
         return storage.importTimeline({ ...timeline, dataDirectory: imported.data_directory });
       const ancestor = { timelineId: branch.ancestor_timeline_id, lsn: branch.ancestor_lsn };

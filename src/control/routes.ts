@@ -107,9 +107,6 @@ function registerProjects(api: FastifyInstance, control: Control): void {
     { schema: { body: schemas.projectCreateBody } },
     async (request, reply) => {
       const created = await projects.create(request.body.project);
-      if (request.body.project.history_retention_seconds !== undefined) {
-        await context.storage.setRetention(created.project.tenant_id, created.project.history_retention_seconds);
-      }
       return reply.code(201).send({
         project: show(created.project),
         connection_uris: connectionDetails(control, created.endpoint),

@@ -1,10 +1,9 @@
 /**
- * How long each project's history is kept: a file, `<data dir>/retention`, replaced whole. A project that is not in it has the default.
+ * How long each project's history is kept, as the control plane has told: a file, `<data dir>/retention`, replaced whole. A project that is not in it, as on a disk that was
+ * lost, has the longest window until it is told again: nothing is collected too early. So have all when the file is damaged.
  *
  *   line 1   `strata-retention 1 <CRC32C of the rest, 8 hex digits>`
  *   rest     JSON: an object from tenant id to milliseconds
- *
- * When the file is damaged, every project has the longest window until it is told again: nothing is collected too early.
  */
 
 import { mkdirSync, readFileSync } from 'node:fs';
@@ -20,25 +19,23 @@ const HEAD = /^strata-retention 1 ([0-9a-f]{8})\n/;
 export class RetentionWindows {
   readonly #file: string;
   readonly #windows: Map<string, number>;
-  readonly #defaultMs: number;
 
   constructor(file: string, log: Logger) {
     this.#file = file;
     const windows = read(file);
     this.#windows = new Map(Object.entries(windows ?? {}));
-    this.#defaultMs = windows === undefined ? RETENTION_MS.max : RETENTION_MS.default;
     if (windows === undefined)
       log.error({ file }, 'the history windows are damaged; all history is kept until they are set');
   }
 
   /** Milliseconds. */
   of(tenantId: string): number {
-    return this.#windows.get(tenantId) ?? this.#defaultMs;
+    return this.#windows.get(tenantId) ?? RETENTION_MS.max;
   }
 
   /** Durable when it returns. Throws `bad-request` for a window that is not offered. */
   set(tenantId: string, retentionMs: number): void {
-    if (this.of(tenantId) === checkRetentionMs(retentionMs)) return;
+    if (this.#windows.get(tenantId) === checkRetentionMs(retentionMs)) return;
     mkdirSync(dirname(this.#file), { recursive: true });
     const rest = `${JSON.stringify({ ...Object.fromEntries(this.#windows), [tenantId]: retentionMs })}\n`;
     const checksum = crc32c(Buffer.from(rest)).toString(16).padStart(8, '0');
