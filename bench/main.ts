@@ -8,6 +8,7 @@
 import { parseArgs } from 'node:util';
 import { append } from './append.ts';
 import { branchCreation } from './branch-creation.ts';
+import { changes } from './changes.ts';
 import { commitLatency } from './commit-latency.ts';
 import { coldScan } from './cold-scan.ts';
 import { decode } from './decode.ts';
@@ -55,6 +56,7 @@ const PART_QUESTIONS: Readonly<Record<string, (options: { readonly quick: boolea
   ingest,
   'get-page': getPage,
   'nested-branches': nestedBranches,
+  changes,
 };
 
 const { values } = parseArgs({

@@ -84,7 +84,10 @@ interface TableChange {
   maps: number;
   before: number | null | undefined;
   after: number | null | undefined;
+  /** Of the table itself. */
   readonly notes: Set<string>;
+  /** Of what belongs to it. */
+  readonly partNotes: Set<string>;
 }
 
 const NOTES = `
@@ -228,9 +231,12 @@ async function namesFor(
   if (opposite === undefined || gone.length === 0) return own;
   // What the branch has dropped may still be there in the other. That one is not woken for it.
   const others = await namesOf(context, scope, opposite, gone, false);
+  if (others === undefined) return own;
+  const old = new Set(gone);
   return {
-    find: (file) => own?.find(file) ?? (gone.includes(file) ? others?.find(file) : undefined),
-    databaseName: (oid) => own?.databaseName(oid) ?? others?.databaseName(oid),
+    find: (file) => own?.find(file) ?? (old.has(file) ? others.find(file) : undefined),
+    databaseName: (oid) => own?.databaseName(oid) ?? others.databaseName(oid),
+    isComplete: own !== undefined,
   };
 }
 
@@ -288,6 +294,7 @@ function tablesOf({ files }: BranchChanges, names: CatalogNames<FileChange> | un
         before: undefined,
         after: undefined,
         notes: new Set(),
+        partNotes: new Set(),
       };
       tables.set(key, table);
     }
@@ -305,8 +312,9 @@ function addFile(table: TableChange, file: FileChange, named: NamedRelation | un
   else if (role === 'toast') table.toast += mainPages;
   else table.heap += mainPages;
   const what = role === 'heap' ? '' : role === 'index' ? `index ${named!.relation} ` : 'TOAST ';
-  if (before === null) table.notes.add(`${what}${named?.isRewritten === true ? 'rewritten' : 'new'}`);
-  else if (after === null && named?.wasReplaced !== true) table.notes.add(`${what}dropped`);
+  const notes = role === 'heap' ? table.notes : table.partNotes;
+  if (before === null) notes.add(`${what}${named?.isRewritten === true ? 'rewritten' : 'new'}`);
+  else if (after === null && named?.wasReplaced !== true) notes.add(`${what}dropped`);
   if (role !== 'heap') return;
   // A table that was rewritten has two files: the old one is its size before, the new one its size after.
   if (before !== undefined && before !== null) table.before = before;
@@ -318,7 +326,7 @@ function addFile(table: TableChange, file: FileChange, named: NamedRelation | un
 function databaseLabel({ databaseOid }: FileChange, names: CatalogNames<FileChange> | undefined): string {
   const known = names?.databaseName(databaseOid);
   if (known !== undefined) return known;
-  return databaseOid === 0 ? '' : names === undefined ? String(databaseOid) : `${databaseOid} (dropped)`;
+  return databaseOid === 0 ? '' : names?.isComplete === true ? `${databaseOid} (dropped)` : String(databaseOid);
 }
 
 function fileLabel({ relfilenode }: FileChange): string {
@@ -351,7 +359,7 @@ function sideJson(changes: BranchChanges, tables: readonly TableChange[]): objec
       ...(table.before === undefined && table.after === undefined
         ? {}
         : { heap_size_before: table.before ?? null, heap_size_after: table.after ?? null }),
-      notes: [...table.notes],
+      notes: notesOf(table),
     })),
   };
 }
@@ -363,7 +371,7 @@ function sideText(changes: BranchChanges, tables: readonly TableChange[], withCa
   const shown = tables.filter((table) => withCatalogs || !table.isCatalog);
   const catalogs = tables.filter((table) => !withCatalogs && table.isCatalog);
   const rows = shown.map((table) =>
-    row(table.database, table.name, table, [...sizeNote(table), ...table.notes].join(', ')),
+    row(table.database, table.name, table, [...sizeNote(table), ...notesOf(table)].join(', ')),
   );
   if (catalogs.length > 0) {
     const sum = { pages: 0, heap: 0, indexes: 0, toast: 0, maps: 0 };
@@ -388,6 +396,11 @@ function row(
   const { pages, heap, indexes, toast, maps } = counts;
   const numbers = [heap, indexes, toast, maps].map((count) => (count === 0 ? '-' : String(count)));
   return [database, name, String(pages), formatBytes(pages * BLOCK_SIZE), ...numbers, note];
+}
+
+/** What belongs to a table comes and goes with it. */
+function notesOf({ notes, partNotes }: TableChange): string[] {
+  return notes.size > 0 ? [...notes] : [...partNotes];
 }
 
 function sizeNote({ before, after }: TableChange): string[] {

@@ -236,6 +236,49 @@ test('endpoints are started and suspended by id or branch, and the command waits
   await terminal.fails(1, ['no room for Postgres'], 'endpoints', 'start');
 });
 
+test('changes are of a branch since it began, or of two since they parted, by numbers where nobody is awake', async () => {
+  await using terminal = await RunningTerminal.open();
+  await terminal.ok('projects', 'create');
+  const timelineOf = async (name: string): Promise<string> =>
+    (await terminal.json<{ name: string; timeline_id: string }[]>('branches', 'list')).find(
+      (branch) => branch.name === name,
+    )!.timeline_id;
+  const { storage } = terminal.world;
+  storage.commit(await timelineOf('main'), Date.now() * 1000);
+  await terminal.ok('branches', 'create', '--name', 'dev');
+  await terminal.ok('endpoints', 'suspend', 'main');
+  await terminal.ok('endpoints', 'suspend', 'dev');
+  const nothing = await terminal.ok('branches', 'changes', 'dev', '--no-wake');
+  assert.match(nothing, /^dev, from (\S+) to \1: 0 pages, 0 B\nnothing changed$/);
+  storage.commit(await timelineOf('dev'), Date.now() * 1000);
+  const dev = await terminal.ok('branches', 'changes', 'dev', '--no-wake');
+  assert.match(dev, /^16383 +file 16384 +1 +8.19 kB +1 +- +- +- +grown from 0 to 1 pages$/m);
+  const sides = await terminal.json<{ branch: string; from_lsn: string; pages: number }[]>(
+    ...['branches', 'changes', 'dev', 'main', '--no-wake'],
+  );
+  assert.deepEqual(
+    sides.map(({ branch, pages }) => [branch, pages]),
+    [
+      ['dev', 1],
+      ['main', 0],
+    ],
+  );
+  assert.equal(sides[0]!.from_lsn, sides[1]!.from_lsn);
+  await terminal.fails(2, ['"x"', 'not an LSN'], 'branches', 'changes', 'dev', '--from', 'x');
+  await terminal.fails(2, ['"0/1"', 'not a time'], 'branches', 'changes', 'dev', '--to-time', '0/1');
+  await terminal.fails(
+    2,
+    ['--to-time', 'two branches'],
+    'branches',
+    'changes',
+    'dev',
+    'main',
+    '--to-time',
+    '2026-01-31T12:00:00Z',
+  );
+  await terminal.fails(1, ['FFFF/0', 'in the future'], 'branches', 'changes', 'dev', '--from', 'FFFF/0');
+});
+
 test('a connection string is for the default branch or a named one', async () => {
   await using terminal = await RunningTerminal.open();
   await terminal.ok('projects', 'create');

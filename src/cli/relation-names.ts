@@ -33,6 +33,8 @@ export interface CatalogNames<File extends RelationFile = RelationFile> {
   find(file: File): NamedRelation | undefined;
   /** Undefined when there is none. */
   databaseName(oid: number): string | undefined;
+  /** A database that it does not know is not there. */
+  readonly isComplete: boolean;
 }
 
 interface RelationRow {
@@ -105,6 +107,7 @@ export async function readCatalogNames(
   return {
     find: ({ databaseOid, relfilenode }) => relations.get(`${databaseOid}/${relfilenode}`),
     databaseName: (oid) => (oid === SHARED ? '' : databases.get(oid)),
+    isComplete: true,
   };
 }
 

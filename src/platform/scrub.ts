@@ -88,6 +88,8 @@ export async function scrubPlatform(options: PlatformScrubOptions): Promise<Plat
   const pageserver = new PageserverClient({ ...file.pageserver, token });
   const scratchDirectory = mkdtempSync(join(tmpdir(), 'strata-scrub-'));
   try {
+    // What is only in memory yet cannot be looked at.
+    if (sample > 0) for (const { timelineId } of branches) await flush(pageserver, timelineId);
     const status = await pageserver.objectStoreStatus();
     const store = file.objectStore === undefined ? undefined : await openObjectStore(file.objectStore);
     const wanted = timelineIds === undefined ? undefined : new Set(timelineIds);
@@ -119,6 +121,15 @@ export async function scrubPlatform(options: PlatformScrubOptions): Promise<Plat
   } finally {
     rmSync(scratchDirectory, { recursive: true, force: true });
     await pageserver.close();
+  }
+}
+
+async function flush(pageserver: PageserverClient, timelineId: string): Promise<void> {
+  try {
+    const { memoryBytes } = await pageserver.timelineStatus(timelineId);
+    if (memoryBytes > 0) await pageserver.flush(timelineId);
+  } catch {
+    // A timeline that cannot be flushed is looked at as far as it is in layers.
   }
 }
 
