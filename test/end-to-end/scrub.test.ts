@@ -197,6 +197,12 @@ describe('scrub', () => {
   });
 
   test('a wrong page in a layer whose checksums are right is found by replaying WAL', async () => {
+    // Nothing more is written: the pageserver would write its index anew, and scrub have it flush.
+    const endpoints = await platform.cliJson<{ id: string }[]>(['endpoints', 'list']);
+    for (const { id } of endpoints) await platform.cli(['endpoints', 'suspend', id]);
+    await platform.cli(['branches', 'at']);
+    await pageserver.flush(timelineId);
+    await settledLayer();
     const indexPath = join(folder, 'index');
     const index = decodeTimelineIndex(readFileSync(indexPath), indexPath);
     const scratch = mkdtempSync(join(tmpdir(), 'strata-scrub-e2e-'));
