@@ -105,6 +105,10 @@ if (role === 'safekeeper') {
         return branchWalConnection({ ...platform, timelineId });
       },
     },
+    walLags: async (platform) => {
+      const { readWalLags } = await import('./platform/branch-wal.ts');
+      return readWalLags(platform);
+    },
     export: exportDirectory,
     scrub: async ({ platform, ...rest }) => {
       const { scrubPlatform } = await import('./platform/scrub.ts');

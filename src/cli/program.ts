@@ -16,7 +16,7 @@ import { projectsCommand } from './projects.ts';
 import { safekeepersCommand } from './safekeepers.ts';
 import { scrubCommand, type ScrubTool } from './scrub.ts';
 import { type StartOptions, startCommand } from './start.ts';
-import { statusCommand } from './status.ts';
+import { statusCommand, type WalLagTool } from './status.ts';
 import { storageCommand } from './storage.ts';
 import { walCommand, type WalTools } from './wal.ts';
 
@@ -26,6 +26,8 @@ export interface CliOptions {
   readonly start: (options: StartOptions) => Promise<void>;
   /** Without them there is no command `wal`. */
   readonly wal?: WalTools;
+  /** Without it `status` says nothing of WAL. */
+  readonly walLags?: WalLagTool;
   /** Without it there is no command `export`. */
   readonly export?: ExportTool;
   /** Without it there is no command `scrub`. */
@@ -47,7 +49,7 @@ export async function runCli(commandLine: readonly string[], options: CliOptions
     .description('serverless Postgres that anyone can run')
     .version(options.version)
     .addCommand(startCommand(context.environment, options.start))
-    .addCommand(statusCommand(context))
+    .addCommand(statusCommand(context, options.walLags))
     .addCommand(projectsCommand(context))
     .addCommand(branchesCommand(context))
     .addCommand(endpointsCommand(context))

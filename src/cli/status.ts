@@ -5,15 +5,22 @@ import { type CliContext, type CommonOptions, openPlatform, platformCommand, sho
 import type { PlatformFile } from '../api/control.ts';
 import { describeRebuiltLog, readRebuiltLogs } from '../api/rebuilt-logs.ts';
 import { CliError } from './errors.ts';
-import type { ApiClient } from './platform.ts';
-import { listEndpoints, listProjects } from './entities.ts';
+import { BACKPRESSURE_LIMITS } from '../api/backpressure-limits.ts';
+import type { WalLag } from '../api/wal-status.ts';
+import type { ApiClient, RunningPlatform } from './platform.ts';
+import { listBranches, listEndpoints, listProjects, type Project } from './entities.ts';
 import { formatBytes, formatDuration, formatFields } from './format.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 
 const PROBE_TIMEOUT_MS = 1_000;
 const SHOWN_REBUILT_LOGS = 5;
+const SHOWN_LAGS = 10;
 
-export function statusCommand(context: CliContext): Command {
+/** What the WAL of the platform's branches waits for. */
+export type WalLagTool = (platform: RunningPlatform) => Promise<readonly WalLag[]>;
+
+/** Without `readWalLags` nothing is said of it. */
+export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Command {
   return platformCommand('status', 'show whether the platform runs, and where', 'status').action(
     async (options: CommonOptions) => {
       const { api, dataDirectory, file } = openPlatform(context, options);
@@ -25,6 +32,8 @@ export function statusCommand(context: CliContext): Command {
       const objectStore = ready && services[0]?.up === true ? await readObjectStore(api) : undefined;
       const downNames = services.filter((service) => !service.up).map((service) => service.name);
       const rebuilt = readRebuiltLogs(dataDirectory);
+      const names = await branchNames(api, projects);
+      const lags = ready ? ((await readWalLags?.({ api, dataDirectory, file })) ?? []) : [];
       const status = {
         ready,
         version: file.version,
@@ -38,6 +47,17 @@ export function statusCommand(context: CliContext): Command {
         project_count: projects.length,
         endpoint_count: endpoints.length,
         active_endpoint_count: activeCount,
+        wal: lags.map((lag) => ({
+          timeline_id: lag.timelineId,
+          branch: names.get(lag.timelineId) ?? null,
+          commit_lsn: formatLsn(lag.commitLsn),
+          state: walState(lag),
+          not_in_pages_size: lag.notInPagesBytes ?? null,
+          not_uploaded_size: lag.notUploadedBytes ?? null,
+          not_offloaded_size: lag.notOffloadedBytes,
+          kept_size: lag.keptBytes,
+          failures: lag.failures,
+        })),
         rebuilt_logs: rebuilt.map((each) => ({
           timeline_id: each.timelineId,
           rebuilt_at: new Date(each.atMs).toISOString(),
@@ -64,6 +84,11 @@ export function statusCommand(context: CliContext): Command {
           ...(objectStore === undefined ? [] : [['object store', describeObjectStore(objectStore)] as const]),
           ['projects', String(projects.length)],
           ['endpoints', `${endpoints.length}, ${activeCount} of them active`],
+          ...(lags.length === 0 ? [] : [['WAL', describeWal(lags)] as const]),
+          ...lags
+            .filter((lag) => walState(lag) !== 'ok')
+            .slice(0, SHOWN_LAGS)
+            .map((lag): [string, string] => ['', describeLag(lag, names.get(lag.timelineId) ?? lag.timelineId)]),
           ...rebuilt
             .slice(-SHOWN_REBUILT_LOGS)
             .map((each): [string, string] => [
@@ -74,6 +99,44 @@ export function statusCommand(context: CliContext): Command {
       );
     },
   );
+}
+
+/** By timeline: `project/branch`. */
+async function branchNames(api: ApiClient, projects: readonly Project[]): Promise<Map<string, string>> {
+  const lists = await Promise.all(
+    projects.map(async (project) =>
+      (await listBranches(api, project)).map(
+        (branch) => [branch.timeline_id, `${project.name}/${branch.name}`] as const,
+      ),
+    ),
+  );
+  return new Map(lists.flat());
+}
+
+type WalState = 'ok' | 'slowed' | 'stopped' | 'not offloaded' | 'refused';
+
+/** `slowed` and `stopped`: commits are, as storage lags. */
+function walState({ notInPagesBytes = 0, notUploadedBytes = 0, isOffloadFailing, failures }: WalLag): WalState {
+  const { ingest, keep } = BACKPRESSURE_LIMITS;
+  if (failures.length > 0) return 'refused';
+  if (notInPagesBytes >= ingest.hardBytes || notUploadedBytes >= keep.hardBytes) return 'stopped';
+  if (notInPagesBytes > ingest.softBytes || notUploadedBytes > keep.softBytes) return 'slowed';
+  return isOffloadFailing ? 'not offloaded' : 'ok';
+}
+
+function describeWal(lags: readonly WalLag[]): string {
+  const sum = (of: (lag: WalLag) => number): string => formatBytes(lags.reduce((total, lag) => total + of(lag), 0));
+  const kept = `${sum((lag) => lag.keptBytes)} on each safekeeper`;
+  const waiting = `${sum((lag) => lag.notInPagesBytes ?? 0)} not in pages, ${sum((lag) => lag.notOffloadedBytes)} not in the object store`;
+  return `${lags.length} ${lags.length === 1 ? 'log' : 'logs'}: ${kept}, ${waiting} yet`;
+}
+
+function describeLag(lag: WalLag, name: string): string {
+  const { notInPagesBytes = 0, notUploadedBytes = 0, keptBytes, failures } = lag;
+  const state = walState(lag);
+  const sizes = `${formatBytes(notInPagesBytes)} not in pages, ${formatBytes(notUploadedBytes)} whose pages are not uploaded, ${formatBytes(keptBytes)} kept`;
+  const why = failures.map(({ safekeeper, reason }) => `; safekeeper ${safekeeper}: ${reason}`).join('');
+  return `${name} is ${state}: ${sizes}${why}`;
 }
 
 interface ObjectStore {

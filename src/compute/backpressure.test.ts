@@ -1,11 +1,12 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { allowedRate, DEFAULT_BACKPRESSURE, DELAY_MS_MAX, delayMs, lagOf } from './backpressure.ts';
+import { BACKPRESSURE_LIMITS } from '../api/backpressure-limits.ts';
+import { allowedRate, DELAY_MS_MAX, delayMs, lagOf } from './backpressure.ts';
 
 const MB = 1024 * 1024;
 
 test('nothing is slowed up to the soft limit; then the rate falls without a jump, down to nothing at the hard limit', () => {
-  const { softBytes, hardBytes } = DEFAULT_BACKPRESSURE.ingest;
+  const { softBytes, hardBytes } = BACKPRESSURE_LIMITS.ingest;
   const rate = (ingestBytes: number): number => allowedRate({ ingestBytes, keepBytes: 0 });
   assert.equal(rate(0), Infinity);
   assert.equal(rate(softBytes), Infinity);
@@ -20,7 +21,7 @@ test('nothing is slowed up to the soft limit; then the rate falls without a jump
 });
 
 test('the worse of the two lags counts, and what is unknown or ahead does not slow', () => {
-  const { ingest, keep } = DEFAULT_BACKPRESSURE;
+  const { ingest, keep } = BACKPRESSURE_LIMITS;
   const half = { ingestBytes: (ingest.softBytes + ingest.hardBytes) / 2, keepBytes: 0 };
   assert.equal(allowedRate({ ...half, keepBytes: keep.hardBytes }), 0);
   assert(allowedRate(half) > 0 && allowedRate(half) < Infinity);

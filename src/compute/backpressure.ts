@@ -6,27 +6,11 @@
  *
  * Two lags count: what is not in pages yet, and what is not in the object store yet, with its pages: so much the safekeepers keep.
  */
+import { BACKPRESSURE_LIMITS, type BackpressureLimits, type LagLimits } from '../api/backpressure-limits.ts';
 import type { PageserverFeedback } from '../api/safekeeper-protocol.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 
-export interface LagLimits {
-  readonly softBytes: number;
-  readonly hardBytes: number;
-}
-
-export interface BackpressureLimits {
-  /** WAL that is committed and not in pages. */
-  readonly ingest: LagLimits;
-  /** WAL that safekeepers must keep on their disks. */
-  readonly keep: LagLimits;
-}
-
 const MB = 1024 * 1024;
-
-export const DEFAULT_BACKPRESSURE: BackpressureLimits = {
-  ingest: { softBytes: 256 * MB, hardBytes: 4096 * MB },
-  keep: { softBytes: 4096 * MB, hardBytes: 16_384 * MB },
-};
 
 /** Bytes of WAL per second at the soft limit: more than storage takes in anyway. */
 export const RATE_MAX = 200 * MB;
@@ -46,7 +30,7 @@ export function lagOf(
 }
 
 /** WAL bytes per second; Infinity when nothing is slowed, 0 when nothing may come. */
-export function allowedRate(lag: Lag, limits: BackpressureLimits = DEFAULT_BACKPRESSURE): number {
+export function allowedRate(lag: Lag, limits: BackpressureLimits = BACKPRESSURE_LIMITS): number {
   return Math.min(rateFor(lag.ingestBytes, limits.ingest), rateFor(lag.keepBytes, limits.keep));
 }
 

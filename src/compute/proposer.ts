@@ -16,7 +16,8 @@ import { fixedSafekeepers, type SafekeeperDirectory } from '../api/safekeeper-se
 import { ProposerState, type ProposerAction } from '../consensus/proposer.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { EagerPeers } from './eager-peers.ts';
-import { allowedRate, type BackpressureLimits, lagOf } from './backpressure.ts';
+import type { BackpressureLimits } from '../api/backpressure-limits.ts';
+import { allowedRate, lagOf } from './backpressure.ts';
 import { ProposerPeer } from './proposer-peer.ts';
 import { WalBuffer } from './wal-buffer.ts';
 
@@ -38,7 +39,7 @@ export interface ProposerOptions {
    * is missing otherwise was lost, and is given anew once it is certain that nothing is lost with it.
    */
   readonly mayCreate: boolean;
-  /** When storage lags; the defaults of backpressure.ts when absent. */
+  /** When storage lags; those of api/backpressure-limits.ts when absent. */
   readonly backpressure?: BackpressureLimits;
   /** Rejects with `conflict`, and raises no term, when so many safekeepers have a leader connected that no quorum is free. */
   readonly yieldsToLeader?: boolean;

@@ -13,6 +13,7 @@ import {
   type SafekeeperEndpoint,
   type SafekeeperTimelineStatus,
 } from '../api/safekeeper.ts';
+import { type WalLag, walLags } from '../api/wal-status.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import { signToken } from '../base/token.ts';
 import type { WalConnection } from '../cli/wal.ts';
@@ -73,6 +74,24 @@ export async function branchWalConnection(
   const { platformSecret } = readSecrets(dataDirectory);
   const password = await signToken(platformSecret, { scope: 'timeline', timelineId });
   return { safekeepers: file.safekeepers, user: timelineId, password };
+}
+
+/** What the WAL of all branches waits for, as far as safekeepers answer. */
+export async function readWalLags(
+  options: Pick<BranchWalOptions, 'dataDirectory' | 'file'>,
+): Promise<readonly WalLag[]> {
+  const { platformSecret } = readSecrets(options.dataDirectory);
+  const token = await signToken(platformSecret, { scope: 'platform' });
+  const statuses = await Promise.all(
+    options.file.safekeepers.map(async (address) => {
+      const client = new SafekeeperClient({ address, token });
+      return client
+        .walStatus()
+        .catch(() => undefined)
+        .finally(() => client.close());
+    }),
+  );
+  return walLags(statuses);
 }
 
 async function recordBoundary(

@@ -72,8 +72,13 @@ describe('a running platform', () => {
 
   test('status shows what runs, in text and as JSON', async () => {
     assert.match((await platform.cli(['status'])).stdout, /pageserver/);
-    const status = await platform.cliJson<Record<string, unknown>>(['status']);
-    assert(typeof status === 'object' && status !== null);
+    assert.match((await platform.cli(['status'])).stdout, /WAL +\d+ logs?: .* on each safekeeper, .* not in pages/);
+    const { wal } = await platform.cliJson<{ wal: { branch: string | null; state: string; kept_size: number }[] }>([
+      'status',
+    ]);
+    const main = wal.find(({ branch }) => branch === 'first/main');
+    assert.equal(main?.state, 'ok');
+    assert(main.kept_size > 0);
   });
 
   test('psql runs from the command line', async () => {
