@@ -57,6 +57,8 @@ export interface Storage {
   inspectImport(dataDirectory: string): Promise<ImportableCluster>;
   /** A timeline without ancestor, from a stopped cluster's data directory. Durable when it resolves, with where its history begins; takes its time. */
   importTimeline(timeline: NewImport): Promise<Lsn>;
+  /** Has importTimeline fail, when it runs. */
+  cancelImport(timelineId: string): Promise<void>;
   /** Undefined when the timeline is not being imported. */
   importProgress(timelineId: string): Promise<ImportProgress | undefined>;
   /** Repeatable: a timeline that does not exist is success. Rejects with `conflict` when it has children. */

@@ -223,6 +223,11 @@ export class PageserverClient {
     return ((await this.#rpc.call('importProgress', { timelineId })).result as ImportProgress | null) ?? undefined;
   }
 
+  /** Has importTimeline fail, with nothing left, when it runs. */
+  async cancelImport(timelineId: string): Promise<void> {
+    await this.#rpc.call('cancelImport', { timelineId });
+  }
+
   /**
    * Durable when it resolves. A timeline that was imported before under this id is success. Ends, with nothing left, when the connection is
    * lost.

@@ -2,7 +2,7 @@
 import { resolve } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { type CliContext, openPlatform, show } from './context.ts';
-import type { Project } from './entities.ts';
+import { listProjects, type Project } from './entities.ts';
 import { CliError } from './errors.ts';
 import { formatFields } from './format.ts';
 import type { ImportOptions } from './import.ts';
@@ -41,6 +41,16 @@ export async function importDataDirectory(
   });
   const { project } = begun;
   const print = byteProgressPrinter(context);
+  let isInterrupted = false;
+  const cancel = (): void => {
+    isInterrupted = true;
+    context.printError('ending the import');
+    api.delete(`/imports/${begun.import.id}`).catch((error: unknown) => {
+      context.printError(`it cannot be ended any more: ${error instanceof Error ? error.message : String(error)}`);
+    });
+  };
+  process.once('SIGINT', cancel);
+  process.once('SIGTERM', cancel);
   let answer: ImportAnswer = begun;
   while (answer.import.state === 'importing' || answer.import.state === 'starting') {
     await sleep(POLL_MS);
@@ -51,9 +61,12 @@ export async function importDataDirectory(
     if (state === 'starting' && before === 'importing') context.printError('pages are read; starting it');
   }
   const { state, error, notes } = answer.import;
+  process.off('SIGINT', cancel);
+  process.off('SIGTERM', cancel);
   if (state === 'failed') {
-    const left = options.keep ? `; project ${project.id} is left as it is` : '; nothing is left of the new project';
-    throw new CliError(`${error ?? 'the import failed'}${left}`);
+    const isLeft = options.keep && (await listProjects(api)).some(({ id }) => id === project.id);
+    const left = isLeft ? `project ${project.id} is left as it is` : 'nothing is left of the new project';
+    throw new CliError(`${isInterrupted ? 'interrupted' : (error ?? 'the import failed')}; ${left}`);
   }
   const uri = answer.connection_uris?.[0]?.connection_uri;
   const value = {

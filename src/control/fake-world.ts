@@ -46,6 +46,7 @@ interface FakeTimeline {
 
 export class FakeStorage implements Storage {
   readonly retentions = new Map<string, number>();
+  readonly cancelled: string[] = [];
   readonly timelines = new Map<string, FakeTimeline>();
   /** Thrown by the next calls of createTimeline and deleteTimeline, in order. */
   readonly failures: Error[] = [];
@@ -89,6 +90,10 @@ export class FakeStorage implements Storage {
     await this.#turn();
     this.timelines.set(timelineId, { tenantId, ancestor: undefined, head: TEMPLATE_LSN, commits: [] });
     return TEMPLATE_LSN;
+  }
+
+  async cancelImport(timelineId: string): Promise<void> {
+    this.cancelled.push(timelineId);
   }
 
   async importProgress(): Promise<ImportProgress | undefined> {

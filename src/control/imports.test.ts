@@ -76,3 +76,13 @@ test('a restart gives up what was being read, and starts what was read', async (
   await world.control.operations.idle();
   assert.equal(world.control.imports.get(read.row.id).state, 'finished');
 });
+
+test('an import under way can be cancelled, one that is over cannot', async () => {
+  await using world = new World();
+  const { row } = await world.control.imports.begin(DIRECTORY);
+  await world.control.imports.cancel(row.id);
+  assert.deepEqual(world.storage.cancelled, [row.timeline_id]);
+  await world.control.operations.idle();
+  await assert.rejects(world.control.imports.cancel(row.id), { code: 'conflict' });
+  await assert.rejects(world.control.imports.cancel('none'), { code: 'not-found' });
+});

@@ -103,6 +103,16 @@ export class Imports {
     };
   }
 
+  /** Has an import that is under way fail and leave nothing. `conflict` when all is read: then the project can be deleted. */
+  async cancel(id: string): Promise<ImportRow> {
+    const row = this.get(id);
+    if (row.state === 'starting' || row.state === 'finished') {
+      throw new StrataError('conflict', `import ${id} is over: delete project ${row.project_id} if it is not wanted`);
+    }
+    if (row.state === 'importing') await this.#context.storage.cancelImport(row.timeline_id);
+    return this.get(id);
+  }
+
   /** After a restart: what was imported is started again. What was being imported is the operations' (Control.recover). */
   resume(): void {
     const { state, operations, now } = this.#context;

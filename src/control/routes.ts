@@ -135,6 +135,10 @@ function registerProjects(api: FastifyInstance, control: Control): void {
     },
   );
 
+  api.delete<{ Params: { import: string } }>('/imports/:import', async (request) => ({
+    import: shapes.dataImport(await imports.cancel(request.params.import)),
+  }));
+
   api.get<{ Params: { import: string } }>('/imports/:import', async (request) => {
     const row = imports.get(request.params.import);
     // It may end between the two looks.

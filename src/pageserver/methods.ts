@@ -64,11 +64,16 @@ interface LsnParams extends TimelineParams {
   readonly lsn: Lsn;
 }
 
+interface RunningImport {
+  progress: ImportProgress;
+  readonly cancelled: AbortController;
+}
+
 export function pageserverMethods(options: MethodsOptions): Record<string, RpcMethod> {
   const { timelines, receiver, log } = options;
   /** Reads; what is damaged or not here on the way is brought back first. */
   const repairing = <T>(read: () => T): Promise<T> => readWhole(read, timelines.repair);
-  const imports = new Map<string, ImportProgress>();
+  const imports = new Map<string, RunningImport>();
   const indexed = (timeline: Timeline): IndexedTimeline => new Indexed(timeline);
 
   return {
@@ -114,12 +119,17 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
         throw new StrataError('bad-request', `${dataDirectory} is of Postgres ${cluster.pgVersion}, not ${pgVersion}`);
       }
       const { lsn, recordStartLsn, relationBytes: totalBytes } = cluster;
+      const cancelled = new AbortController();
+      const running: RunningImport = { cancelled, progress: { doneBytes: 0, totalBytes } };
+      imports.set(timelineId, running);
       try {
         await timelines.import(
           { tenantId, timelineId, pgVersion: cluster.pgVersion, lsn, recordLsn: recordStartLsn },
           async (target) => {
-            const onProgress = (doneBytes: number): void => void imports.set(timelineId, { doneBytes, totalBytes });
-            await importDataDirectory(dataDirectory, target, { onProgress, signal });
+            await importDataDirectory(dataDirectory, target, {
+              onProgress: (doneBytes) => void (running.progress = { doneBytes, totalBytes }),
+              signal: AbortSignal.any([signal, cancelled.signal]),
+            });
           },
         );
       } catch (error) {
@@ -134,7 +144,13 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
 
     /** How far an import is that runs; null when none does. */
     importProgress({ timelineId }: TimelineParams): RpcReply {
-      return { result: imports.get(timelineId) ?? null };
+      return { result: imports.get(timelineId)?.progress ?? null };
+    },
+
+    /** Has an import that runs fail, with nothing left. */
+    cancelImport({ timelineId }: TimelineParams): RpcReply {
+      imports.get(timelineId)?.cancelled.abort(new StrataError('unavailable', 'the import was cancelled'));
+      return { result: {} };
     },
 
     async deleteTimeline({ timelineId }: TimelineParams): Promise<RpcReply> {

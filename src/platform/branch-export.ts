@@ -91,8 +91,10 @@ export const UNFINISHED_EXPORT = 'unfinished-export';
 const BASEBACKUP_TIMEOUT_MS = 5 * 60_000;
 /** Pages of one request: enough to make requests cheap, few enough that the pageserver does not keep others waiting. */
 const PAGES_PER_REQUEST = 128;
-/** Files that are written side by side; each has up to two requests under way. */
+/** Files that are written side by side. */
 const FILES_AT_ONCE = 8;
+/** Of each file; together they bound what is in memory, to 64 MiB. */
+const REQUESTS_AHEAD = 8;
 const fsyncFile = promisify(fsync);
 const PREPARED_TRANSACTIONS_MIN = 64;
 const RETRY_DELAYS_MS = [100, 500, 1_000, 2_000, 5_000, 10_000];
@@ -251,11 +253,11 @@ async function writeRelationFile(
     return pages;
   };
   try {
-    let ahead = blocks > 0 ? request(0) : undefined;
-    for (let at = 0; ahead !== undefined; at += PAGES_PER_REQUEST) {
-      const pages = await ahead;
+    const ahead: Promise<Buffer>[] = [];
+    for (let at = 0, asked = 0; at < blocks; at += PAGES_PER_REQUEST) {
+      for (; asked < blocks && ahead.length < REQUESTS_AHEAD; asked += PAGES_PER_REQUEST) ahead.push(request(asked));
+      const pages = await ahead.shift()!;
       job.signal.throwIfAborted();
-      ahead = at + PAGES_PER_REQUEST < blocks ? request(at + PAGES_PER_REQUEST) : undefined;
       if (job.dataChecksums) {
         for (let page = 0; page * BLOCK_SIZE < pages.length; page++) {
           stampPageChecksum(pages.subarray(page * BLOCK_SIZE, (page + 1) * BLOCK_SIZE), firstBlk + at + page);

@@ -94,6 +94,10 @@ export class ClusterStorage implements Storage {
     return (await pageserver.timelineStatus(timeline.timelineId)).startLsn;
   }
 
+  cancelImport(timelineId: string): Promise<void> {
+    return this.#options.pageserver.cancelImport(timelineId);
+  }
+
   importProgress(timelineId: string): Promise<ImportProgress | undefined> {
     return this.#options.pageserver.importProgress(timelineId);
   }

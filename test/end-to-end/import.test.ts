@@ -3,6 +3,7 @@
  * superuser there is one here. And back: what is exported again is what was imported.
  */
 import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
 import { copyFileSync, existsSync, openSync, readdirSync, readFileSync, rmSync, statSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
@@ -362,7 +363,7 @@ describe('strata import --pgdata', () => {
     await platform.cli(['projects', 'delete', id]);
   });
 
-  test('an import whose pageserver or platform dies leaves nothing, and can be run again', async () => {
+  test('an import that is interrupted, or whose pageserver or platform dies, leaves nothing, and can be run again', async () => {
     await using server = new VanillaPostgres(17);
     await server.initdb(['--data-checksums']);
     await server.start({ fsync: 'off', max_wal_size: '4GB' });
@@ -377,6 +378,20 @@ describe('strata import --pgdata', () => {
       folders().some((name) =>
         readdirSync(join(timelines, name)).some((file) => statSync(join(timelines, name, file)).size > 1e6),
       );
+
+    const child = spawn(join(import.meta.dirname, '../../bin/strata'), ['import', '--pgdata', server.dataDir], {
+      env: { ...process.env, STRATA_DATA_DIR: platform.dataDir },
+      stdio: ['ignore', 'ignore', 'pipe'],
+    });
+    let said = '';
+    child.stderr.on('data', (chunk: Buffer) => (said += chunk.toString()));
+    const exited = new Promise<number | null>((done) => child.once('exit', done));
+    await waitUntil(isReading, 'the pageserver reads');
+    child.kill('SIGINT');
+    assert.equal(await exited, 1);
+    assert.match(said, /interrupted; nothing is left of the new project/);
+    await waitUntil(async () => (await projects()).length === before.length, 'the project is gone');
+    assert.deepEqual(folders(), []);
 
     let attempt = platform.cli(['import', '--pgdata', server.dataDir]);
     attempt.catch(() => {});
