@@ -81,7 +81,7 @@ export async function withSafekeepers(
   try {
     for (let index = 0; index < count; index++) safekeepers.push(await startSafekeeper(root, index, secret));
     const proposer = await electProposer({
-      safekeepers: safekeepers.map(({ port }) => ({ host: '127.0.0.1', port })),
+      safekeepers: safekeepers.map(({ port, socketPath }) => ({ host: '127.0.0.1', port, socketPath })),
       token: await signToken(secret, { scope: 'platform' }),
       timeline: {
         tenantId: randomBytes(16).toString('hex'),
@@ -120,6 +120,7 @@ function writeRate(directory: string, wal: Buffer): number {
 interface SafekeeperProcess {
   readonly child: ChildProcess;
   readonly port: number;
+  readonly socketPath: string;
 }
 
 async function startSafekeeper(root: string, index: number, secret: Buffer): Promise<SafekeeperProcess> {
@@ -131,10 +132,11 @@ async function startSafekeeper(root: string, index: number, secret: Buffer): Pro
     dataDir: join(root, `safekeeper-${index}`),
     host: '127.0.0.1',
     port: 0,
+    socketPath: join(root, `safekeeper-${index}.sock`),
     secret: secret.toString('hex'),
   };
   child.stdin.write(`${JSON.stringify(config)}\n`);
   const lines = createInterface({ input: child.stdout });
   const [line] = (await once(lines, 'line')) as [string];
-  return { child, port: (JSON.parse(line) as { port: number }).port };
+  return { child, port: (JSON.parse(line) as { port: number }).port, socketPath: config.socketPath };
 }

@@ -17,6 +17,7 @@ interface SafekeeperProcessConfig {
   readonly dataDir: string;
   readonly host: string;
   readonly port: number;
+  readonly socketPath?: string;
   readonly objectStore?: string;
   readonly safekeeperCount?: number;
   readonly offload?: Partial<OffloadLimits>;

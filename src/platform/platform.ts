@@ -303,11 +303,13 @@ async function startServices(
     settings,
     dataDir: directory.path,
     host: LOOPBACK,
-    startProcess: (nodeId, port) =>
+    socketDir: directory.runDir,
+    startProcess: (nodeId, port, socketPath) =>
       start(`safekeeper-${nodeId}`, ['safekeeper', String(nodeId)], () => ({
         nodeId,
         dataDir: directoryOf(directory.path, nodeId),
         port,
+        socketPath,
         objectStore: objectStoreUrl,
         safekeeperCount: safekeepers.current.configuration.members.length,
       })),

@@ -26,7 +26,9 @@ export interface SafekeepersOptions {
   /** The platform's; each safekeeper has `safekeeper-<id>` in it. */
   readonly dataDir: string;
   readonly host: string;
-  readonly startProcess: (nodeId: number, port: number) => Promise<ChildService>;
+  /** For the Unix sockets of the safekeepers. */
+  readonly socketDir: string;
+  readonly startProcess: (nodeId: number, port: number, socketPath: string) => Promise<ChildService>;
   readonly identityOf: ChangeWorld['identityOf'];
   /** Scope `platform`. */
   readonly token: string;
@@ -248,9 +250,11 @@ export class Safekeepers implements SafekeeperDirectory, SafekeeperAdmin {
   }
 
   async #startNode(nodeId: number, port: number): Promise<void> {
-    this.#addresses.set(nodeId, { host: this.#options.host, port });
+    const { host, socketDir, startProcess } = this.#options;
+    const socketPath = join(socketDir, `safekeeper-${nodeId}.sock`);
+    this.#addresses.set(nodeId, { host, port, socketPath });
     this.#publish();
-    this.#processes.set(nodeId, await this.#options.startProcess(nodeId, port));
+    this.#processes.set(nodeId, await startProcess(nodeId, port, socketPath));
   }
 
   /** Who is no member is stopped, and what it kept removed. */

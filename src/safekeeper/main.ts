@@ -1,5 +1,6 @@
 /** A safekeeper: keeps WAL of many timelines durable, as one of the quorum. */
-import { createServer, type Socket } from 'node:net';
+import { chmod, rm } from 'node:fs/promises';
+import { createServer, type Server, type Socket } from 'node:net';
 import { lockDirectory } from '../base/directory-lock.ts';
 import type { Logger } from '../base/log.ts';
 import { listen } from '../base/rpc.ts';
@@ -16,6 +17,8 @@ export interface SafekeeperConfig {
   readonly host: string;
   /** 0: any free port. */
   readonly port: number;
+  /** A Unix socket to listen on too, for who is on the same machine. */
+  readonly socketPath?: string;
   /** Of the platform; signs tokens. */
   readonly secret: Uint8Array;
   readonly log: Logger;
@@ -45,21 +48,26 @@ export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeepe
     const offloading = await startOffloading(config);
     const timelines = await Timelines.load(nodeId, dataDir, log, offloading);
     const sockets = new Set<Socket>();
-    const server = createServer((socket) => {
+    const accept = (socket: Socket): void => {
       sockets.add(socket);
       socket.once('close', () => sockets.delete(socket));
       serveConnection(socket, { nodeId, secret, timelines, readerTimeoutMs });
-    });
+    };
+    const server = createServer(accept);
     await listen(server, host, config.port);
+    const local = config.socketPath === undefined ? undefined : createServer(accept);
+    if (local !== undefined) await listenUnix(local, config.socketPath!);
     const address = server.address();
     const port = typeof address === 'object' && address !== null ? address.port : config.port;
     log.info({ nodeId, port, timelineCount: timelines.list().length }, 'safekeeper is ready');
     return {
       port,
       close: async () => {
-        const closed = new Promise<void>((resolve) => server.close(() => resolve()));
+        const closed = [server, ...(local === undefined ? [] : [local])].map(
+          (each) => new Promise<void>((resolve) => each.close(() => resolve())),
+        );
         for (const socket of sockets) socket.destroy();
-        await closed;
+        await Promise.all(closed);
         await offloading?.offloader.close();
         await timelines.close();
         lock.release();
@@ -69,6 +77,19 @@ export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeepe
     lock.release();
     throw error;
   }
+}
+
+/** Only for the user that we are; the data directory's lock says that a socket that is there is a dead one's. */
+async function listenUnix(server: Server, path: string): Promise<void> {
+  await rm(path, { force: true });
+  await new Promise<void>((resolve, reject) => {
+    server.once('error', reject);
+    server.listen(path, () => {
+      server.off('error', reject);
+      resolve();
+    });
+  });
+  await chmod(path, 0o600);
 }
 
 async function startOffloading(config: SafekeeperConfig): Promise<Offloading | undefined> {
