@@ -80,7 +80,9 @@ if (role === 'safekeeper') {
     const generations = new GenerationsClient({ ...supervisor, token: await signToken(secret, { scope: 'platform' }) });
     const store = await openObjectStore(url);
     const remote = { store, generations, ...(cacheBytes === undefined ? {} : { cacheBytes }) };
-    const service = await runPageserver({ ...config, secret, remote, log });
+    const leaseSeconds = process.env['STRATA_TEST_LEASE_SECONDS'];
+    const limits = leaseSeconds === undefined ? {} : { leaseMs: Number(leaseSeconds) * 1000 };
+    const service = await runPageserver({ ...config, limits, secret, remote, log });
     flushCompileCache();
     return { service, ready: { rpcPort: service.rpcPort, pagePort: service.pagePort } };
   });

@@ -85,6 +85,8 @@ export interface Storage {
   lastCommitLsn(timelineId: string, lsn: Lsn): Promise<Lsn>;
   /** Where the histories of two timelines, each up to its LSN, part. */
   commonLsn(a: BranchPoint, b: BranchPoint): Promise<Lsn>;
+  /** Frees now what of a project's history nobody can read any more; `unavailable` for a while after a start. */
+  collectGarbage(tenantId: string): Promise<void>;
   /** How long the history of all branches of a project is kept. Windows that storage does not offer become the nearest that it does. */
   setRetention(tenantId: string, retentionSeconds: number): Promise<void>;
 }

@@ -98,8 +98,8 @@ const HOUR_MS = 60 * 60_000;
 export const RETENTION_MS = { min: 6 * HOUR_MS, default: 7 * 24 * HOUR_MS, max: 30 * 24 * HOUR_MS } as const;
 
 export interface LsnLease {
-  /** Milliseconds since 1970. */
-  readonly expiresAtMs: number;
+  /** For how long it lasts if it is not renewed, in milliseconds. */
+  readonly durationMs: number;
 }
 
 export interface TimelineSizes {
@@ -191,6 +191,7 @@ const DEFAULT_TIMEOUT_MS = 60_000;
 /** A person waits. */
 const STATUS_TIMEOUT_MS = 5_000;
 const IMPORT_TIMEOUT_MS = 7 * 24 * 60 * 60_000;
+const COLLECT_TIMEOUT_MS = 60 * 60_000;
 const FLUSH_TIMEOUT_MS = 10 * 60_000;
 const CHANGES_TIMEOUT_MS = 10 * 60_000;
 const REPAIR_TIMEOUT_MS = 35 * 60_000;
@@ -333,6 +334,14 @@ export class PageserverClient {
   async commonLsn(timelineId: string, lsn: Lsn, otherTimelineId: string, otherLsn: Lsn): Promise<Lsn> {
     const { result } = await this.#rpc.call('commonLsn', { timelineId, lsn, otherTimelineId, otherLsn });
     return (result as { lsn: Lsn }).lsn;
+  }
+
+  /**
+   * Moves the horizons of a project's branches to where its history window begins now, and frees what nobody can read any more, however little it is.
+   * Resolves when the bytes are gone. `unavailable` while leases may still have to be taken again after a start.
+   */
+  async collectGarbage(tenantId: string): Promise<void> {
+    await this.#rpc.call('collectGarbage', { tenantId }, { timeoutMs: COLLECT_TIMEOUT_MS });
   }
 
   /** Of those of the timelines that are here. */

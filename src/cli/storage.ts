@@ -16,9 +16,11 @@ interface BranchStorage {
 }
 
 export function storageCommand(context: CliContext): Command {
-  return projectCommand('storage', 'show what each branch of a project takes', 'storage').action(
-    async (options: ProjectOptions) => {
+  return projectCommand('storage', 'show what each branch of a project takes', 'storage')
+    .option('--collect', 'first free what is older than the history window and nobody can read any more')
+    .action(async (options: ProjectOptions & { readonly collect?: true }) => {
       const { api, project } = await openProject(context, options);
+      if (options.collect) await api.post(`/projects/${project.id}/storage/collect`, {});
       const { branches } = await api.get<{ branches: readonly BranchStorage[] }>(`/projects/${project.id}/storage`);
       show(context, options, branches, () =>
         formatTable(
@@ -42,6 +44,5 @@ export function storageCommand(context: CliContext): Command {
           ]),
         ),
       );
-    },
-  );
+    });
 }

@@ -9,8 +9,8 @@ import { toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 
-/** A fraction of the time that a lease lasts, for several tries. */
-const RENEW_MS = 2 * 60_000;
+/** A lease is renewed after this part of the time that it lasts, so that there are several tries. */
+const RENEW_FRACTION = 1 / 5;
 const RETRY_MS = 10_000;
 
 export class LsnLease {
@@ -41,8 +41,8 @@ export class LsnLease {
     options: { readonly signal: AbortSignal; readonly log: Logger; readonly kind?: string },
   ): Promise<LsnLease> {
     const lease = new LsnLease(pageserver, timelineId, lsn, options.kind ?? 'compute', options.log);
-    await pageserver.leaseLsn(timelineId, lsn, lease.#holder, options.signal);
-    lease.#renewIn(RENEW_MS);
+    const { durationMs } = await pageserver.leaseLsn(timelineId, lsn, lease.#holder, options.signal);
+    lease.#renewIn(durationMs * RENEW_FRACTION);
     return lease;
   }
 
@@ -62,8 +62,8 @@ export class LsnLease {
 
   async #renew(): Promise<void> {
     try {
-      await this.#pageserver.leaseLsn(this.#timelineId, this.#lsn, this.#holder);
-      this.#renewIn(RENEW_MS);
+      const { durationMs } = await this.#pageserver.leaseLsn(this.#timelineId, this.#lsn, this.#holder);
+      this.#renewIn(durationMs * RENEW_FRACTION);
     } catch (error) {
       const { code, message } = toStrataError(error);
       if (code === 'history-gone' || code === 'not-found') {

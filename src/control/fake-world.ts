@@ -47,6 +47,7 @@ interface FakeTimeline {
 export class FakeStorage implements Storage {
   readonly retentions = new Map<string, number>();
   readonly cancelled: string[] = [];
+  readonly collected: string[] = [];
   readonly timelines = new Map<string, FakeTimeline>();
   /** Thrown by the next calls of createTimeline and deleteTimeline, in order. */
   readonly failures: Error[] = [];
@@ -181,6 +182,10 @@ export class FakeStorage implements Storage {
       }
     }
     throw new StrataError('bad-request', 'no ancestor in common');
+  }
+
+  async collectGarbage(tenantId: string): Promise<void> {
+    this.collected.push(tenantId);
   }
 
   async setRetention(tenantId: string, retentionSeconds: number): Promise<void> {

@@ -173,6 +173,12 @@ function registerProjects(api: FastifyInstance, control: Control): void {
     return { object_store: status === undefined ? null : shapes.objectStore(status) };
   });
 
+  // Not Neon's: frees now what is below the history window and retained by nobody.
+  api.post<{ Params: ProjectParams }>('/projects/:project/storage/collect', async (request) => {
+    await context.storage.collectGarbage(projects.get(request.params.project).tenant_id);
+    return {};
+  });
+
   // Not Neon's: what each branch takes.
   api.get<{ Params: ProjectParams }>('/projects/:project/storage', async (request) => {
     const rows = control.branches.all(projects.get(request.params.project).id);

@@ -7,7 +7,8 @@
  *      not collected before are a fair part of them. Other merges leave it out as well, as they come. The image layers of an import count as the
  *      oldest run: what of them is still needed becomes part of the merged one.
  *
- * Nothing is collected until LEASE_MS after the start, when everybody who held a lease has taken it again.
+ * Nothing is collected until a lease's time after the start, when everybody who held one has taken it again. The clock is believed as far as it agrees
+ * with the time that has passed since the start.
  */
 
 import type { Logger } from '../base/log.ts';
@@ -18,7 +19,6 @@ import { imageRuns } from './compaction-plan.ts';
 import type { LayerRun } from './compaction-plan.ts';
 import { compareKeys } from './key.ts';
 import type { Retention } from './merge.ts';
-import { LEASE_MS } from './retention.ts';
 import type { Timeline } from './timeline.ts';
 import { readWhole } from './whole-reads.ts';
 import type { Repair } from './whole-reads.ts';
@@ -28,6 +28,9 @@ export interface GarbageCollectionOptions {
   readonly log: Logger;
   /** Milliseconds since 1970. */
   readonly now: () => number;
+  /** Milliseconds since any moment; it never steps. */
+  readonly steadyNow: () => number;
+  readonly leaseMs: number;
   readonly retentionMsOf: (timeline: Timeline) => number;
   /** The LSN of a timeline's state at a time; undefined when it is not known, or before the timeline began. */
   readonly lsnAt: (timeline: Timeline, timeMs: number) => Lsn | undefined;
@@ -36,20 +39,33 @@ export interface GarbageCollectionOptions {
   readonly collectBytesMin: number;
 }
 
+/** How far the clock may get ahead of the time that passed, by being set right, before it is no longer followed. */
+const CLOCK_AHEAD_MAX_MS = 10 * 60_000;
+
 export class GarbageCollection {
   readonly #options: GarbageCollectionOptions;
   readonly #startedAtMs: number;
+  readonly #steadyStartMs: number;
   /** Up to where each timeline's layers were collected. */
   readonly #collectedLsns = new WeakMap<Timeline, Lsn>();
 
   constructor(options: GarbageCollectionOptions) {
     this.#options = options;
     this.#startedAtMs = options.now();
+    this.#steadyStartMs = options.steadyNow();
   }
 
   /** False while there may be leases that are not yet taken again. */
   get isAllowed(): boolean {
-    return this.#options.now() - this.#startedAtMs >= LEASE_MS;
+    return this.allowedInMs <= 0;
+  }
+
+  get allowedInMs(): number {
+    return this.#options.leaseMs - this.#elapsedMs;
+  }
+
+  get #elapsedMs(): number {
+    return this.#options.steadyNow() - this.#steadyStartMs;
   }
 
   /** What has to stay readable of a timeline, for merges; undefined: everything. */
@@ -81,7 +97,9 @@ export class GarbageCollection {
 
   async #collect(timeline: Timeline, isForced: boolean): Promise<void> {
     const { now, retentionMsOf, lsnAt, compaction, collectBytesMin, repair, log } = this.#options;
-    const timeMs = now() - retentionMsOf(timeline);
+    // A clock that is set forward by mistake would take history with it.
+    const nowMs = Math.min(now(), this.#startedAtMs + this.#elapsedMs + CLOCK_AHEAD_MAX_MS);
+    const timeMs = nowMs - retentionMsOf(timeline);
     const found = await readWhole(() => lsnAt(timeline, timeMs), repair);
     const lsn = Math.min(found ?? 0, timeline.diskConsistentLsn);
     if (lsn > (timeline.horizon?.lsn ?? timeline.index.startLsn)) await timeline.setHorizon({ lsn, timeMs });

@@ -8,7 +8,7 @@
  * History that nobody can read any more is left out (`retention`). A value is read at LSN p when it is at or below p and no value that
  * needs nothing before it lies between; so it is needed when there is such a p among the retained LSNs or at or above the horizon. A
  * block at or past the end of its fork is zeroes to every reader, and ingest gives it a value that ends the search when the fork grows over it
- * again: so values of it up to p are not needed for p either. Of the WAL index, the chunks from the one on that has the last record at the
+ * again: so values of it up to p are not needed for p either. A long chain of changes that only the horizon needs becomes an image. Of the WAL index, the chunks from the one on that has the last record at the
  * horizon are needed, and below it those that have the last record at a retained LSN: searches go there (ingest/wal-search.ts).
  */
 
@@ -21,6 +21,7 @@ import { bucketOfChunkKey, walIndexBucket, walIndexChunkKey } from './ingest/wal
 import { compareKeys, KEY_KIND, relationSizeKey } from './key.ts';
 import type { Key } from './key.ts';
 import { LayerAbsentError } from './layers/block.ts';
+import { LayerDamagedError } from './layers/block.ts';
 import { LayerCache, LayerFile } from './layers/layer-file.ts';
 import type { LayerEntry } from './layers/layer-section.ts';
 import { layerPath } from './layers/layer-format.ts';
@@ -188,21 +189,57 @@ class Merge {
     const sizes = key.kind === KEY_KIND.relationBlock ? this.#sizesAt(key, retention) : undefined;
     const isVisibleAt = (point: number): boolean => sizes === undefined || key.blk < sizes[point]!;
     const kept: LayerEntry[] = [];
+    /** Of those, what only the horizon needs. */
+    const ofHorizon = new Set<LayerEntry>();
+    let ofHorizonBytes = 0;
+    let lastOfHorizon: LayerEntry | undefined;
     /** Of the next newer value that needs nothing before it. */
     let nextBaseLsn: Lsn = Infinity;
     for (let i = entries.length - 1; i >= 0; i--) {
       const entry = entries[i]!;
       const { lsn } = entry;
       let isNeeded = nextBaseLsn > horizonLsn && lsn > horizonLsn;
-      // Of all LSNs from the horizon on, the horizon itself is the one at which an older value is still to be seen, if at any.
-      if (!isNeeded && lsn <= horizonLsn && nextBaseLsn > horizonLsn) isNeeded = isVisibleAt(lsns.length);
       for (let point = 0; !isNeeded && point < lsns.length; point++) {
         isNeeded = lsn <= lsns[point]! && lsns[point]! < nextBaseLsn && isVisibleAt(point);
+      }
+      // Of all LSNs from the horizon on, the horizon itself is the one at which an older value is still to be seen, if at any.
+      if (lsn <= horizonLsn && nextBaseLsn > horizonLsn && isVisibleAt(lsns.length)) {
+        lastOfHorizon ??= entry;
+        if (!isNeeded) {
+          ofHorizon.add(entry);
+          ofHorizonBytes += entry.value.length;
+        }
+        isNeeded = true;
       }
       if (isNeeded) kept.push(entry);
       if (needsNoPrior(entry.value[0]!)) nextBaseLsn = lsn;
     }
-    return kept.reverse();
+    kept.reverse();
+    const isChainLong = ofHorizon.size > TAIL_RECORDS_MAX || ofHorizonBytes > 2 * BLOCK_SIZE;
+    if (!isChainLong || lastOfHorizon === undefined || !holdsPages(key)) return kept;
+    return this.#endAtHorizon(key, kept, ofHorizon, lastOfHorizon);
+  }
+
+  /** An image of the page as it is at the horizon in the place of what makes it. */
+  #endAtHorizon(
+    key: Key,
+    kept: readonly LayerEntry[],
+    ofHorizon: ReadonlySet<LayerEntry>,
+    last: LayerEntry,
+  ): readonly LayerEntry[] {
+    let image: Buffer | undefined;
+    try {
+      image = this.read(key, last.lsn);
+    } catch (error) {
+      if (error instanceof LayerDamagedError) throw error;
+      return kept; // A page that cannot be made keeps its records, and who reads it gets the error.
+    }
+    if (image === undefined) return kept;
+    const value = encodeImage(image);
+    return kept.flatMap((entry) => {
+      const left = ofHorizon.has(entry) ? [] : [entry];
+      return entry === last ? [...left, { key, lsn: last.lsn, value }] : left;
+    });
   }
 
   /** Sizes of the block's fork at each retained LSN, the horizon's last. 0 where there is none. */

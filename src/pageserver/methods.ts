@@ -250,7 +250,8 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
     leaseLsn({ timelineId, lsn, holder }: LsnParams & { holder: string }): RpcReply {
       const timeline = timelines.get(timelineId);
       timeline.assertReadable(lsn);
-      const result: LsnLease = { expiresAtMs: timelines.leases.take(timeline.ownerOf(lsn).timelineId, holder, lsn) };
+      timelines.leases.take(timeline.ownerOf(lsn).timelineId, holder, lsn);
+      const result: LsnLease = { durationMs: timelines.leases.durationMs };
       return { result };
     },
 
@@ -266,11 +267,19 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result: {} };
     },
 
-    async collectGarbage(): Promise<RpcReply> {
-      if (!timelines.garbage.isAllowed) {
-        throw new StrataError('unavailable', 'nothing is collected until leases have been taken again after the start');
+    async collectGarbage({ tenantId }: { tenantId: string }): Promise<RpcReply> {
+      const { garbage } = timelines;
+      if (!garbage.isAllowed) {
+        const seconds = Math.ceil(garbage.allowedInMs / 1000);
+        throw new StrataError(
+          'unavailable',
+          `nothing is collected until whoever reads has had the time to say so again after the start: try again in ${seconds} seconds`,
+        );
       }
-      await timelines.garbage.run(timelines.all(), true);
+      const own = [...timelines.all()].filter((timeline) => timeline.tenantId === tenantId);
+      // What is in memory only has no layers to collect.
+      for (const timeline of own) await timeline.flush();
+      await garbage.run(own, true);
       return { result: {} };
     },
 

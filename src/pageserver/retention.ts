@@ -12,7 +12,7 @@ import { formatLsn } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 
 const HOUR_MS = 60 * 60_000;
-/** How long a lease lasts that is not renewed. */
+/** How long a lease lasts that is not renewed, unless the store is told otherwise. */
 export const LEASE_MS = 10 * 60_000;
 
 /** Below it, history is gone, save for retained points. */
@@ -28,21 +28,23 @@ interface Lease {
 }
 
 export class Leases {
+  readonly durationMs: number;
   readonly #now: () => number;
   /** By timeline, then by holder. */
   readonly #leases = new Map<string, Map<string, Lease>>();
 
-  constructor(now: () => number) {
+  /** `now` is in milliseconds since any moment, and never steps: a clock that is set must not end leases. */
+  constructor(now: () => number, durationMs: number) {
     this.#now = now;
+    this.durationMs = durationMs;
   }
 
-  /** Holds `lsn` in the place of what the holder held before. Returns when it expires, in milliseconds since 1970. */
-  take(timelineId: string, holder: string, lsn: Lsn): number {
-    const expiresAtMs = this.#now() + LEASE_MS;
+  /** Holds `lsn` in the place of what the holder held before, for `durationMs`. */
+  take(timelineId: string, holder: string, lsn: Lsn): void {
+    const expiresAtMs = this.#now() + this.durationMs;
     let leases = this.#leases.get(timelineId);
     if (leases === undefined) this.#leases.set(timelineId, (leases = new Map()));
     leases.set(holder, { lsn, expiresAtMs });
-    return expiresAtMs;
   }
 
   release(timelineId: string, holder: string): void {

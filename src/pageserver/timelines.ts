@@ -29,7 +29,7 @@ import { LayerCache } from './layers/layer-file.ts';
 import { PageCache } from './page-cache.ts';
 import { HistoryReader } from './read.ts';
 import type { Replay } from './read.ts';
-import { Leases } from './retention.ts';
+import { LEASE_MS, Leases } from './retention.ts';
 import { RetentionWindows } from './retention-windows.ts';
 import { Timeline } from './timeline.ts';
 import type { TimelineOptions } from './timeline.ts';
@@ -55,6 +55,8 @@ export interface StoreLimits {
   readonly openFilesMax: number;
   /** Layers below the horizon are rewritten when this much has come there. */
   readonly collectBytesMin: number;
+  /** How long a lease on an LSN lasts that is not renewed. */
+  readonly leaseMs: number;
 }
 
 export const DEFAULT_LIMITS: StoreLimits = {
@@ -66,6 +68,7 @@ export const DEFAULT_LIMITS: StoreLimits = {
   pageCacheBytes: 128 * 1024 * 1024,
   openFilesMax: 512,
   collectBytesMin: 16 * 1024 * 1024,
+  leaseMs: LEASE_MS,
 };
 
 export interface TimelinesOptions {
@@ -156,7 +159,8 @@ export class Timelines {
       onIndex: (timeline) => this.#remote?.changed(timeline),
       ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
     };
-    this.leases = new Leases(this.#options.now);
+    const steadyNow = options.now ?? ((): number => performance.now());
+    this.leases = new Leases(steadyNow, limits.leaseMs);
     this.#compactor = options.compactor ?? inlineCompactor(options.replay);
     this.compaction = new Compaction({
       compactor: this.#compactor,
@@ -170,6 +174,8 @@ export class Timelines {
       compaction: this.compaction,
       log: options.log,
       now: this.#options.now,
+      steadyNow,
+      leaseMs: limits.leaseMs,
       retentionMsOf: ({ tenantId }) => this.retention.of(tenantId),
       lsnAt: options.lsnAt ?? (() => undefined),
       repair: (damage) => this.repair(damage),

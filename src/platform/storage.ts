@@ -145,6 +145,10 @@ export class ClusterStorage implements Storage {
     return this.#options.pageserver.commonLsn(a.timelineId, a.lsn, b.timelineId, b.lsn);
   }
 
+  collectGarbage(tenantId: string): Promise<void> {
+    return this.#options.pageserver.collectGarbage(tenantId);
+  }
+
   async setRetention(tenantId: string, retentionSeconds: number): Promise<void> {
     const { min, max } = RETENTION_MS;
     await this.#options.pageserver.setRetention(tenantId, Math.min(max, Math.max(min, retentionSeconds * 1000)));

@@ -22,6 +22,8 @@ const run = promisify(execFile);
 export interface PlatformOptions {
   readonly dataDir?: string;
   readonly args?: readonly string[];
+  /** Added to the environment of the platform's processes. */
+  readonly env?: Readonly<Record<string, string>>;
 }
 
 export interface CommandResult {
@@ -34,20 +36,28 @@ export class TestPlatform {
   readonly pgPort: number;
   readonly httpPort: number;
   readonly #args: readonly string[];
+  readonly #env: Readonly<Record<string, string>>;
   #child: ChildProcess | undefined;
   #output = '';
 
-  private constructor(dataDir: string, pgPort: number, httpPort: number, args: readonly string[]) {
+  private constructor(
+    dataDir: string,
+    pgPort: number,
+    httpPort: number,
+    args: readonly string[],
+    env: Readonly<Record<string, string>>,
+  ) {
     this.dataDir = dataDir;
     this.pgPort = pgPort;
     this.httpPort = httpPort;
     this.#args = args;
+    this.#env = env;
   }
 
   static async start(options: PlatformOptions = {}): Promise<TestPlatform> {
     const dataDir = options.dataDir ?? mkdtempSync(join(tmpdir(), 'strata-test-'));
     const args = [...versionArgs(options.args ?? []), ...(options.args ?? [])];
-    const platform = new TestPlatform(dataDir, await freePort(), await freePort(), args);
+    const platform = new TestPlatform(dataDir, await freePort(), await freePort(), args, options.env ?? {});
     await platform.start();
     return platform;
   }
@@ -57,6 +67,7 @@ export class TestPlatform {
     const args = ['start', '--data-dir', this.dataDir, '--pg-port', String(this.pgPort)];
     const child = spawn(executable, [...args, '--http-port', String(this.httpPort), ...others], {
       stdio: ['ignore', 'pipe', 'pipe'],
+      env: { ...process.env, ...this.#env },
     });
     this.#child = child;
     this.#output = '';

@@ -1,12 +1,15 @@
 /*
  * For tests: a disk that fails. Loaded before libc (LD_PRELOAD), it lets calls on files below STRATA_FAULT_DIRECTORY fail as the file
- * STRATA_FAULT_CONTROL says, 16 bytes that are mapped and may be written at any time (faulty-disk.ts):
+ * STRATA_FAULT_CONTROL says, 20 bytes that are mapped and may be written at any time (faulty-disk.ts):
  *
  *   offset  size  field (little-endian)
  *        0     4  what fails: FAULT_…; 0 nothing
  *        4     4  calls of that kind that still succeed; counted down
  *        8     4  how many fail then
  *       12     4  how many have failed; counted up
+ *       16     4  by how many seconds the clock is ahead, signed
+ *
+ * With STRATA_FAULT_PROCESS, only in processes whose command line ends so.
  *
  * An fsync that fails loses what was written, as on Linux, where the pages count as clean afterwards: the file's last 64 KiB become zeroes, so that
  * whoever goes on with the file as if a second fsync had saved it is found out.
@@ -22,7 +25,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -41,15 +46,33 @@ enum {
 
 struct control {
   _Atomic uint32_t kind, succeed, fail, failed;
+  _Atomic int32_t clock_ahead;
 };
 
 static struct control *control;
 static const char *directory;
 static size_t directory_length;
 
+/* Whether the command line, its arguments joined by spaces, ends with `end`. */
+static int is_process(const char *end)
+{
+  char line[8192];
+  int file = open("/proc/self/cmdline", O_RDONLY | O_CLOEXEC);
+  ssize_t length = file < 0 ? 0 : read(file, line, sizeof line);
+  close(file);
+  for (ssize_t i = 0; i < length - 1; i++)
+    if (line[i] == 0)
+      line[i] = ' ';
+  size_t end_length = strlen(end);
+  return length > (ssize_t)end_length && strcmp(line + length - 1 - end_length, end) == 0;
+}
+
 __attribute__((constructor)) static void begin(void)
 {
   const char *path = getenv("STRATA_FAULT_CONTROL");
+  const char *process = getenv("STRATA_FAULT_PROCESS");
+  if (process != NULL && !is_process(process))
+    return;
   directory = getenv("STRATA_FAULT_DIRECTORY");
   if (path == NULL || directory == NULL)
     return;
@@ -278,4 +301,22 @@ int open64(const char *path, int flags, ...)
   if ((flags & O_CREAT) != 0 && fails_on_path(FAULT_OPEN, path))
     FAIL(ENOSPC);
   return real(path, flags, mode);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *time)
+{
+  REAL(clock_gettime);
+  int result = real(clock, time);
+  if (control != NULL && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
+    time->tv_sec += atomic_load(&control->clock_ahead);
+  return result;
+}
+
+int gettimeofday(struct timeval *restrict time, void *restrict zone)
+{
+  REAL(gettimeofday);
+  int result = real(time, zone);
+  if (control != NULL)
+    time->tv_sec += atomic_load(&control->clock_ahead);
+  return result;
 }

@@ -1,5 +1,6 @@
 /**
- * For tests: a folder on a disk that fails when it is told to, for the processes that are started with `environment`. (faults.c has the way.)
+ * For tests: a folder on a disk that fails when it is told to, and a clock that is set, for the processes that are started with
+ * `environment`. (faults.c has the way.)
  */
 
 import assert from 'node:assert/strict';
@@ -21,19 +22,22 @@ export const FAULTS = {
   'no new files': 11,
 } as const;
 
+const CONTROL_BYTES = 20;
+
 export type Fault = keyof typeof FAULTS;
 
 export class FaultyDisk {
   readonly environment: Readonly<Record<string, string>>;
   readonly #control: string;
+  #clockAhead = 0;
 
   private constructor(control: string, environment: Readonly<Record<string, string>>) {
     this.#control = control;
     this.environment = environment;
   }
 
-  /** For files below `directory`; what the test itself needs lies in `scratch`. Undefined where there is no C compiler. */
-  static make(directory: string, scratch: string): FaultyDisk | undefined {
+  /** For files below `directory`; what the test itself needs lies in `scratch`. Undefined where there is no C compiler. `onlyProcess`: how its command line ends. */
+  static make(directory: string, scratch: string, onlyProcess?: string): FaultyDisk | undefined {
     const library = join(scratch, 'faults.so');
     try {
       const source = join(import.meta.dirname, 'faults.c');
@@ -43,12 +47,13 @@ export class FaultyDisk {
       throw error;
     }
     const control = join(scratch, 'faults');
-    writeFileSync(control, Buffer.alloc(16));
+    writeFileSync(control, Buffer.alloc(CONTROL_BYTES));
     return new FaultyDisk(control, {
       LD_PRELOAD: library,
       STRATA_FAULT_DIRECTORY: directory,
       STRATA_FAULT_CONTROL: control,
       UV_USE_IO_URING: '0',
+      ...(onlyProcess === undefined ? {} : { STRATA_FAULT_PROCESS: onlyProcess }),
     });
   }
 
@@ -69,9 +74,15 @@ export class FaultyDisk {
     return readFileSync(this.#control).readUInt32LE(12);
   }
 
+  /** By how much the clock is ahead from now on. */
+  setClockAhead(seconds: number): void {
+    this.#clockAhead = seconds;
+    this.recover();
+  }
+
   #write(words: readonly number[]): void {
-    const bytes = Buffer.from(new Uint32Array(words).buffer);
-    assert.equal(bytes.length, 16);
+    const bytes = Buffer.from(new Uint32Array([...words, this.#clockAhead]).buffer);
+    assert.equal(bytes.length, CONTROL_BYTES);
     // In place: it is mapped by others.
     writeFileSync(this.#control, bytes, { flag: 'r+' });
   }
