@@ -70,15 +70,16 @@ if (role === 'safekeeper') {
   const { runPageserver } = await import('./pageserver/main.ts');
   await runServiceProcess(async (config: PageserverProcessConfig) => {
     const log = createLog({ name: 'pageserver' });
-    const [{ GenerationsClient }, { signToken }, { openObjectStore }] = await Promise.all([
+    const [{ GenerationsClient }, { signToken }, { openObjectStore }, { BRIEF_RETRY }] = await Promise.all([
       import('./api/generations.ts'),
       import('./base/token.ts'),
       import('./object-store/open-object-store.ts'),
+      import('./object-store/retry.ts'),
     ]);
     const secret = Buffer.from(config.secret, 'hex');
     const { url, supervisor, cacheBytes } = config.objectStore;
     const generations = new GenerationsClient({ ...supervisor, token: await signToken(secret, { scope: 'platform' }) });
-    const store = await openObjectStore(url);
+    const store = await openObjectStore(url, { retry: BRIEF_RETRY });
     const remote = { store, generations, ...(cacheBytes === undefined ? {} : { cacheBytes }) };
     const leaseSeconds = process.env['STRATA_TEST_LEASE_SECONDS'];
     const limits = leaseSeconds === undefined ? {} : { leaseMs: Number(leaseSeconds) * 1000 };

@@ -61,6 +61,15 @@ export const DEFAULT_RETRY: RetryPolicy = {
   totalTimeoutMs: 300_000,
 };
 
+/** About ten seconds of attempts: for those who try again themselves, and for readers, who would rather be told. */
+export const BRIEF_RETRY: RetryPolicy = {
+  attempts: 8,
+  firstDelayMs: 100,
+  maxDelayMs: 5_000,
+  attemptTimeoutMs: 120_000,
+  totalTimeoutMs: 300_000,
+};
+
 export const REAL_ENVIRONMENT: RetryEnvironment = {
   now: () => performance.now(),
   sleep: (ms, signal) => sleepMs(ms, undefined, { signal }),

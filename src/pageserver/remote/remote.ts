@@ -51,6 +51,8 @@ const RETRY_DELAY_MS = 1_000;
 const RETRY_DELAY_MAX_MS = 15_000;
 const STORED_WAIT_MS = 25_000;
 const FETCH_TIMEOUT_MS = 120_000;
+/** Of one timeline. */
+const UNCONFIRMED_DELETIONS_MAX = 10_000;
 
 interface Waiter {
   readonly sinceMs: number;
@@ -350,7 +352,8 @@ export class Remote {
     if (known === undefined) this.#unconfirmed.set(upload, more);
     else {
       known.lsn = Math.max(known.lsn, more.lsn);
-      known.deletions.push(...more.deletions);
+      // Beyond it they stay as orphans, which scrub finds.
+      known.deletions.push(...more.deletions.slice(0, Math.max(0, UNCONFIRMED_DELETIONS_MAX - known.deletions.length)));
     }
     this.#confirming ??= this.#confirmAll()
       .catch((error: unknown) => this.#options.log.error({ err: error }, 'confirmation ended'))
