@@ -49,7 +49,11 @@ Examples:
   $ pg_dump "$(strata connection-string main)" > main.sql`;
 
 export function exportCommand(context: CliContext, tool: ExportTool): Command {
-  return projectCommand('export', 'write a branch as a data directory that a stock Postgres starts from', 'export dev')
+  return projectCommand(
+    'export',
+    'write a branch as a data directory that a stock Postgres starts from',
+    'export dev --pgdata ./dev',
+  )
     .argument('[branch]', 'name or id (default: the default branch)')
     .requiredOption('--pgdata <directory>', 'directory to make; it must be empty or not there')
     .option('--lsn <lsn>', 'as it was at this LSN (default: now)')

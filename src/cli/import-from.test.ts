@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { splitPassword } from './import-from.ts';
+import { splitPassword, withoutPostgresVariables } from './import-from.ts';
 
 test('a password is taken out of a connection string wherever libpq finds one', () => {
   const cases: readonly (readonly [from: string, uri: string, password?: string])[] = [
@@ -25,4 +25,9 @@ test('what is none is refused without being quoted', () => {
       (error: Error) => !error.message.includes('secret'),
     );
   }
+});
+
+test('what the environment says of the source is not said of the target', () => {
+  const environment = { PATH: '/bin', PGHOSTADDR: '10.0.0.1', PGSERVICE: 'shop', PGPASSWORD: 'secret', HOME: '/root' };
+  assert.deepEqual(withoutPostgresVariables(environment), { PATH: '/bin', HOME: '/root' });
 });

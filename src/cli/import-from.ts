@@ -152,6 +152,11 @@ function decodePassword(text: string): string {
   }
 }
 
+/** libpq's own variables (PGHOSTADDR, PGSERVICE, …) are meant for the source: with them the target could come to be the source. */
+export function withoutPostgresVariables(environment: NodeJS.ProcessEnv): NodeJS.ProcessEnv {
+  return Object.fromEntries(Object.entries(environment).filter(([name]) => !name.startsWith('PG')));
+}
+
 async function openTarget(
   context: CliContext,
   platform: RunningPlatform,
@@ -160,7 +165,10 @@ async function openTarget(
   programs: PgPrograms,
 ): Promise<Target> {
   const { api } = platform;
-  const environmentOf = (uri: string): NodeJS.ProcessEnv => ({ ...context.environment, ...psqlEnvironment(uri) });
+  const environmentOf = (uri: string): NodeJS.ProcessEnv => ({
+    ...withoutPostgresVariables(context.environment),
+    ...psqlEnvironment(uri),
+  });
   if (options.project !== undefined || options.branch !== undefined) {
     if (options.name !== undefined || options.pgVersion !== undefined) {
       throw new CliError(
