@@ -28,6 +28,8 @@
  *   - A term is used for one election only, and is above every term that the quorum knew.
  *   - Acknowledgements below the term's start count for nothing: what an older term left is committed only together with this term's start.
  *   - Votes count under the configuration under which they were asked for only.
+ *   - Acknowledgements count under the configuration that came with them or was confirmed since. (One given earlier may come from an acceptor that has followed a
+ *     higher term meanwhile, under which a newer configuration was settled that needs this acceptor alone.)
  *   - An acceptor without the log, or with one that cannot vote yet, counts for no election.
  *   - commitLsn never goes back and is acknowledged by a quorum.
  */
@@ -215,6 +217,11 @@ export class ProposerState {
 
   get configuration(): Configuration {
     return this.#configuration;
+  }
+
+  /** Of the configuration that the votes of this election were asked under. */
+  get candidateVersion(): number {
+    return this.#candidateVersion;
   }
 
   /** The last one that this leader has settled; 0 when none. */
@@ -571,10 +578,8 @@ export class ProposerState {
       if (this.isUnconfirmed(index)) this.#renew(index, actions);
     }
     if (writeLsn > peer.writtenLsn) peer.writtenLsn = writeLsn;
-    if (flushLsn > peer.ackedLsn) {
-      peer.ackedLsn = flushLsn;
-      this.#advanceCommit(actions);
-    }
+    if (flushLsn > peer.ackedLsn) peer.ackedLsn = flushLsn;
+    this.#advanceCommit(actions);
     this.#settle(actions);
   }
 
@@ -590,9 +595,10 @@ export class ProposerState {
   }
 
   #advanceCommit(actions: ProposerAction[]): void {
+    const { version } = this.#configuration;
     const lsn = quorumLsn(this.#configuration, (nodeId) => {
-      const { ackedLsn } = this.#peerOf(nodeId);
-      return ackedLsn >= this.#startLsn ? ackedLsn : 0;
+      const { ackedLsn, configurationVersion } = this.#peerOf(nodeId);
+      return ackedLsn >= this.#startLsn && configurationVersion === version ? ackedLsn : 0;
     });
     if (lsn < this.#startLsn || lsn === 0) return;
     if (this.#phase === 'leading' && this.#isOutrun()) return;

@@ -11,9 +11,22 @@ test('no state of two proposers and three acceptors breaks an invariant, within 
   assert(states > 10_000);
 });
 
+const MOVING: Bounds = { ...SMALL_BOUNDS, acceptors: 2, memberSets: [[0], [1]] };
+
+test('no state of two proposers breaks one while the log moves from one acceptor to another', (context) => {
+  const { states, steps, depth, isComplete } = explore(MOVING);
+  context.diagnostic(`${states} states by ${steps} steps, up to ${depth} deep`);
+  assert(isComplete);
+  assert(states > 10_000);
+});
+
 const BUGS: readonly (readonly [ExploredBug, Partial<Bounds>])[] = [
   ['reuse-of-term', {}],
   ['vote-without-persisting', { crashes: 1 }],
+  ['skip-joint-phase', MOVING],
+  ['finish-before-settled', MOVING],
+  ['accept-older-configuration', MOVING],
+  ['count-earlier-acks', MOVING],
 ];
 
 for (const [bug, bounds] of BUGS) {

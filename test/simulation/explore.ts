@@ -3,17 +3,27 @@
  * and broken connections. What the simulation does at random for large clusters, this does completely for small ones.
  *
  *   npm run simulate -- --explore [--terms 2] [--entries 1] [--delays 0] [--crashes 0] [--breaks 0]
- *     [--restarts 0] [--max-states N]
+ *     [--restarts 0] [--members 0/1] [--max-states N]
  *
  * All proposers are connected at first. A step is one of: a connection is made anew, an acceptor gets a message and its answer is heard at once, or on its way for as long as it takes (a
  * delay), a connection breaks with all that was on it, an acceptor restarts, a proposer starts an election anew, writes an entry, or is
  * replaced. What is never delivered is lost; hints about higher terms always are. Disks are atomic here: torn and late writes are
  * the simulation's. The bytes of a log are, for each entry, the term of the leader who wrote it.
  *
- * States that differ only in the names of acceptors or proposers count once. Those seen are kept as 53-bit hashes: with a million states
+ * With several sets of members, acceptors outside of the first have an empty log from the start, the members are changed from set to set through joint configurations,
+ * and each proposer takes a newer configuration over at any time, or never. A final configuration is set once any leader has settled the joint one.
+ *
+ * States that differ only in the names of acceptors or proposers count once (of acceptors only while the members stay). Those seen are kept as 53-bit hashes: with a million states
  * the chance that two share one is below 1 in 10,000.
  */
 import { Acceptor, blankState, type BoundaryTracker } from '../../src/consensus/acceptor.ts';
+import {
+  type Configuration,
+  finalConfiguration,
+  jointConfiguration,
+  NO_CONFIGURATION,
+  quorumLsn,
+} from '../../src/consensus/configuration.ts';
 import type { AcceptorMessage, ProposerMessage } from '../../src/consensus/messages.ts';
 import { type ProposerAction, ProposerState } from '../../src/consensus/proposer.ts';
 import { Violation } from './invariants.ts';
@@ -31,10 +41,19 @@ export interface Bounds {
   readonly breaks: number;
   /** Proposers replaced by new ones. */
   readonly restarts: number;
+  /** One after the other; a single empty set: all acceptors, for ever. */
+  readonly memberSets: readonly (readonly number[])[];
   readonly maxStates: number;
 }
 
-export type ExploredBug = 'count-old-term-acks' | 'reuse-of-term' | 'vote-without-persisting';
+export type ExploredBug =
+  | 'count-old-term-acks'
+  | 'reuse-of-term'
+  | 'vote-without-persisting'
+  | 'skip-joint-phase'
+  | 'finish-before-settled'
+  | 'accept-older-configuration'
+  | 'count-earlier-acks';
 
 export interface Exploration {
   readonly states: number;
@@ -55,6 +74,7 @@ export const SMALL_BOUNDS: Bounds = {
   crashes: 0,
   breaks: 0,
   restarts: 0,
+  memberSets: [[]],
   maxStates: Infinity,
 };
 
@@ -151,28 +171,38 @@ class World {
   #crashes = 0;
   #breaks = 0;
   #restarts = 0;
+  /** As who assigns versions has it. */
+  #configuration: Configuration;
+  /** How many of the sets have had their turn. */
+  #setCount = 1;
+  #settledVersion = 0;
   /** An election went past the bound. */
   isBeyond = false;
 
   private constructor(bounds: Bounds, bug: ExploredBug | undefined) {
     this.#bounds = bounds;
     this.#bug = bug;
+    this.#configuration = firstConfiguration(bounds);
   }
 
   static initial(bounds: Bounds, bug: ExploredBug | undefined): World {
     const world = new World(bounds, bug);
-    const state = blankState(START);
-    world.#acceptors = Array.from({ length: bounds.acceptors }, () => ({
+    const state = blankState(START, world.#configuration);
+    world.#acceptors = Array.from({ length: bounds.acceptors }, (_, nodeId) => ({
       machine: new Acceptor<number>({
-        nodeId: 0,
+        nodeId,
         state,
         flushLsn: START,
         trackBoundaries: (lsn) => new WholeEntries(lsn),
       }),
       log: [],
     }));
-    world.#proposers = Array.from({ length: bounds.proposers }, () => newProposer(bounds.acceptors));
-    world.#proposers.forEach((_, p) => world.#acceptors.forEach((__, a) => world.#connect(p, a)));
+    world.#proposers = Array.from({ length: bounds.proposers }, () => newProposer(bounds));
+    world.#proposers.forEach(({ machine }, p) => {
+      world.#acceptors.forEach((_, a) => {
+        if (peerOf(machine, a) !== undefined) world.#connect(p, a);
+      });
+    });
     return world;
   }
 
@@ -192,6 +222,9 @@ class World {
     copy.#crashes = this.#crashes;
     copy.#breaks = this.#breaks;
     copy.#restarts = this.#restarts;
+    copy.#configuration = this.#configuration;
+    copy.#setCount = this.#setCount;
+    copy.#settledVersion = this.#settledVersion;
     return copy;
   }
 
@@ -215,12 +248,18 @@ class World {
             steps.push({ name: `${name} (its answer takes its time)`, take: (world) => world.#deliverLate(p, a) });
           }
         }
-        const isLost = machine.peer(a).state === 'lost';
+        const peer = peerOf(machine, a);
+        if (peer === undefined) return;
+        const isLost = machine.peer(peer).state === 'lost';
         if (isLost && !isOver) steps.push({ name: `p${p} connects to a${a}`, take: (world) => world.#connect(p, a) });
         if (!isLost && this.#breaks < breaks) {
           steps.push({ name: `p${p} loses a${a}`, take: (world) => world.#break(p, a) });
         }
       });
+      if (machine.configuration.version < this.#configuration.version && !isOver) {
+        const name = `p${p} takes over configuration ${this.#configuration.version}`;
+        steps.push({ name, take: (world) => world.#configure(p) });
+      }
       if (machine.isRetrying && !isOver) {
         steps.push({ name: `p${p} tries again`, take: (world) => world.#perform(p, (state) => state.elect()) });
       }
@@ -231,6 +270,10 @@ class World {
         steps.push({ name: `p${p} is replaced`, take: (world) => world.#replace(p) });
       }
     });
+    const change = this.#nextConfiguration();
+    if (change !== undefined) {
+      steps.push({ name: `set ${JSON.stringify(change)}`, take: (world) => world.#change(change) });
+    }
     if (this.#crashes < crashes) {
       this.#acceptors.forEach((_, a) => {
         steps.push({ name: `a${a} restarts`, take: (world) => world.#restart(a) });
@@ -249,28 +292,48 @@ class World {
           ]
         : [this.#proposers.map((_, index) => index)];
     const keys = orders.map((order) => {
-      const acceptors = this.#acceptors.map((_, a) => this.#acceptorKey(a, order)).sort();
+      const acceptors = this.#acceptors.map((_, a) => this.#acceptorKey(a, order));
+      if (this.#bounds.memberSets.length === 1) acceptors.sort();
       const proposers = order.map((p) => proposerKey(this.#proposers[p]!));
       return `${proposers.join('/')}|${acceptors.join('|')}`;
     });
-    const rest = `${JSON.stringify(this.#committed)};${JSON.stringify(this.#led)};${this.#delays},${this.#crashes},${this.#breaks},${this.#restarts}`;
+    const rest = `${JSON.stringify(this.#committed)};${JSON.stringify(this.#led)};${this.#delays},${this.#crashes},${this.#breaks},${this.#restarts},${this.#configuration.version},${this.#setCount},${this.#settledVersion}`;
     return hashOf(`${keys.sort()[0]};${rest}`);
   }
 
   #acceptorKey(a: number, order: readonly number[]): string {
     const { machine, log } = this.#acceptors[a]!;
     const { term, history, commitLsn, announcedCommitLsn, isFollowing } = machine;
-    let key = `${term},${JSON.stringify(history)},${commitLsn},${announcedCommitLsn},${isFollowing},${log.join('')}`;
+    let key = `${term},${JSON.stringify(history)},${commitLsn},${announcedCommitLsn},${isFollowing},${log.join('')},${machine.configuration.version}`;
     for (const p of order) {
       const { machine: proposer, requests, replies } = this.#proposers[p]!;
-      key += `:${JSON.stringify(proposer.peer(a))}${proposer.donor === a}`;
+      const peer = peerOf(proposer, a);
+      const view = peer === undefined ? undefined : { ...proposer.peer(peer), nodeId: undefined };
+      key += `:${JSON.stringify(view)}${peer !== undefined && proposer.donor === peer}`;
       key += `${requests[a]!.map(describe).join()}>${replies[a]!.map(describe).join()}`;
     }
     return key;
   }
 
+  #configure(p: number): void {
+    this.#perform(p, (state) => state.configure(this.#configuration));
+    if (this.#bug !== 'count-earlier-acks') return;
+    // As if what was acknowledged under the configuration before had been under this one.
+    this.#acceptors.forEach((_, a) => {
+      this.#perform(p, (state) => {
+        const peer = peerOf(state, a);
+        if (peer === undefined || state.peer(peer).state !== 'streaming') return [];
+        const { ackedLsn: flushLsn, writtenLsn: writeLsn } = state.peer(peer);
+        const { term, commitLsn, generation } = state;
+        const configurationVersion = state.configuration.version;
+        const position = { flushLsn, writeLsn, commitLsn };
+        return state.receive(peer, { kind: 'append-reply', term, ...position, generation, configurationVersion });
+      });
+    });
+  }
+
   #connect(p: number, a: number): void {
-    this.#perform(p, (state) => state.greeted(a, this.#acceptors[a]!.machine));
+    this.#perform(p, (state) => state.greeted(peerOf(state, a)!, this.#acceptors[a]!.machine));
   }
 
   #break(p: number, a: number): void {
@@ -286,20 +349,40 @@ class World {
     // With the bug, what was not written down with the log is forgotten.
     const term = this.#bug === 'vote-without-persisting' ? history[history.length - 1]!.term : machine.term;
     this.#acceptors[a]!.machine = new Acceptor<number>({
-      nodeId: 0,
+      nodeId: a,
       state: { term, history, commitLsn, generation: 0, configuration: machine.configuration },
       flushLsn,
       trackBoundaries: (lsn) => new WholeEntries(lsn),
     });
     this.#proposers.forEach((proposer, p) => {
-      if (proposer.machine.peer(a).state !== 'lost') this.#perform(p, (state) => this.#lose(state, p, a));
+      const peer = peerOf(proposer.machine, a);
+      if (peer !== undefined && proposer.machine.peer(peer).state !== 'lost')
+        this.#perform(p, (state) => this.#lose(state, p, a));
     });
   }
 
   #replace(p: number): void {
     this.#restarts++;
     this.#acceptors.forEach(({ machine }) => machine.forget(p));
-    this.#proposers[p] = newProposer(this.#acceptors.length);
+    this.#proposers[p] = newProposer(this.#bounds);
+  }
+
+  /** What who changes the members may do next. */
+  #nextConfiguration(): Configuration | undefined {
+    const current = this.#configuration;
+    if (current.newMembers !== undefined) {
+      const isSettled = this.#settledVersion >= current.version || this.#bug === 'finish-before-settled';
+      return isSettled ? finalConfiguration(current) : undefined;
+    }
+    const next = this.#bounds.memberSets[this.#setCount];
+    if (next === undefined) return undefined;
+    if (this.#bug === 'skip-joint-phase') return { version: current.version + 1, members: next };
+    return jointConfiguration(current, next);
+  }
+
+  #change(configuration: Configuration): void {
+    if (this.#configuration.newMembers === undefined) this.#setCount++;
+    this.#configuration = configuration;
   }
 
   #write(p: number): void {
@@ -320,7 +403,10 @@ class World {
 
   #hear(p: number, a: number): void {
     const message = this.#proposers[p]!.replies[a]!.shift()!;
-    this.#perform(p, (state) => state.receive(a, message));
+    this.#perform(p, (state) => {
+      const peer = peerOf(state, a);
+      return peer === undefined ? [] : state.receive(peer, message);
+    });
   }
 
   #deliver(p: number, a: number): void {
@@ -333,7 +419,7 @@ class World {
       this.#proposers[p]!.replies[a]!.push(reply);
       return;
     }
-    const actions = machine.receive(p, message);
+    const actions = machine.receive(p, this.#asHeard(message, machine));
     for (let action = actions.shift(); action !== undefined; action = actions.shift()) {
       switch (action.kind) {
         case 'write':
@@ -351,7 +437,8 @@ class World {
           actions.push(...machine.completed());
           break;
         case 'send':
-          this.#proposers[action.to]!.replies[a]!.push(action.message);
+          if (peerOf(this.#proposers[action.to]!.machine, a) === undefined) break;
+          this.#proposers[action.to]!.replies[a]!.push(this.#asTold(action.message));
           break;
         case 'term-raised':
         case 'progress':
@@ -368,10 +455,16 @@ class World {
     for (let action = actions.shift(); action !== undefined; action = actions.shift()) {
       switch (action.kind) {
         case 'send':
-          proposer.requests[action.peer]!.push(action.message);
+          proposer.requests[nodeOf(machine, action.peer)]!.push(action.message);
           break;
         case 'reconnect':
-          actions.push(...this.#lose(machine, p, action.peer));
+          actions.push(...this.#lose(machine, p, nodeOf(machine, action.peer)));
+          break;
+        case 'removed':
+          this.#forget(p, nodeOf(machine, action.peer));
+          break;
+        case 'settled':
+          this.#settledVersion = Math.max(this.#settledVersion, action.version);
           break;
         case 'leading':
           this.#lead(proposer, action.term, action.startLsn);
@@ -380,6 +473,7 @@ class World {
           this.#commit(p, action.lsn);
           proposer.isEstablished = true;
           break;
+        case 'added': // Connects later.
         case 'create': // All of them have the log from the first.
         case 'fenced':
         case 'retry':
@@ -388,8 +482,7 @@ class World {
       }
     }
     if (this.#bug === 'count-old-term-acks' && machine.phase === 'leading') {
-      const acked = this.#acceptors.map((_, a) => machine.peer(a).ackedLsn).sort((x, y) => y - x);
-      const lsn = acked[Math.floor(acked.length / 2)]!;
+      const lsn = quorumLsn(machine.configuration, (nodeId) => machine.peer(peerOf(machine, nodeId)!).ackedLsn);
       if (lsn >= START && lsn < machine.startLsn) this.#commit(p, lsn);
     }
     this.#pump(p);
@@ -397,11 +490,27 @@ class World {
   }
 
   #lose(state: ProposerState, p: number, a: number): ProposerAction[] {
+    this.#forget(p, a);
+    const peer = peerOf(state, a);
+    return peer === undefined ? [] : state.lost(peer);
+  }
+
+  /** What is on the way between them is lost. */
+  #forget(p: number, a: number): void {
     const proposer = this.#proposers[p]!;
     proposer.requests[a] = [];
     proposer.replies[a] = [];
     this.#acceptors[a]!.machine.forget(p);
-    return state.lost(a);
+  }
+
+  #asHeard(message: ProposerMessage, { configuration }: Acceptor<number>): ProposerMessage {
+    if (this.#bug !== 'accept-older-configuration' || message.kind !== 'vote') return message;
+    return message.configuration.version >= configuration.version ? message : { ...message, configuration };
+  }
+
+  #asTold(message: AcceptorMessage): AcceptorMessage {
+    if (this.#bug !== 'accept-older-configuration' || message.kind !== 'vote-reply') return message;
+    return { ...message, configuration: NO_CONFIGURATION };
   }
 
   /** One append at a time to each acceptor; the commit LSN travels with the next entry. */
@@ -409,21 +518,23 @@ class World {
     const { machine, requests, log } = this.#proposers[p]!;
     if (machine.phase === 'fenced') return;
     this.#acceptors.forEach((_, a) => {
-      const peer = machine.peer(a);
+      const index = peerOf(machine, a);
+      if (index === undefined) return;
+      const peer = machine.peer(index);
       if (peer.state !== 'streaming' || requests[a]!.some((message) => message.kind === 'append')) return;
-      const index = indexOf(peer.sendLsn);
-      const isBehind = index < log.length;
+      const at = indexOf(peer.sendLsn);
+      const isBehind = at < log.length;
       if (!isBehind) return;
-      const bytes = Buffer.alloc(ENTRY_BYTES, log[index]);
+      const bytes = Buffer.alloc(ENTRY_BYTES, log[at]);
       const { term, commitLsn } = machine;
       requests[a]!.push({ kind: 'append', term, beginLsn: peer.sendLsn, commitLsn, bytes });
-      machine.sent(a, peer.sendLsn + bytes.length);
+      machine.sent(index, peer.sendLsn + bytes.length);
     });
   }
 
   #lead(proposer: ProposerSide, term: number, startLsn: number): void {
     if (this.#led.some((other) => other.term === term)) throw new Violation(`term ${term} has two leaders`);
-    proposer.log = this.#acceptors[proposer.machine.donor]!.log.slice(0, indexOf(startLsn));
+    proposer.log = this.#acceptors[nodeOf(proposer.machine, proposer.machine.donor)]!.log.slice(0, indexOf(startLsn));
     this.#led = [...this.#led, { term, log: proposer.log.slice() }].sort((x, y) => x.term - y.term);
     this.#checkLeaders();
   }
@@ -463,13 +574,29 @@ class World {
   }
 }
 
-function newProposer(acceptors: number): ProposerSide {
-  const queues = <T>(): T[][] => Array.from({ length: acceptors }, () => []);
+/** Everybody knows it from the start. */
+function firstConfiguration({ acceptors, memberSets }: Bounds): Configuration {
+  if (memberSets.length > 1) return { version: 1, members: memberSets[0]! };
+  return { version: 0, members: Array.from({ length: acceptors }, (_, nodeId) => nodeId) };
+}
+
+/** The index of an acceptor, as the proposer has it; undefined when it is none of its members. */
+function peerOf(machine: ProposerState, nodeId: number): number | undefined {
+  for (let index = 0; index < machine.peerCount; index++) {
+    const peer = machine.peer(index);
+    if (peer.nodeId === nodeId && !peer.isGone) return index;
+  }
+  return undefined;
+}
+
+function nodeOf(machine: ProposerState, peer: number): number {
+  return machine.peer(peer).nodeId;
+}
+
+function newProposer(bounds: Bounds): ProposerSide {
+  const queues = <T>(): T[][] => Array.from({ length: bounds.acceptors }, () => []);
   return {
-    machine: new ProposerState(
-      { version: 0, members: [0, 1, 2].slice(0, acceptors) },
-      { startLsn: START, mayCreate: false },
-    ),
+    machine: new ProposerState(firstConfiguration(bounds), { startLsn: START, mayCreate: false }),
     log: [],
     isEstablished: false,
     requests: queues(),
@@ -479,7 +606,8 @@ function newProposer(acceptors: number): ProposerSide {
 
 function proposerKey({ machine, log, isEstablished }: ProposerSide): string {
   const { phase, term, startLsn, commitLsn, history, isRetrying } = machine;
-  return `${phase},${term},${startLsn},${commitLsn},${JSON.stringify(history)},${isRetrying},${isEstablished},${log.join('')}`;
+  const { configuration, candidateVersion, settledVersion } = machine;
+  return `${configuration.version},${candidateVersion},${settledVersion},${phase},${term},${startLsn},${commitLsn},${JSON.stringify(history)},${isRetrying},${isEstablished},${log.join('')}`;
 }
 
 function describe(message: ProposerMessage | AcceptorMessage): string {

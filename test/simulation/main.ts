@@ -51,17 +51,21 @@ async function main(): Promise<void> {
       crashes: { type: 'string' },
       breaks: { type: 'string' },
       restarts: { type: 'string' },
+      acceptors: { type: 'string' },
+      members: { type: 'string' },
       'max-states': { type: 'string' },
     },
   });
   if (values.explore) {
     const bound = (
-      name: 'terms' | 'entries' | 'delays' | 'crashes' | 'breaks' | 'restarts' | 'max-states',
+      name: 'acceptors' | 'terms' | 'entries' | 'delays' | 'crashes' | 'breaks' | 'restarts' | 'max-states',
       least: number,
     ): number => (values[name] === undefined ? least : wholeNumber(`--${name}`, values[name]));
-    const { terms, entries, delays, crashes, breaks, restarts, maxStates } = SMALL_BOUNDS;
+    const { acceptors, terms, entries, delays, crashes, breaks, restarts, maxStates } = SMALL_BOUNDS;
     exploreAll({
       ...SMALL_BOUNDS,
+      acceptors: bound('acceptors', acceptors),
+      memberSets: values.members === undefined ? SMALL_BOUNDS.memberSets : memberSets(values.members),
       terms: bound('terms', terms),
       entries: bound('entries', entries),
       delays: bound('delays', delays),
@@ -167,6 +171,11 @@ function add(a: Tally, b: Tally): Tally {
     configurations: a.configurations + b.configurations,
     violations: [...a.violations, ...b.violations],
   };
+}
+
+/** `0,1,2/0,1,3`: sets of acceptors, by their numbers. */
+function memberSets(text: string): number[][] {
+  return text.split('/').map((set) => set.split(',').map((node) => wholeNumber('--members', node)));
 }
 
 function wholeNumber(option: string, text: string): number {
