@@ -400,7 +400,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
       lastRecordLsn: this.#lastRecordLsn,
       lastRecordStartLsn: this.#lastRecordStartLsn,
     });
-    this.#open = new MemoryLayer(this.#lastRecordLsn + 1, this.#options.now());
+    this.#open = new MemoryLayer(this.#lastRecordLsn + 1, this.#options.now(), this.#open);
     this.#memoryLayers = [this.#open, ...this.#frozen.map((frozen) => frozen.layer).reverse()];
     this.#flushing ??= this.#flushAll().finally(() => (this.#flushing = undefined));
   }

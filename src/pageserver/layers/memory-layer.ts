@@ -21,14 +21,19 @@ import { KeyRows, NO_ROW } from './key-rows.ts';
 import type { ForkKey } from './key-rows.ts';
 import type { LayerWriter } from './layer-writer.ts';
 
-/** An image is due after this many changes in a row, if they are as large as it is; after HOT_CHANGES_MAX whatever their size. */
-export const HOT_CHANGES = 256;
+/**
+ * An image is due after this many changes in a row, if they are as large as it is; after HOT_CHANGES_MAX whatever their size. That is one more than fill
+ * a page of the smallest index tuples: a page that is filled once is not hot.
+ */
+export const HOT_CHANGES = 408;
 export const HOT_CHANGES_MAX = 512;
 const HOT_BYTES = 8192;
 
 const ARENA_BYTES_MIN = 16 * 1024;
 const ARENA_BYTES_MAX = 4 * 1024 * 1024;
 const ENTRIES_MIN = 16;
+/** A layer that has come to this many will become as large as the one before it. */
+const ENTRIES_EXPECTING = 4096;
 /** The words of an entry. */
 const OLDER = 0;
 const ARENA = 1;
@@ -47,6 +52,7 @@ export class MemoryLayer implements ValueSource {
   readonly createdAtMs: number;
   readonly #keys = new KeyRows();
   #hot: number[] = [];
+  readonly #expectedCount: number;
   #entryCount = 0;
   #discardedCount = 0;
   #entries = new Int32Array(ENTRIES_MIN * ENTRY_WORDS);
@@ -58,9 +64,11 @@ export class MemoryLayer implements ValueSource {
   #newestLsn: Lsn = 0;
   #valueBytes = 0;
 
-  constructor(lsnStart: Lsn, nowMs: number) {
+  /** `before` is the layer before this one. */
+  constructor(lsnStart: Lsn, nowMs: number, before?: MemoryLayer) {
     this.lsnStart = lsnStart;
     this.createdAtMs = nowMs;
+    this.#expectedCount = before === undefined ? 0 : before.#entryCount;
   }
 
   get isEmpty(): boolean {
@@ -236,7 +244,10 @@ export class MemoryLayer implements ValueSource {
   }
 
   #growEntries(): void {
-    const larger = new Int32Array(this.#entries.length * 2);
+    const count = this.#entries.length / ENTRY_WORDS;
+    // Growing by doubling copies everything, and leaves as much again to the garbage collector.
+    const expected = count >= ENTRIES_EXPECTING ? Math.ceil(this.#expectedCount * 1.1) : 0;
+    const larger = new Int32Array(Math.max(count * 2, expected) * ENTRY_WORDS);
     larger.set(this.#entries);
     this.#entries = larger;
   }
