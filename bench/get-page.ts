@@ -45,6 +45,7 @@ export async function getPage({ quick }: { readonly quick: boolean }): Promise<R
         from: 0,
         to: 0.5,
       };
+      await askFromThread({ ...work, port: floor.port });
       const least = await askFromThread({ ...work, port: floor.port });
       // V8 compiles what it has seen often: the first reads of a process are for that, and not counted.
       const tenRecords = { ...work, table: recorded.tenRecords! };
