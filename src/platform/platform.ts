@@ -285,8 +285,8 @@ async function startServices(
       config: () => ({ ...config(), host: LOOPBACK, secret }),
       logFile,
       log,
-      // It makes much garbage when it has work: it gets Node's own default, which is larger than that of bin/strata.
-      nodeFlags: name === 'pageserver' ? ['--max-semi-space-size=16'] : [],
+      // It makes much garbage when it has work: it gets Node's own defaults, which bin/strata lowers.
+      nodeFlags: name === 'pageserver' ? ['--max-semi-space-size=16', '--parallel-scavenge'] : [],
       isPlatformStopping: () => cleanup.isRunning,
     });
     started.push(service);
