@@ -21,6 +21,8 @@ import { formatTable, type Row } from './measure.ts';
 import { nestedBranches } from './nested-branches.ts';
 import { load } from './pgbench.ts';
 import { redo } from './redo.ts';
+import { scale as sizes } from './scale.ts';
+import { space } from './space.ts';
 import { BenchedPlatform } from './strata.ts';
 import { type Vanilla, withVanilla } from './vanilla.ts';
 import { wake } from './wake.ts';
@@ -57,6 +59,8 @@ const PART_QUESTIONS: Readonly<Record<string, (options: { readonly quick: boolea
   'get-page': getPage,
   'nested-branches': nestedBranches,
   changes,
+  scale: sizes,
+  space,
 };
 
 const { values } = parseArgs({
