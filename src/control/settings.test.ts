@@ -58,3 +58,20 @@ test('a pageserver asks over a connection', async () => {
   await client.close();
   settings.close();
 });
+
+test('a configuration of the safekeepers follows only the one that it was made from, and ids are never given twice', () => {
+  let settings = Settings.open(directory);
+  assert(settings.replaceSafekeepers(0, { version: 1, members: [1, 2, 3] }));
+  const other = Settings.open(directory);
+  const [newId] = settings.newSafekeeperIds(1);
+  assert.equal(newId, 4);
+  assert(settings.replaceSafekeepers(1, { version: 2, members: [1, 2, 3], newMembers: [1, 2, 4] }));
+  assert(!other.replaceSafekeepers(1, { version: 2, members: [1] }), 'somebody else was first');
+  assert(other.replaceSafekeepers(2, { version: 3, members: [1, 2, 3] }));
+  other.close();
+  settings.close();
+  settings = Settings.open(directory);
+  assert.deepEqual(settings.safekeepers, { version: 3, members: [1, 2, 3] });
+  assert.deepEqual(settings.newSafekeeperIds(2), [5, 6]);
+  settings.close();
+});
