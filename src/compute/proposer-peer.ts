@@ -346,6 +346,7 @@ export class ProposerPeer {
     if (source === undefined) throw new StrataError('unavailable', 'no safekeeper with the WAL is connected');
     const { tenantId, timelineId } = timeline;
     const fromLsn = peer.sendLsn;
+    const { term } = state;
     log?.info({ safekeeper: this.#name, source, fromLsn: formatLsn(fromLsn) }, 'recovering from another safekeeper');
     const chunks = readWal({
       address: addressOf(source),
@@ -353,7 +354,7 @@ export class ProposerPeer {
       tenantId,
       timelineId,
       fromLsn,
-      term: state.term,
+      term,
       signal,
     });
     for await (const { lsn, bytes } of chunks) {
@@ -364,7 +365,8 @@ export class ProposerPeer {
         });
         this.#roomWaiter = undefined;
       }
-      if (signal.aborted || peer.state !== 'streaming' || peer.sendLsn !== lsn) return;
+      // After another election of this proposer the log of that term may be another.
+      if (signal.aborted || state.term !== term || peer.state !== 'streaming' || peer.sendLsn !== lsn) return;
       this.#append(lsn, bytes);
       if (peer.sendLsn >= buffer().startLsn) return;
     }

@@ -182,7 +182,7 @@ class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
     const proposer = this.#proposers.get(nameOf(to));
     if (proposer === undefined) return;
     this.#transmit(to, from.index, () => {
-      if (message.kind === 'read-reply') proposer.deliverRead(Number(to.split('#read')[1]), message.lsn, message.bytes);
+      if (message.kind === 'read-reply') proposer.deliverRead(Number(to.split('#read')[1]), message);
       else if (message.kind === 'read-refusal') proposer.readRefused(from.index);
       else proposer.deliver(to, message);
     });

@@ -42,7 +42,7 @@ export type FromAcceptor =
   | ({ readonly kind: 'greeting-reply' } & AcceptorGreeting)
   /** There is no log here. */
   | { readonly kind: 'absent'; readonly incarnation: string }
-  | { readonly kind: 'read-reply'; readonly lsn: number; readonly bytes: Buffer }
+  | { readonly kind: 'read-reply'; readonly term: number; readonly lsn: number; readonly bytes: Buffer }
   /** To a read: there is no log here. A proposer of the world learns it when its connection breaks. */
   | { readonly kind: 'read-refusal' }
   /** A vote-reply brings the log that is voted with, which a real compute gets from the pageserver. */
@@ -175,7 +175,7 @@ export class SimulatedAcceptor {
       const bytes = Buffer.from(
         this.disk.visible.subarray(from, Math.min(from + READ_BYTES, acceptor.flushLsn - LOG_START)),
       );
-      this.#world.reply(this, connection, { kind: 'read-reply', lsn: message.fromLsn, bytes });
+      this.#world.reply(this, connection, { kind: 'read-reply', term: message.term, lsn: message.fromLsn, bytes });
     } else if (this.#world.bug === 'reuse-of-term' && message.kind === 'vote' && message.term === acceptor.term) {
       this.#voteAgain(acceptor, connection);
     } else if (this.#world.bug === 'accept-older-configuration' && message.kind === 'vote') {

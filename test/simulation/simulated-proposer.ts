@@ -129,11 +129,11 @@ export class SimulatedProposer {
     }
   }
 
-  /** WAL read from another acceptor for the peer. */
-  deliverRead(peer: number, lsn: number, bytes: Buffer): void {
+  /** WAL read from another acceptor for the peer. What was asked for in an earlier term of this proposer is of another log. */
+  deliverRead(peer: number, { term, lsn, bytes }: Extract<FromAcceptor, { kind: 'read-reply' }>): void {
     this.#reading[peer] = false;
     const view = this.#state.peer(peer);
-    if (this.#stopped || view.state !== 'streaming' || view.sendLsn !== lsn) return;
+    if (this.#stopped || term !== this.#state.term || view.state !== 'streaming' || view.sendLsn !== lsn) return;
     this.#append(peer, lsn, bytes);
     this.#pump(peer);
   }
