@@ -129,11 +129,9 @@ export interface CreateRequest {
   readonly state: AcceptorState;
 }
 
-/** An empty log for a safekeeper that is new, as the incarnation that said that it is not there. */
-export interface GiveRequest {
+/** An empty log for a safekeeper that is new, as the incarnation that said that it is not there; it begins at the state's commit LSN. */
+export interface GiveRequest extends CreateRequest {
   readonly timeline: Greeting;
-  readonly incarnation: string;
-  readonly configuration: Configuration;
 }
 
 export interface ReadRequest {

@@ -189,12 +189,8 @@ export class SafekeeperClient {
   }
 
   /** Gives it an empty log, if it has none. Rejects with `conflict` when it has been started anew since `incarnation`. */
-  async giveTimeline(timeline: TimelineIdentity, incarnation: string, configuration: Configuration): Promise<void> {
-    await this.#call('giveTimeline', {
-      timeline: greetingOf(timeline),
-      incarnation,
-      configuration,
-    } satisfies GiveRequest);
+  async giveTimeline(timeline: TimelineIdentity, incarnation: string, state: AcceptorState): Promise<void> {
+    await this.#call('giveTimeline', { timeline: greetingOf(timeline), incarnation, state } satisfies GiveRequest);
   }
 
   close(): void {

@@ -6,7 +6,9 @@
  *   2. renew the joint configuration (consensus/configuration.ts), by compare-and-set
  *   3. tell it to the safekeepers: to a majority of the old members at least, which then make no timeline under an older one. What they list from then
  *      on is all that there is
- *   4. give newcomers an empty log of each timeline that they did not have, for the life of 1 only
+ *   4. give newcomers an empty log of each timeline that they did not have, for the life of 1 only. Where the old members' disks do not reach back to its
+ *      start, it begins where they do: what is before may be in no store any more. All before that is committed, so it is what a member that had it all
+ *      would have; it has voted for nobody
  *   5. have a leader of each timeline settle the configuration (consensus/proposer.ts): the compute's, if one runs, else one elected for that, which yields to
  *      any. Wait until newcomers have all that is committed
  *   6. set the final configuration, by compare-and-set
@@ -20,6 +22,7 @@ import { type SafekeeperDirectory } from '../api/safekeeper-set.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { electProposer } from '../compute/proposer.ts';
+import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import {
   type Configuration,
   finalConfiguration,
@@ -27,6 +30,8 @@ import {
   nodesOf,
   renewedConfiguration,
 } from '../consensus/configuration.ts';
+import type { TermHistory } from '../consensus/messages.ts';
+import { historyUpTo } from '../consensus/term-history.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 
 export interface ChangeWorld {
@@ -133,11 +138,12 @@ async function moveTimeline(world: ChangeWorld, clients: Clients, move: Move, si
   const { timelineId, joint, newcomers } = move;
   const identity = await world.identityOf(timelineId);
   if (identity === undefined) return;
-  for (const { nodeId, incarnation, timelineIds } of newcomers) {
-    if (timelineIds.has(timelineId)) continue;
+  const without = newcomers.filter(({ timelineIds }) => !timelineIds.has(timelineId));
+  const given = without.length === 0 ? undefined : await newLog(clients, identity, joint);
+  for (const { nodeId, incarnation } of without) {
     await clients
       .of(nodeId)
-      .giveTimeline(identity, incarnation, joint)
+      .giveTimeline(identity, incarnation, given!)
       .catch((error: unknown) => {
         if (toStrataError(error).code === 'conflict') throw new Restart(toStrataError(error).message);
         throw error;
@@ -174,6 +180,45 @@ async function moveTimeline(world: ChangeWorld, clients: Clients, move: Move, si
       await sleep(RETRY_MS, undefined, { signal });
     }
   }
+}
+
+/** Of a newcomer. Throws `unavailable` when it cannot be told yet where it may begin. */
+async function newLog(
+  clients: Clients,
+  { tenantId, timelineId, startLsn }: TimelineIdentity,
+  joint: Configuration,
+): Promise<AcceptorState> {
+  const absent = new Set<number>();
+  let reason = '';
+  let latest: { readonly resumeLsn: Lsn; readonly history: TermHistory } | undefined;
+  await Promise.all(
+    joint.members.map(async (nodeId) => {
+      try {
+        const client = clients.of(nodeId);
+        await client.status(tenantId, timelineId); // Opens it: how far the log goes is known then.
+        const resumeLsn = await client.resumePoint(tenantId, timelineId);
+        // Afterwards, when the history says of what term all before that point is.
+        const { history, flushLsn } = await client.status(tenantId, timelineId);
+        if (flushLsn < resumeLsn) throw new StrataError('unavailable', 'its log was made anew meanwhile');
+        if (latest === undefined || resumeLsn > latest.resumeLsn) latest = { resumeLsn, history };
+      } catch (error) {
+        const { code, message } = toStrataError(error);
+        if (code === 'not-found') absent.add(nodeId);
+        else reason = `safekeeper ${nodeId}: ${message}`;
+      }
+    }),
+  );
+  const found = latest as { readonly resumeLsn: Lsn; readonly history: TermHistory } | undefined;
+  if (found === undefined) {
+    // Just being made.
+    const isAbsent = isQuorum({ version: joint.version, members: joint.members }, (nodeId) => absent.has(nodeId));
+    if (isAbsent) return blankState(startLsn, joint);
+    throw new StrataError('unavailable', `nobody says where the log of timeline ${timelineId} may begin (${reason})`);
+  }
+  const { resumeLsn } = found;
+  if (resumeLsn <= startLsn) return blankState(startLsn, joint);
+  const history = historyUpTo(found.history, resumeLsn);
+  return { term: history.at(-1)!.term, history, commitLsn: resumeLsn, generation: 0, configuration: joint };
 }
 
 /** Until newcomers have all that is committed now, whoever leads. */

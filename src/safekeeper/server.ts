@@ -30,7 +30,6 @@ import {
   MAX_FRAME_BYTES,
   type ReadRequest,
 } from '../api/safekeeper-protocol.ts';
-import { blankState } from '../consensus/acceptor.ts';
 import type { Configuration } from '../consensus/configuration.ts';
 import type { AcceptorMessage, Append, ProposerMessage } from '../consensus/messages.ts';
 import { serveReplication } from './replication.ts';
@@ -349,9 +348,9 @@ class Connection implements ProposerLink {
         return { incarnation: timelines.incarnation };
       case 'giveTimeline': {
         this.#requirePlatform();
-        const { timeline, incarnation, configuration } = params as GiveRequest;
+        const { timeline, incarnation, state } = params as GiveRequest;
         assertIncarnation(timelines, incarnation);
-        await timelines.getOrCreate(timeline, blankState(timeline.startLsn, configuration));
+        await timelines.getOrCreate(timeline, state);
         return null;
       }
       case 'deleteTimeline':

@@ -36,6 +36,16 @@ describe('safekeepers that have lost their disks', () => {
     assert.equal(await platform.psql('SELECT count(*), max(n) FROM kept'), `${rows}|${rows}`);
   }
 
+  /** Rebuilt logs know who their safekeepers are, before any leader has told them. */
+  async function assertConfigured(): Promise<void> {
+    const { timelineId, safekeeper, close } = await services();
+    const { tenantId } = (await safekeeper.list()).find((each) => each.timelineId === timelineId)!;
+    const { configuration, isVoter } = await safekeeper.status(tenantId, timelineId);
+    await close();
+    assert.deepEqual(configuration.members, [1, 2, 3]);
+    assert(configuration.version > 0 && isVoter);
+  }
+
   function loseDisks(...numbers: number[]): void {
     for (const number of numbers) rmSync(join(platform.dataDir, `safekeeper-${number}`), { recursive: true });
   }
@@ -96,6 +106,7 @@ describe('safekeepers that have lost their disks', () => {
     loseDisks(1, 2, 3);
     await platform.start();
     assert.match(platform.output, /had lost the log of timeline [0-9a-f]{32}: rebuilt from the object store up to/);
+    await assertConfigured();
     await assertAllThere();
     const [log] = await rebuilt();
     assert.equal(log?.source, 'object store');
@@ -110,6 +121,7 @@ describe('safekeepers that have lost their disks', () => {
     await platform.killEverything();
     loseDisks(1, 2, 3);
     await platform.start();
+    await assertConfigured();
     await assertAllThere();
     assert.equal((await rebuilt()).at(-1)?.source, 'pageserver');
     await write(1_000);

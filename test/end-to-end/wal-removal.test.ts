@@ -7,6 +7,8 @@ import { PageserverClient } from '../../src/api/pageserver.ts';
 import { SafekeeperClient, type SafekeeperTimelineStatus } from '../../src/api/safekeeper.ts';
 import type { PlatformFile } from '../../src/api/control.ts';
 import { signToken } from '../../src/base/token.ts';
+import { openObjectStore } from '../../src/object-store/open-object-store.ts';
+import { OffloadedWal } from '../../src/safekeeper/offloaded-wal.ts';
 import { TestPlatform, waitUntil } from './platform.ts';
 
 const ROWS = 150_000;
@@ -97,6 +99,23 @@ describe('WAL that is in the object store only', () => {
     assert(segments(2) <= 5);
     platform.killService('safekeeper 1');
     await platform.psql('INSERT INTO after_loss VALUES (1)');
+    assert.equal(await platform.psql('SELECT count(*) FROM long'), String(ROWS));
+  });
+
+  test('is not needed to replace a safekeeper either, when it has left the object store too', async () => {
+    await waitUntil(async () => {
+      const { safekeepers } = await platform.cliJson<{ safekeepers: { state: string }[] }>(['safekeepers']);
+      return safekeepers.every(({ state }) => state === 'up');
+    }, 'all are up');
+    const wal = new OffloadedWal(await openObjectStore(join(platform.dataDir, 'object-store')));
+    const { localStartLsn } = await withServices(([, second]) => second!.status(tenantId, timelineId));
+    await wal.removeBefore({ tenantId, timelineId }, localStartLsn);
+    await platform.cli(['safekeepers', 'replace', '2']);
+    const status = await withServices(([, , last]) => last!.status(tenantId, timelineId));
+    assert(status.isVoter && status.localStartLsn > status.startLsn, 'it does not begin at the beginning');
+    platform.killService('safekeeper 3');
+    await platform.psql('INSERT INTO after_loss VALUES (2)');
+    assert.equal(await platform.psql('SELECT count(*) FROM after_loss'), '2');
     assert.equal(await platform.psql('SELECT count(*) FROM long'), String(ROWS));
   });
 });
