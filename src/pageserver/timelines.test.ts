@@ -101,6 +101,7 @@ describe('timelines', () => {
     await timelines.delete(id(2));
     await waiting;
     await timelines.delete(id(2));
+    await assert.rejects(branch(2, 1, LSN), { code: 'conflict' }, 'an id is not used twice');
     await timelines.delete(id(1));
     assert.deepEqual(readdirSync(join(directory, 'timelines')), []);
     await open();

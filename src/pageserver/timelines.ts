@@ -123,6 +123,8 @@ export class Timelines {
   readonly #broken = new Map<string, string>();
   /** Ids of timelines being created, imported or deleted. */
   readonly #busy = new Set<string>();
+  /** Deleted since the start. The object store's tombstone of one, and deletions that wait, would take a new timeline of that id with them. */
+  readonly #deleted = new Set<string>();
   /** By timeline, the points where its children branch off. */
   readonly #children = new Map<string, Map<string, Lsn>>();
   readonly leases: Leases;
@@ -252,6 +254,7 @@ export class Timelines {
       }
       throw new StrataError('conflict', `timeline ${timelineId} exists with another tenant, ancestor or LSN`);
     }
+    this.#assertIdIsUnused(timelineId);
     const ancestor = this.get(ancestorTimelineId);
     if (ancestorLsn < ancestor.index.startLsn || ancestorLsn > ancestor.lastRecordLsn) {
       const { startLsn } = ancestor.index;
@@ -308,6 +311,7 @@ export class Timelines {
     if (existing !== undefined) {
       throw new StrataError('conflict', `timeline ${timelineId} exists`);
     }
+    this.#assertIdIsUnused(timelineId);
     return this.#exclusively(timelineId, async () => {
       const directory = join(this.#directory, timelineId);
       await mkdir(directory, { mode: 0o700 });
@@ -346,6 +350,7 @@ export class Timelines {
       await this.#remote?.delete(timeline);
       await timeline.delete();
       this.#timelines.delete(timelineId);
+      this.#deleted.add(timelineId);
       this.leases.forget(timelineId);
       if (timeline.ancestor === undefined) return;
       this.#removeChild(timeline.ancestor.timelineId, timelineId);
@@ -429,6 +434,11 @@ export class Timelines {
     if (this.#busy.has(timelineId)) throw new StrataError('locked', `timeline ${timelineId} is being changed`);
     if (this.#broken.has(timelineId)) return this.get(timelineId);
     return this.#timelines.get(timelineId);
+  }
+
+  #assertIdIsUnused(timelineId: string): void {
+    if (!this.#deleted.has(timelineId)) return;
+    throw new StrataError('conflict', `timeline ${timelineId} was deleted: a new one needs a new id`);
   }
 
   async #exclusively<T>(timelineId: string, action: () => Promise<T>): Promise<T> {

@@ -20,6 +20,7 @@ import { Timelines } from '../../src/pageserver/timelines.ts';
 import { encodeCountImage, encodeImage, encodeTombstone } from '../../src/pageserver/value.ts';
 import { encodePoke, ModelTimeline, replayPoke } from './history-model.ts';
 
+export const BRANCHES_MAX = 3;
 export const ROOT = '1'.padStart(32, '0');
 export const START_LSN = 0x100000;
 export const RECORD_BYTES = 8;
@@ -140,21 +141,16 @@ async function write(directory: string, seed: number, dieAtStep: string, dieAtCo
     await persist(() => root.flush());
     await timelines.garbage.run([root]);
     process.stdout.write(`${root.diskConsistentLsn}\n`);
-    const timelineId = (root.lastRecordLsn % 7).toString().padStart(32, 'b');
-    await persist(async () => {
-      if (timelines.find(timelineId) === undefined) {
-        const lsn = root.lastRecordLsn;
-        await timelines.create({
-          tenantId: ROOT,
-          timelineId,
-          ancestorTimelineId: ROOT,
-          ancestorLsn: lsn,
-          ancestorRecordLsn: lsn - RECORD_BYTES,
-        });
-      } else {
-        await timelines.delete(timelineId);
-      }
-    });
+    const branches = [...timelines.all()].filter((timeline) => timeline !== root);
+    const lsn = root.lastRecordLsn;
+    if (branches.length < BRANCHES_MAX) {
+      const timelineId = lsn.toString().padStart(32, 'b');
+      const at = { ancestorTimelineId: ROOT, ancestorLsn: lsn, ancestorRecordLsn: lsn - RECORD_BYTES };
+      await persist(async () => void (await timelines.create({ tenantId: ROOT, timelineId, ...at })));
+    } else {
+      const { timelineId } = branches[lsn % BRANCHES_MAX]!;
+      await persist(() => timelines.delete(timelineId));
+    }
   }
 }
 

@@ -13,7 +13,7 @@ import { Settings } from '../../src/control/settings.ts';
 import { FileSystemStore } from '../../src/object-store/file-system-store.ts';
 import { ALL_KEYS } from '../../src/pageserver/key.ts';
 import { LEASE_MS } from '../../src/pageserver/retention.ts';
-import { IMPORTED, putsOf, RECORD_BYTES, ROOT, START_LSN } from './crash-writer.ts';
+import { BRANCHES_MAX, IMPORTED, putsOf, RECORD_BYTES, ROOT, START_LSN } from './crash-writer.ts';
 import { farStore, TestNode } from './node.ts';
 
 /** How far back history is kept. */
@@ -81,14 +81,16 @@ async function write(directory: string, disk: string, seed: number, dieAt: strin
     await node.eviction.run();
     await sleep(20);
     say(`confirmed ${root.remoteConsistentLsn}`);
-    const timelineId = (root.lastRecordLsn % 7).toString().padStart(32, 'b');
-    if (timelines.find(timelineId) === undefined) {
+    const branches = [...timelines.all()].filter((timeline) => timeline !== root);
+    if (branches.length < BRANCHES_MAX) {
       const lsn = root.lastRecordLsn;
+      const timelineId = lsn.toString().padStart(32, 'b');
       const at = { ancestorTimelineId: ROOT, ancestorLsn: lsn, ancestorRecordLsn: lsn - RECORD_BYTES };
       say(`making ${timelineId}`);
       await timelines.create({ tenantId: ROOT, timelineId, ...at });
       say(`made ${timelineId}`);
     } else {
+      const { timelineId } = branches[root.lastRecordLsn % BRANCHES_MAX]!;
       say(`deleting ${timelineId}`);
       await timelines.delete(timelineId);
       say(`deleted ${timelineId}`);
