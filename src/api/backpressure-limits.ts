@@ -13,7 +13,19 @@ export interface BackpressureLimits {
 
 const MB = 1024 * 1024;
 
-export const BACKPRESSURE_LIMITS: BackpressureLimits = {
-  ingest: { softBytes: 256 * MB, hardBytes: 4096 * MB },
-  keep: { softBytes: 4096 * MB, hardBytes: 16_384 * MB },
-};
+/** A branch is slowed from a quarter of what safekeepers may have to keep of it. */
+const SOFT_SHARE = 1 / 4;
+
+export const DEFAULT_WAL_LIMIT_BYTES = 16_384 * MB;
+/** With less, a branch would be slowed by WAL that only waits for the next regular upload. */
+export const MIN_WAL_LIMIT_BYTES = 1024 * MB;
+
+/** `walLimitBytes`: how much WAL of one branch may wait on safekeepers' disks before its commits do. */
+export function backpressureLimits(walLimitBytes = DEFAULT_WAL_LIMIT_BYTES): BackpressureLimits {
+  return {
+    ingest: { softBytes: 256 * MB, hardBytes: 4096 * MB },
+    keep: { softBytes: Math.floor(walLimitBytes * SOFT_SHARE), hardBytes: walLimitBytes },
+  };
+}
+
+export const BACKPRESSURE_LIMITS = backpressureLimits();

@@ -222,6 +222,8 @@ export interface PlatformFile {
   readonly safekeepers: readonly { readonly id?: number; readonly host: string; readonly port: number }[];
   /** Its URL, which has no secrets; absent when there is none. */
   readonly objectStore?: string;
+  /** How much WAL of one branch may wait on safekeepers' disks; absent: the default (api/backpressure-limits.ts). */
+  readonly walLimitBytes?: number;
   /** The Postgres binaries that computes are started from, one for each major. */
   readonly installations: readonly {
     readonly binDir: string;

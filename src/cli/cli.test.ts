@@ -10,6 +10,7 @@ import { parsePoint } from './point.ts';
 import { psqlEnvironment } from './connect.ts';
 import { formatAgo, formatBytes, formatDuration, formatTable } from './format.ts';
 import { runCli } from './program.ts';
+import type { WalLag } from '../api/wal-status.ts';
 import type { StartOptions } from './start.ts';
 
 interface Program {
@@ -24,6 +25,7 @@ class Terminal {
   readonly programs: Program[] = [];
   started: StartOptions | undefined;
   programExitCode: number | undefined = 0;
+  lags: readonly WalLag[] = [];
 
   async run(...commandLine: string[]): Promise<{ code: number; out: string; error: string }> {
     const out: string[] = [];
@@ -33,6 +35,7 @@ class Terminal {
       start: async (options) => {
         this.started = options;
       },
+      walLags: async () => this.lags,
       context: {
         print: (text) => out.push(text),
         printError: (text) => errors.push(text),
@@ -78,13 +81,17 @@ class RunningTerminal extends Terminal implements AsyncDisposable {
     terminal.world.nowMs = Date.now();
     await terminal.server.listen({ host: '127.0.0.1', port: 0 });
     terminal.environment['STRATA_DATA_DIR'] = terminal.world.dataDirectory;
-    const address = terminal.server.server.address();
-    assert(typeof address === 'object' && address !== null);
-    terminal.writePlatformFile({ pid: process.pid, httpPort: address.port });
+    terminal.writePlatformFile({ pid: process.pid, httpPort: terminal.httpPort });
     return terminal;
   }
 
-  writePlatformFile(values: { pid: number; httpPort: number }): void {
+  get httpPort(): number {
+    const address = this.server.server.address();
+    assert(typeof address === 'object' && address !== null);
+    return address.port;
+  }
+
+  writePlatformFile(values: { pid: number; httpPort: number; walLimitBytes?: number }): void {
     const file = {
       host: '127.0.0.1',
       pgPort: 55432,
@@ -136,6 +143,35 @@ test('a key that the platform does not know is said, and never printed', async (
   assert(!error.includes('strata_wrong'));
   unlinkSync(join(terminal.world.dataDirectory, 'api-key'));
   await terminal.fails(1, ['no api-key'], 'projects', 'list');
+});
+
+test('status shows how much WAL waits, of how much may', async () => {
+  await using terminal = await RunningTerminal.open();
+  const GB = 1024 ** 3;
+  const lag = {
+    timelineId: 'a'.repeat(32),
+    commitLsn: 10 * GB,
+    notInPagesBytes: 0,
+    notUploadedBytes: 1.2 * GB,
+    notOffloadedBytes: 0,
+    keptBytes: 1.5 * GB,
+    isOffloadFailing: false,
+    failures: [],
+  };
+  const text = async (): Promise<string> => terminal.ok('status');
+  terminal.lags = [lag];
+  assert.match(await text(), /1 log: 1.50 GB on each safekeeper, .* yet; pages of 1.20 GB of 16 GB to be uploaded/);
+  assert.doesNotMatch(await text(), /slowed/);
+  terminal.writePlatformFile({ pid: process.pid, httpPort: terminal.httpPort, walLimitBytes: 4 * GB });
+  assert.match(
+    await text(),
+    /is slowed: 0 B of 4 GB not in pages, 1.20 GB of 4 GB whose pages are not uploaded, 1.50 GB/,
+  );
+  terminal.lags = [lag, { ...lag, timelineId: 'b'.repeat(32), notUploadedBytes: 4 * GB }];
+  assert.match(await text(), /the branch with most has pages of 4 GB of 4 GB to be uploaded/);
+  assert.match(await text(), /b{32} is stopped/);
+  const status = await terminal.json<{ wal_limit_size: number; wal: { state: string }[] }>('status');
+  assert.deepEqual([status.wal_limit_size, status.wal.map(({ state }) => state)], [4 * GB, ['slowed', 'stopped']]);
 });
 
 test('status shows what runs', async () => {
@@ -369,6 +405,12 @@ test('start has the documented defaults and checks what it is given', async () =
   await terminal.fails(2, ['15, 16, 17, 18'], 'start', '--pg-version', '14');
   await terminal.fails(2, ['--suspend-timeout'], 'start', '--suspend-timeout', '0');
   await terminal.fails(2, ['--frobnicate'], 'start', '--frobnicate');
+  await terminal.ok('start', '--wal-limit', '4GB', '--cache-size', '500 mb');
+  const started: StartOptions | undefined = terminal.started;
+  assert.deepEqual([started?.walLimitBytes, started?.cacheBytes], [4 * 1024 ** 3, 500 * 1024 ** 2]);
+  await terminal.fails(2, ["'4'", 'with a unit'], 'start', '--wal-limit', '4');
+  await terminal.fails(2, ['512MB', 'at least 1GB'], 'start', '--wal-limit', '512MB');
+  await terminal.fails(2, ['9999999999TB', 'more than any disk'], 'start', '--wal-limit', '9999999999TB');
 });
 
 test('errors of starting are shown by their message, with the stack only for bugs', async () => {

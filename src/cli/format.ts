@@ -44,11 +44,20 @@ export function formatAgo(timestamp: string | undefined, nowMs: number): string 
 
 /** To three digits: 512 B, 1.23 MB, 45.6 GB; powers of 1000. */
 export function formatBytes(bytes: number): string {
+  return withUnit(bytes, 1000);
+}
+
+/** In the units in which options take sizes, as Postgres': 1 GB is 1024 MB. Whole numbers without decimals, as they are given. */
+export function formatSize(bytes: number): string {
+  return withUnit(bytes, 1024).replace(/\.0+ /, ' ');
+}
+
+function withUnit(bytes: number, base: 1000 | 1024): string {
   const units = ['B', 'kB', 'MB', 'GB', 'TB', 'PB'];
   let value = bytes;
   let unit = 0;
-  while (value >= 999.5 && unit < units.length - 1) {
-    value /= 1000;
+  while (value >= base - 0.5 && unit < units.length - 1) {
+    value /= base;
     unit++;
   }
   const digits = unit === 0 || value >= 99.95 ? 0 : value >= 9.995 ? 1 : 2;

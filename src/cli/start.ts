@@ -2,6 +2,7 @@
  * `strata start`: its options, checked. What starting is, the caller of the program says.
  */
 import { Command, InvalidArgumentError } from 'commander';
+import { MIN_WAL_LIMIT_BYTES } from '../api/backpressure-limits.ts';
 import { PG_VERSIONS } from '../postgres/version.ts';
 import { DEFAULT_SUSPEND_TIMEOUT_SECONDS } from '../api/control.ts';
 import { chooseDataDirectory } from './platform.ts';
@@ -21,6 +22,8 @@ export interface StartOptions {
   readonly objectStore?: string;
   /** How much of the object store the pageserver keeps on the local disk; undefined: its default. */
   readonly cacheBytes?: number;
+  /** How much WAL of one branch may wait on safekeepers' disks before its commits do; undefined: the default. */
+  readonly walLimitBytes?: number;
 }
 
 export const DEFAULT_PG_PORT = 55432;
@@ -38,6 +41,7 @@ interface GivenOptions {
   readonly suspendTimeout: number;
   readonly objectStore?: string;
   readonly cacheSize?: number;
+  readonly walLimit?: number;
 }
 
 export function startCommand(environment: NodeJS.ProcessEnv, start: (options: StartOptions) => Promise<void>): Command {
@@ -72,6 +76,11 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
       'local disk for what is in the object store, for example 20GB (default: 64GB)',
       sizeInBytes,
     )
+    .option(
+      '--wal-limit <size>',
+      'WAL of one branch that may wait on the safekeepers’ disks until its pages are in the object store, for example 4GB; its commits are slowed from a quarter of it on, and wait at it (default: 16GB)',
+      walLimit,
+    )
     .addHelpText('after', '\nExample:\n  $ strata start --data-dir ~/strata --pg-port 5433')
     .action(async (given: GivenOptions) => {
       await start({
@@ -84,6 +93,7 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
         suspendTimeoutSeconds: given.suspendTimeout,
         ...(given.objectStore === undefined ? {} : { objectStore: given.objectStore }),
         ...(given.cacheSize === undefined ? {} : { cacheBytes: given.cacheSize }),
+        ...(given.walLimit === undefined ? {} : { walLimitBytes: given.walLimit }),
       });
     });
 }
@@ -109,7 +119,18 @@ const UNITS = { KB: 1024, MB: 1024 ** 2, GB: 1024 ** 3, TB: 1024 ** 4 } as const
 function sizeInBytes(text: string): number {
   const match = /^(\d+) ?([KMGT]B)$/i.exec(text);
   if (match === null) throw new InvalidArgumentError('It must be a number with a unit, for example 500MB or 20GB.');
-  return Number(match[1]) * UNITS[match[2]!.toUpperCase() as keyof typeof UNITS];
+  const bytes = Number(match[1]) * UNITS[match[2]!.toUpperCase() as keyof typeof UNITS];
+  if (!Number.isSafeInteger(bytes)) throw new InvalidArgumentError('That is more than any disk has.');
+  return bytes;
+}
+
+function walLimit(text: string): number {
+  const bytes = sizeInBytes(text);
+  if (bytes >= MIN_WAL_LIMIT_BYTES) return bytes;
+  const minimum = `${MIN_WAL_LIMIT_BYTES / UNITS.GB}GB`;
+  throw new InvalidArgumentError(
+    `It must be at least ${minimum}: less would slow a branch that only waits for its next upload.`,
+  );
 }
 
 function suspendTimeout(text: string): number {

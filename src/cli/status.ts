@@ -5,11 +5,11 @@ import { type CliContext, type CommonOptions, openPlatform, platformCommand, sho
 import type { PlatformFile } from '../api/control.ts';
 import { describeRebuiltLog, readRebuiltLogs } from '../api/rebuilt-logs.ts';
 import { CliError } from './errors.ts';
-import { BACKPRESSURE_LIMITS } from '../api/backpressure-limits.ts';
+import { type BackpressureLimits, backpressureLimits } from '../api/backpressure-limits.ts';
 import type { WalLag } from '../api/wal-status.ts';
 import type { ApiClient, RunningPlatform } from './platform.ts';
 import { listBranches, listEndpoints, listProjects, type Project } from './entities.ts';
-import { formatBytes, formatDuration, formatFields } from './format.ts';
+import { formatBytes, formatDuration, formatFields, formatSize } from './format.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 
 const PROBE_TIMEOUT_MS = 1_000;
@@ -34,6 +34,7 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
       const rebuilt = readRebuiltLogs(dataDirectory);
       const names = await branchNames(api, projects);
       const lags = ready ? ((await readWalLags?.({ api, dataDirectory, file })) ?? []) : [];
+      const limits = backpressureLimits(file.walLimitBytes);
       const status = {
         ready,
         version: file.version,
@@ -47,11 +48,12 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
         project_count: projects.length,
         endpoint_count: endpoints.length,
         active_endpoint_count: activeCount,
+        wal_limit_size: limits.keep.hardBytes,
         wal: lags.map((lag) => ({
           timeline_id: lag.timelineId,
           branch: names.get(lag.timelineId) ?? null,
           commit_lsn: formatLsn(lag.commitLsn),
-          state: walState(lag),
+          state: walState(lag, limits),
           not_in_pages_size: lag.notInPagesBytes ?? null,
           not_uploaded_size: lag.notUploadedBytes ?? null,
           not_offloaded_size: lag.notOffloadedBytes,
@@ -84,11 +86,14 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
           ...(objectStore === undefined ? [] : [['object store', describeObjectStore(objectStore)] as const]),
           ['projects', String(projects.length)],
           ['endpoints', `${endpoints.length}, ${activeCount} of them active`],
-          ...(lags.length === 0 ? [] : [['WAL', describeWal(lags)] as const]),
+          ...(lags.length === 0 ? [] : [['WAL', describeWal(lags, limits)] as const]),
           ...lags
-            .filter((lag) => walState(lag) !== 'ok')
+            .filter((lag) => walState(lag, limits) !== 'ok')
             .slice(0, SHOWN_LAGS)
-            .map((lag): [string, string] => ['', describeLag(lag, names.get(lag.timelineId) ?? lag.timelineId)]),
+            .map((lag): [string, string] => [
+              '',
+              describeLag(lag, names.get(lag.timelineId) ?? lag.timelineId, limits),
+            ]),
           ...rebuilt
             .slice(-SHOWN_REBUILT_LOGS)
             .map((each): [string, string] => [
@@ -116,25 +121,31 @@ async function branchNames(api: ApiClient, projects: readonly Project[]): Promis
 type WalState = 'ok' | 'slowed' | 'stopped' | 'not offloaded' | 'refused';
 
 /** `slowed` and `stopped`: commits are, as storage lags. */
-function walState({ notInPagesBytes = 0, notUploadedBytes = 0, isOffloadFailing, failures }: WalLag): WalState {
-  const { ingest, keep } = BACKPRESSURE_LIMITS;
+function walState(lag: WalLag, { ingest, keep }: BackpressureLimits): WalState {
+  const { notInPagesBytes = 0, notUploadedBytes = 0, isOffloadFailing, failures } = lag;
   if (failures.length > 0) return 'refused';
   if (notInPagesBytes >= ingest.hardBytes || notUploadedBytes >= keep.hardBytes) return 'stopped';
   if (notInPagesBytes > ingest.softBytes || notUploadedBytes > keep.softBytes) return 'slowed';
   return isOffloadFailing ? 'not offloaded' : 'ok';
 }
 
-function describeWal(lags: readonly WalLag[]): string {
-  const sum = (of: (lag: WalLag) => number): string => formatBytes(lags.reduce((total, lag) => total + of(lag), 0));
+function describeWal(lags: readonly WalLag[], { keep }: BackpressureLimits): string {
+  const sum = (of: (lag: WalLag) => number): string => formatSize(lags.reduce((total, lag) => total + of(lag), 0));
   const kept = `${sum((lag) => lag.keptBytes)} on each safekeeper`;
   const waiting = `${sum((lag) => lag.notInPagesBytes ?? 0)} not in pages, ${sum((lag) => lag.notOffloadedBytes)} not in the object store`;
-  return `${lags.length} ${lags.length === 1 ? 'log' : 'logs'}: ${kept}, ${waiting} yet`;
+  const most = Math.max(...lags.map(({ notUploadedBytes = 0 }) => notUploadedBytes));
+  const toUpload = `pages of ${formatSize(most)} of ${formatSize(keep.hardBytes)} to be uploaded`;
+  const logs = lags.length === 1 ? `1 log: ` : `${lags.length} logs: `;
+  return `${logs}${kept}, ${waiting} yet; ${lags.length === 1 ? toUpload : `the branch with most has ${toUpload}`}`;
 }
 
-function describeLag(lag: WalLag, name: string): string {
+function describeLag(lag: WalLag, name: string, limits: BackpressureLimits): string {
   const { notInPagesBytes = 0, notUploadedBytes = 0, keptBytes, failures } = lag;
-  const state = walState(lag);
-  const sizes = `${formatBytes(notInPagesBytes)} not in pages, ${formatBytes(notUploadedBytes)} whose pages are not uploaded, ${formatBytes(keptBytes)} kept`;
+  const state = walState(lag, limits);
+  const { ingest, keep } = limits;
+  const notInPages = `${formatSize(notInPagesBytes)} of ${formatSize(ingest.hardBytes)} not in pages`;
+  const notUploaded = `${formatSize(notUploadedBytes)} of ${formatSize(keep.hardBytes)} whose pages are not uploaded`;
+  const sizes = `${notInPages}, ${notUploaded}, ${formatSize(keptBytes)} kept`;
   const why = failures.map(({ safekeeper, reason }) => `; safekeeper ${safekeeper}: ${reason}`).join('');
   return `${name} is ${state}: ${sizes}${why}`;
 }

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { BACKPRESSURE_LIMITS } from '../api/backpressure-limits.ts';
+import { BACKPRESSURE_LIMITS, backpressureLimits } from '../api/backpressure-limits.ts';
 import { allowedRate, DELAY_MS_MAX, delayMs, lagOf } from './backpressure.ts';
 
 const MB = 1024 * 1024;
@@ -18,6 +18,17 @@ test('nothing is slowed up to the soft limit; then the rate falls without a jump
   }
   assert.equal(last, 0);
   assert.equal(rate(2 * hardBytes), 0);
+});
+
+test('the limit of what safekeepers keep is chosen, and slowing begins at the same share of it', () => {
+  const limits = backpressureLimits(1024 * MB);
+  const rate = (keepBytes: number): number => allowedRate({ ingestBytes: 0, keepBytes }, limits);
+  assert.deepEqual(
+    [rate(256 * MB), rate(1024 * MB), allowedRate({ ingestBytes: 0, keepBytes: 1024 * MB })],
+    [Infinity, 0, Infinity],
+  );
+  assert(rate(257 * MB) < Infinity && rate(1023 * MB) > 0);
+  assert.deepEqual(limits.ingest, BACKPRESSURE_LIMITS.ingest);
 });
 
 test('the worse of the two lags counts, and what is unknown or ahead does not slow', () => {

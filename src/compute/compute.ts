@@ -11,6 +11,7 @@
  */
 import { join } from 'node:path';
 import type { Client } from 'pg';
+import type { BackpressureLimits } from '../api/backpressure-limits.ts';
 import type { ActivitySample, AdoptionReport, CatalogSpec, ComputeSpec } from '../api/control.ts';
 import type { PageserverClient } from '../api/pageserver.ts';
 import type { SafekeeperDirectory } from '../api/safekeeper-set.ts';
@@ -40,6 +41,8 @@ export interface ComputeEnvironment {
   readonly pageAddress: { readonly host: string; readonly port: number };
   readonly platformSecret: Uint8Array;
   readonly adminPassword: string;
+  /** When storage lags; those of api/backpressure-limits.ts when absent. */
+  readonly backpressure?: BackpressureLimits;
 }
 
 export interface ComputeOptions {
@@ -103,7 +106,7 @@ export class Compute {
       return undefined;
     });
     const electionSignal = AbortSignal.any([signal, AbortSignal.timeout(ELECTION_TIMEOUT_MS)]);
-    const { safekeepers } = environment;
+    const { safekeepers, backpressure } = environment;
     const proposer = await times
       .lap(
         'election',
@@ -112,6 +115,7 @@ export class Compute {
           token,
           timeline: identity,
           mayCreate: !identity.hasWal,
+          ...(backpressure === undefined ? {} : { backpressure }),
           signal: electionSignal,
           log,
         }),

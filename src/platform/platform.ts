@@ -19,6 +19,7 @@ import { signToken } from '../base/token.ts';
 import { nodesOf } from '../consensus/configuration.ts';
 import { findInstallation, Installations, unprivilegedUser } from '../compute/installation.ts';
 import { ADMIN_ROLE } from '../compute/settings.ts';
+import { backpressureLimits } from '../api/backpressure-limits.ts';
 import type { StartOptions } from '../cli/start.ts';
 import { buildShim } from '../compute/shim/build.ts';
 import { Control } from '../control/control.ts';
@@ -146,6 +147,7 @@ async function bringUp(
       pageAddress,
       platformSecret: secrets.platformSecret,
       adminPassword: secrets.adminPassword,
+      backpressure: backpressureLimits(options.walLimitBytes),
     },
     progress,
     log,
@@ -195,6 +197,7 @@ async function bringUp(
     pageserver: pageserverAddress,
     safekeepers: [],
     objectStore: objectStoreUrl,
+    ...(options.walLimitBytes === undefined ? {} : { walLimitBytes: options.walLimitBytes }),
     installations: installations.all(),
     startedAtMs: Date.now(),
     version,
