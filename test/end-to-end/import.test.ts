@@ -9,7 +9,7 @@ import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import type { Client } from 'pg';
 import { TestPlatform, waitUntil } from './platform.ts';
-import { amcheck, assertSameContents, contentsOf, folderForExports, VanillaPostgres } from './vanilla.ts';
+import { amcheck, assertSameContents, contentsOf, folderForExports, testsVersion, VanillaPostgres } from './vanilla.ts';
 
 const DEBIAN_BIN_DIR = '/usr/lib/postgresql/15/bin';
 const DATABASES = ['shop', 'Second "one"', 'postgres'];
@@ -120,6 +120,7 @@ describe('strata import --pgdata', () => {
     [17, true],
     [18, true],
   ] as const) {
+    if (!testsVersion(version, [16, 18])) continue;
     test(`a cluster of Postgres ${version} ${checksums ? 'with' : 'without'} data checksums is a project, and a cluster again`, async () => {
       await using server = new VanillaPostgres(version);
       await server.initdb(version < 18 && checksums ? ['--data-checksums'] : []);

@@ -19,6 +19,11 @@ import {
 
 const run = promisify(execFile);
 
+/** Whether a test of these versions runs always, or only with `STRATA_TEST_ALL_VERSIONS`: it takes long, and the versions differ little. */
+export function testsVersion(version: number, always: readonly number[]): boolean {
+  return always.includes(version) || (process.env['STRATA_TEST_ALL_VERSIONS'] ?? '') !== '';
+}
+
 export class VanillaPostgres implements AsyncDisposable {
   readonly installation: PostgresInstallation;
   readonly dataDir: string;
