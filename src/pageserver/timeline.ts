@@ -64,6 +64,8 @@ export interface TimelineOptions {
 export interface TimelineLimits {
   /** The open layer is frozen and flushed when it holds this much. */
   readonly flushBytes: number;
+  /** … or when so much WAL has come since it was opened, whatever of it became values: safekeepers keep it until it is flushed. */
+  readonly flushWalBytes: number;
   /** Frozen layers that may wait for their flush before ingest has to wait. */
   readonly frozenLayersMax: number;
 }
@@ -318,9 +320,11 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#waiters.reached(endLsn);
   }
 
-  /** Freezes the open layer when it is large enough. To be called between two records. */
+  /** Freezes the open layer when it is large enough, or when much WAL has come. To be called between two records. */
   freezeIfFull(): void {
-    if (this.#open.sizeBytes >= this.#options.limits.flushBytes) this.freeze();
+    const { flushBytes, flushWalBytes } = this.#options.limits;
+    const isMuchWal = this.#lastRecordLsn - this.#open.lsnStart >= flushWalBytes;
+    if (isMuchWal || this.#open.sizeBytes >= flushBytes) this.freeze();
   }
 
   discard(): void {

@@ -3,6 +3,7 @@ import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSyn
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
 import fc from 'fast-check';
 import { createLog } from '../base/log.ts';
 import { encodePoke, ModelTimeline, replayPoke } from '../../test/pageserver/history-model.ts';
@@ -126,6 +127,26 @@ describe('timelines', () => {
     assert.throws(() => timelines.get(id(2)), /timeline index .* is damaged: checksum/);
     assert.throws(() => timelines.get(id(3)), /its ancestor 0+2 is damaged or not there/);
     assert.equal(timelines.get(id(1)).lastRecordLsn, LSN);
+  });
+
+  test('WAL that changes no page is flushed too when there is much of it, so that it can leave the safekeepers', async () => {
+    await timelines.close();
+    await open({ flushWalBytes: 1_000 });
+    const root = await importRoot();
+    const isDurable = async (lsn: number): Promise<boolean> => {
+      for (let n = 0; n < 100 && root.diskConsistentLsn < lsn; n++) await sleep(10);
+      return root.diskConsistentLsn >= lsn;
+    };
+    root.advance(LSN + 992, LSN);
+    root.freezeIfFull();
+    await sleep(50);
+    assert.equal(root.diskConsistentLsn, LSN);
+    for (const lsn of [LSN + 1_008, LSN + 2_024]) {
+      root.advance(lsn, lsn - 8);
+      root.freezeIfFull();
+      assert(await isDurable(lsn), `${lsn} is durable`);
+    }
+    assert.deepEqual(root.index.layers, []);
   });
 
   test('a wait ends when the LSN is visible here and in the ancestors, by timeout, by abort, and when ingest stops', async () => {

@@ -44,6 +44,8 @@ import type { Repair } from './whole-reads.ts';
 export interface StoreLimits {
   /** An open memory layer is flushed at this size. */
   readonly flushBytes: number;
+  /** … or when so much WAL has come since it was opened: that must not be what slows commits (api/backpressure-limits.ts). */
+  readonly flushWalBytes: number;
   /** … or at this age. */
   readonly flushAgeMs: number;
   /** All memory layers together; beyond it the largest is flushed, whatever its size. */
@@ -61,6 +63,7 @@ export interface StoreLimits {
 
 export const DEFAULT_LIMITS: StoreLimits = {
   flushBytes: 64 * 1024 * 1024,
+  flushWalBytes: 128 * 1024 * 1024,
   flushAgeMs: 5 * 60_000,
   memoryBytesMax: 384 * 1024 * 1024,
   frozenLayersMax: 1,
