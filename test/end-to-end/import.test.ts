@@ -213,7 +213,10 @@ describe('strata import --pgdata', () => {
       const { body } = await platform.api('GET', `/projects/${imported.project_id}/endpoints`);
       const endpointId = (body as { endpoints: { id: string }[] }).endpoints[0]!.id;
       await platform.api('POST', `/projects/${imported.project_id}/endpoints/${endpointId}/suspend`);
-      await waitUntil(() => !platform.postmasters().some((each) => each.dataDir.includes(endpointId)), 'it sleeps');
+      await waitUntil(async () => {
+        const { body: now } = await platform.api('GET', `/projects/${imported.project_id}/endpoints/${endpointId}`);
+        return (now as { endpoint: { current_state: string } }).endpoint.current_state === 'idle';
+      }, 'it sleeps');
       rmSync(join(platform.runDir, 'computes', endpointId), { recursive: true, force: true });
       rmSync(join(platform.dataDir, 'computes', endpointId), { recursive: true, force: true });
       await check();
