@@ -1,14 +1,21 @@
-/** A way between two processes that can be cut: what passes it passes, is refused, or disappears. */
+/** A way between two processes that can be cut: what passes it passes, is refused, or disappears. This one is a proxy; network-namespace.ts has a cable. */
 import { connect, createServer, type Server, type Socket } from 'node:net';
 
 /** open: all passes. cut: connections are reset and refused. silent: nothing passes any more, and nobody is told. */
-export type ProxyMode = 'open' | 'cut' | 'silent';
+export type LinkMode = 'open' | 'cut' | 'silent';
 
-export class CutProxy {
+export interface Link {
+  readonly address: { readonly host: string; readonly port: number };
+  mode: LinkMode;
+  start(): Promise<void>;
+  close(): void;
+}
+
+export class CutProxy implements Link {
   readonly #target: () => { readonly host: string; readonly port: number };
   readonly #pairs = new Set<readonly [Socket, Socket]>();
   #server: Server | undefined;
-  #mode: ProxyMode = 'open';
+  #mode: LinkMode = 'open';
   #port = 0;
 
   constructor(target: () => { readonly host: string; readonly port: number }) {
@@ -27,7 +34,7 @@ export class CutProxy {
     this.#port = typeof address === 'object' && address !== null ? address.port : 0;
   }
 
-  set mode(mode: ProxyMode) {
+  set mode(mode: LinkMode) {
     this.#mode = mode;
     for (const pair of this.#pairs) this.#apply(pair);
   }

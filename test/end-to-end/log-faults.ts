@@ -7,16 +7,20 @@
  *              what the standby has shown once stays
  *   register   many writers set one value and count its versions: no version is given twice, none that was acknowledged is taken back
  *   bank       transfers between accounts: the sum never changes
+ *   pgbench    if asked for, beside them: what it has added to accounts, tellers, branches and history is the same
  *
- *   bin/node test/end-to-end/log-faults.ts --rounds 200 [--seed N]
+ * The network is a proxy before each safekeeper, or, if asked for, a network namespace for each, as on a host of its own.
+ *
+ *   bin/node test/end-to-end/log-faults.ts --rounds 200 [--seed N] [--pgbench] [--namespaces]
  */
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
+import { execFile } from 'node:child_process';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { parseArgs } from 'node:util';
+import { parseArgs, promisify } from 'node:util';
 import type { Client } from 'pg';
 import { readWal, type TimelineIdentity } from '../../src/api/safekeeper.ts';
 import { signToken } from '../../src/base/token.ts';
@@ -25,7 +29,8 @@ import { startWalPush, type WalPush } from '../../src/compute/wal-push.ts';
 import { inspectDataDirectory } from '../../src/pageserver/import-check.ts';
 import { formatLsn, parseLsn } from '../../src/postgres/lsn.ts';
 import { Cluster } from '../ingest/cluster.ts';
-import { CutProxy } from './cut-proxy.ts';
+import { CutProxy, type Link } from './cut-proxy.ts';
+import { NetworkNamespace } from './network-namespace.ts';
 import { waitUntil } from './platform.ts';
 import { SafekeeperProcess } from './safekeeper-process.ts';
 
@@ -33,6 +38,10 @@ export interface FaultOptions {
   readonly rounds: number;
   readonly seed: number;
   readonly log: (text: string) => void;
+  /** pgbench runs all the time. */
+  readonly withPgbench?: boolean;
+  /** Each safekeeper has a network namespace of its own; needs root. */
+  readonly withNamespaces?: boolean;
 }
 
 export interface FaultReport {
@@ -50,49 +59,52 @@ const MONEY = 1_000;
 const CATCH_UP_MS = 60_000;
 
 /** Throws an AssertionError that says what was lost. */
-export async function runFaults({ rounds, seed, log }: FaultOptions): Promise<FaultReport> {
+export async function runFaults(options: FaultOptions): Promise<FaultReport> {
+  const { rounds, seed, log, withPgbench = false, withNamespaces = false } = options;
   const random = generator(seed);
   const root = mkdtempSync(join(tmpdir(), 'strata-faults-'));
   const secret = randomBytes(32);
-  const safekeepers = [1, 2, 3].map(
-    (nodeId) =>
-      new SafekeeperProcess({
-        nodeId,
-        dataDir: join(root, String(nodeId)),
-        secret,
-        config: { objectStore: join(root, 'store') },
-      }),
-  );
-  const proxies = safekeepers.map((safekeeper) => new CutProxy(() => safekeeper.address));
+  const namespaces = withNamespaces
+    ? [1, 2, 3].map((nodeId) => new NetworkNamespace(nodeId, () => safekeepers[nodeId - 1]!.address.port))
+    : undefined;
+  const safekeepers: readonly SafekeeperProcess[] = [1, 2, 3].map((nodeId) => {
+    const config = { objectStore: join(root, 'store') };
+    const namespace = namespaces?.[nodeId - 1];
+    const place = namespace === undefined ? {} : { host: namespace.host, prefix: namespace.prefix };
+    return new SafekeeperProcess({ nodeId, dataDir: join(root, String(nodeId)), secret, config, ...place });
+  });
+  const links: readonly Link[] = namespaces ?? safekeepers.map((safekeeper) => new CutProxy(() => safekeeper.address));
   await using primary = new Cluster();
   await using standby = new Cluster();
   const history = new History();
   try {
-    await Promise.all([...safekeepers.map((each) => each.start()), ...proxies.map((each) => each.start())]);
+    await Promise.all(links.map((each) => each.start()));
+    await Promise.all(safekeepers.map((each) => each.start()));
     primary.initdb();
     standby.becomeStandbyOf(primary);
     const timeline = identityOf(primary);
     await primary.start(SETTINGS);
-    const leader = new Leader(primary, proxies, timeline, await signToken(secret, { scope: 'platform' }));
+    const leader = new Leader(primary, links, timeline, await signToken(secret, { scope: 'platform' }));
     await leader.replace(true);
     await prepare(primary);
     const { timelineId } = timeline;
     const password = await signToken(secret, { scope: 'timeline', timelineId });
-    const hosts = proxies.map(() => '127.0.0.1').join(',');
-    const ports = proxies.map(({ address }) => address.port).join(',');
+    const hosts = links.map(({ address }) => address.host).join(',');
+    const ports = links.map(({ address }) => address.port).join(',');
     const conninfo = `host=${hosts} port=${ports} user=${timelineId} password=${password} sslmode=disable connect_timeout=2`;
     await standby.start(`${STANDBY_SETTINGS}primary_conninfo = '${conninfo}'`);
     const onStandby = await standby.connect();
     onStandby.on('error', () => {}); // It stays open to the end.
 
     const writers = startWriters(primary, history, random);
+    const pgbench = withPgbench ? await startPgbench(primary) : undefined;
     const faults: Record<string, number> = {};
     for (let round = 1; round <= rounds; round++) {
       const name = FAULTS[Math.floor(random() * FAULTS.length)]!;
       faults[name] = (faults[name] ?? 0) + 1;
       const before = history.acknowledged;
       await sleep(100 + random() * 300);
-      await inflict(name, { safekeepers, proxies, primary, leader, random });
+      await inflict(name, { safekeepers, links, primary, leader, random });
       const deadline = Date.now() + CATCH_UP_MS;
       // Liveness: once the fault is over, commits go on.
       const goal = history.acknowledged + 20;
@@ -104,20 +116,24 @@ export async function runFaults({ rounds, seed, log }: FaultOptions): Promise<Fa
       const seen = history.snapshot();
       await followed(onStandby, leader.commitLsn);
       await history.check(onStandby, seen, `round ${round} (${name})`);
+      if (withPgbench) await checkPgbench(onStandby, `round ${round} (${name})`);
       log(`round ${round}: ${name}, ${history.acknowledged - before} acknowledged`);
     }
     await writers.stop();
+    const pgbenchRuns = await pgbench?.stop();
     const seen = history.snapshot();
     await sleep(50);
     await followed(onStandby, leader.commitLsn);
     await history.check(onStandby, seen, 'at the end');
+    if (pgbenchRuns !== undefined)
+      log(`pgbench: ${await checkPgbench(onStandby, 'at the end')} transactions in ${pgbenchRuns} runs`);
     await equalLogs(safekeepers, timeline, await signToken(secret, { scope: 'platform' }), leader.commitLsn);
     await leader.close();
     return { rounds, acknowledged: history.acknowledged, unknown: history.unknown, faults };
   } finally {
-    for (const proxy of proxies) proxy.close();
     for (const safekeeper of safekeepers) safekeeper.signal('SIGCONT');
     await Promise.all(safekeepers.map((safekeeper) => safekeeper.kill()));
+    for (const link of links) link.close();
     rmSync(root, { recursive: true, force: true });
   }
 }
@@ -141,7 +157,7 @@ type Fault = (typeof FAULTS)[number];
 
 interface World {
   readonly safekeepers: readonly SafekeeperProcess[];
-  readonly proxies: readonly CutProxy[];
+  readonly links: readonly Link[];
   readonly primary: Cluster;
   readonly leader: Leader;
   readonly random: () => number;
@@ -149,7 +165,7 @@ interface World {
 
 /** Does it, waits a little, and undoes it. */
 async function inflict(fault: Fault, world: World): Promise<void> {
-  const { safekeepers, proxies, primary, leader, random } = world;
+  const { safekeepers, links, primary, leader, random } = world;
   const first = Math.floor(random() * 3);
   const chosen = [first, (first + 1) % 3, (first + 2) % 3];
   const some = chosen.slice(0, fault.includes('all') ? 3 : fault.includes('two') ? 2 : 1);
@@ -164,14 +180,14 @@ async function inflict(fault: Fault, world: World): Promise<void> {
     await sleep(2 * pauseMs);
     for (const index of some) safekeepers[index]!.signal('SIGCONT');
   } else if (fault.startsWith('cut') || fault.startsWith('silence')) {
-    for (const index of some) proxies[index]!.mode = fault.startsWith('cut') ? 'cut' : 'silent';
+    for (const index of some) links[index]!.mode = fault.startsWith('cut') ? 'cut' : 'silent';
     await sleep(2 * pauseMs);
-    for (const index of some) proxies[index]!.mode = 'open';
+    for (const index of some) links[index]!.mode = 'open';
   } else if (fault.startsWith('another proposer')) {
-    if (fault.includes('cut')) proxies[first]!.mode = 'cut';
+    if (fault.includes('cut')) links[first]!.mode = 'cut';
     await leader.replace(false);
     await sleep(pauseMs);
-    proxies[first]!.mode = 'open';
+    links[first]!.mode = 'open';
   } else {
     await restartPostgres(primary, leader, async () => sleep(pauseMs / 4));
   }
@@ -195,16 +211,16 @@ async function restartPostgres(primary: Cluster, leader: Leader, meanwhile: () =
 /** The proposer of the primary, and the one before it, which is not told that it is over. */
 class Leader {
   readonly #primary: Cluster;
-  readonly #proxies: readonly CutProxy[];
+  readonly #links: readonly Link[];
   readonly #timeline: TimelineIdentity;
   readonly #token: string;
   #proposer: Proposer | undefined;
   #push: WalPush | undefined;
   #isOver = false;
 
-  constructor(primary: Cluster, proxies: readonly CutProxy[], timeline: TimelineIdentity, token: string) {
+  constructor(primary: Cluster, links: readonly Link[], timeline: TimelineIdentity, token: string) {
     this.#primary = primary;
-    this.#proxies = proxies;
+    this.#links = links;
     this.#timeline = timeline;
     this.#token = token;
   }
@@ -221,7 +237,7 @@ class Leader {
     const before = this.#proposer;
     const push = this.#push;
     const proposer = await electProposer({
-      safekeepers: this.#proxies.map(({ address }) => address),
+      safekeepers: this.#links.map(({ address }) => address),
       token: this.#token,
       timeline: this.#timeline,
       mayCreate: isFirst,
@@ -369,6 +385,39 @@ function startWriters(primary: Cluster, history: History, random: () => number):
   };
 }
 
+/** TPC-B of pgbench, again and again, as each run ends with the Postgres that it is connected to. Resolves when its tables are there. */
+async function startPgbench(primary: Cluster): Promise<{ stop(): Promise<number> }> {
+  const { connectionInfo } = primary;
+  await promisify(execFile)('pgbench', ['-i', '-q', '-s', '1', connectionInfo]);
+  const stopping = new AbortController();
+  const { signal } = stopping;
+  const running = (async () => {
+    for (let runs = 1; ; runs++) {
+      const args = ['-n', '-c', '4', '-T', '3600', connectionInfo];
+      await promisify(execFile)('pgbench', args, { signal }).catch(() => {}); // It ends with its Postgres.
+      if (signal.aborted) return runs;
+      await sleep(100);
+    }
+  })();
+  return {
+    stop: () => {
+      stopping.abort();
+      return running;
+    },
+  };
+}
+
+/** What pgbench has added to each of its tables is the same, in one transaction or in none. Resolves to the number of its transactions. */
+async function checkPgbench(client: Client, when: string): Promise<number> {
+  const { rows } = await client.query<Record<'accounts' | 'tellers' | 'branches' | 'history' | 'count', string>>(
+    `SELECT (SELECT sum(abalance) FROM pgbench_accounts) AS accounts, (SELECT sum(tbalance) FROM pgbench_tellers) AS tellers,
+       (SELECT sum(bbalance) FROM pgbench_branches) AS branches, coalesce(sum(delta), 0) AS history, count(*) AS count FROM pgbench_history`,
+  );
+  const { accounts, tellers, branches, history, count } = rows[0]!;
+  assert.deepEqual([accounts, tellers, branches], [history, history, history], `${when}: pgbench's sums are equal`);
+  return Number(count);
+}
+
 /** All three have the same bytes, up to the last commit. */
 async function equalLogs(
   safekeepers: readonly SafekeeperProcess[],
@@ -422,11 +471,24 @@ function generator(seed: number): () => number {
 }
 
 if (import.meta.main) {
-  const { values } = parseArgs({ options: { rounds: { type: 'string' }, seed: { type: 'string' } } });
+  const { values } = parseArgs({
+    options: {
+      rounds: { type: 'string' },
+      seed: { type: 'string' },
+      pgbench: { type: 'boolean' },
+      namespaces: { type: 'boolean' },
+    },
+  });
   const rounds = Number(values.rounds ?? 10);
   const seed = Number(values.seed ?? Math.floor(Math.random() * 2 ** 31));
   console.log(`seed ${seed}`);
-  const report = await runFaults({ rounds, seed, log: (text) => console.log(text) });
+  const report = await runFaults({
+    rounds,
+    seed,
+    log: (text) => console.log(text),
+    withPgbench: values.pgbench === true,
+    withNamespaces: values.namespaces === true,
+  });
   console.log(JSON.stringify(report, undefined, 2));
   process.exit(0);
 }

@@ -8,6 +8,10 @@ export interface SafekeeperProcessOptions {
   readonly nodeId: number;
   readonly dataDir: string;
   readonly secret: Buffer;
+  /** Where it listens; 127.0.0.1 when absent. */
+  readonly host?: string;
+  /** Before the command, as network-namespace.ts has it. */
+  readonly prefix?: readonly string[];
   /** More of its configuration. */
   readonly config?: Readonly<Record<string, unknown>>;
 }
@@ -22,7 +26,7 @@ export class SafekeeperProcess {
   }
 
   get address(): { host: string; port: number } {
-    return { host: '127.0.0.1', port: this.#port };
+    return { host: this.#options.host ?? '127.0.0.1', port: this.#port };
   }
 
   get pid(): number {
@@ -30,13 +34,15 @@ export class SafekeeperProcess {
   }
 
   async start(): Promise<void> {
-    const { nodeId, dataDir, secret, config } = this.#options;
+    const { nodeId, dataDir, secret, config, prefix = [] } = this.#options;
+    const { host } = this.address;
     const script = resolve(import.meta.dirname, '../../src/main.ts');
-    const child = spawn(process.execPath, [script, 'safekeeper'], {
+    const [command, ...args] = [...prefix, process.execPath, script, 'safekeeper'];
+    const child = spawn(command!, args, {
       stdio: ['pipe', 'pipe', process.env['STRATA_LOG_LEVEL'] === undefined ? 'ignore' : 'inherit'],
     });
     this.#child = child;
-    const whole = { nodeId, dataDir, port: this.#port, host: '127.0.0.1', secret: secret.toString('hex'), ...config };
+    const whole = { nodeId, dataDir, port: this.#port, host, secret: secret.toString('hex'), ...config };
     child.stdin!.write(`${JSON.stringify(whole)}\n`);
     const [line] = (await once(createInterface({ input: child.stdout! }), 'line')) as [string];
     this.#port = (JSON.parse(line) as { port: number }).port;
