@@ -106,7 +106,7 @@ describe('strata export', () => {
     platform.cliJson<Exported>(['export', '--project', project.id, '--pgdata', join(folder, name), ...args]);
 
   for (const version of [15, 16, 17, 18]) {
-    if (!testsVersion(version, [15, 18])) continue;
+    if (!testsVersion(version, [17, 18])) continue;
     test(`a stock Postgres ${version} starts from a branch, as it is and as it was`, async () => {
       const project = await createProject(platform, version);
       await makeContents(platform, project.uri);
