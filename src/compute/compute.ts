@@ -28,6 +28,7 @@ import { LsnLease } from './lsn-lease.ts';
 import { PostgresProcess } from './postgres-process.ts';
 import { electProposer, type Proposer } from './proposer.ts';
 import { ADMIN_ROLE, PROPOSER_NAME } from './settings.ts';
+import { clearStaleSocket } from './stale-socket.ts';
 import { startWalPush, type WalPush } from './wal-push.ts';
 
 export interface ComputeEnvironment {
@@ -311,6 +312,7 @@ async function startInstance(
     if (options.spec.adoption !== undefined) {
       await times.lap('prepareAdoption', prepareAdoption({ ...process, signal }, options.environment.adminPassword));
     }
+    await clearStaleSocket(options.socketDir, SOCKET_NAME);
     const postgres = await times.lap('postgres', PostgresProcess.start(process, signal));
     return { ...directory, postgres };
   } catch (error) {
