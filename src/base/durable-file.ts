@@ -1,7 +1,8 @@
 /**
- * Files that are whole or not there: write to a temporary name, fsync, rename, fsync the folder.
+ * Files that are whole or not there: write to a temporary name, fsync, rename, fsync the folder. At once, or without holding up the process.
  */
 import { closeSync, fsyncSync, openSync, renameSync, writeSync } from 'node:fs';
+import { open, readFile, rename } from 'node:fs/promises';
 import { dirname } from 'node:path';
 
 /** Replaces `path` atomically and durably; when this returns the content survives a power cut. */
@@ -26,5 +27,45 @@ export function fsyncDirectory(directory: string): void {
     fsyncSync(handle);
   } finally {
     closeSync(handle);
+  }
+}
+
+/** As `writeFileDurably`, for its owner only, without holding up the process. Calls for one path must not overlap. After a rejection either content may be there. */
+export async function replaceFile(path: string, content: Uint8Array): Promise<void> {
+  const partialPath = `${path}.partial`;
+  const handle = await open(partialPath, 'w', 0o600);
+  try {
+    await handle.writeFile(content);
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+  await rename(partialPath, path);
+  await syncDirectory(dirname(path));
+}
+
+/** As `fsyncDirectory`, without holding up the process. */
+export async function syncDirectory(directory: string): Promise<void> {
+  const handle = await open(directory, 'r');
+  try {
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+}
+
+/** What `decode` makes of the file; undefined when there is none. What `decode` throws is thrown with the path. */
+export async function readDecoded<T>(path: string, decode: (bytes: Buffer) => T): Promise<T | undefined> {
+  let bytes: Buffer;
+  try {
+    bytes = await readFile(path);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
+  try {
+    return decode(bytes);
+  } catch (error) {
+    throw new Error(`${path}: ${(error as Error).message}`, { cause: error });
   }
 }

@@ -21,7 +21,7 @@ import { deltaRuns } from './compaction-plan.ts';
 import type { LayerRun } from './compaction-plan.ts';
 import { Ingest } from './ingest/ingest.ts';
 import { LayerAbsentError, LayerDamagedError } from './layers/block.ts';
-import { syncDirectory } from './layers/durable.ts';
+import { syncDirectory } from '../base/durable-file.ts';
 import { layerPath } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { isObjectError } from '../object-store/object-store.ts';

@@ -2,7 +2,7 @@
 
 import { readdir, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
-import { syncDirectory } from './layers/durable.ts';
+import { syncDirectory } from '../base/durable-file.ts';
 import { TIMELINE_INDEX_NAME } from './timeline-index.ts';
 
 /** Removes what a timeline's folder holds, the index last. Missing files, or a missing folder, are none of its concern. */

@@ -26,7 +26,7 @@ import { Indexed } from './indexed-timeline.ts';
 import type { WalIndexChunk } from './ingest/wal-index.ts';
 import { chunkAt } from './ingest/wal-search.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
-import { replaceFile } from './layers/durable.ts';
+import { replaceFile } from '../base/durable-file.ts';
 import { LayerFile } from './layers/layer-file.ts';
 import type { LayerCache } from './layers/layer-file.ts';
 import { layerFileName, layerPath } from './layers/layer-format.ts';

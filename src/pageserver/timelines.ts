@@ -23,7 +23,7 @@ import { inlineCompactor } from './compactor.ts';
 import type { Compactor } from './compactor.ts';
 import { GarbageCollection } from './garbage-collection.ts';
 import { ImportTarget } from './import-target.ts';
-import { replaceFile, syncDirectory } from './layers/durable.ts';
+import { replaceFile, syncDirectory } from '../base/durable-file.ts';
 import type { LayerDamagedError } from './layers/block.ts';
 import { LayerCache } from './layers/layer-file.ts';
 import { PageCache } from './page-cache.ts';

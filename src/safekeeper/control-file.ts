@@ -11,10 +11,10 @@
  * Written to `control.partial`, fsynced, renamed to `control`, and the folder fsynced. A folder without `control` is a timeline whose creation
  * never finished. The tombstone of a deleted timeline is a control file too; it stays for ever.
  */
-import { open, readFile, rename } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { TimelineIdentity } from '../api/safekeeper.ts';
 import { crc32c } from '../base/crc32c.ts';
+import { readDecoded, replaceFile } from '../base/durable-file.ts';
 import type { AcceptorState } from '../consensus/acceptor.ts';
 import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration.ts';
 
@@ -68,40 +68,10 @@ export function decodeControlFile(file: Buffer): ControlFile {
 
 /** Durable when it resolves. After a rejection it is not known which content the disk holds. */
 export async function writeControlFile(directory: string, control: ControlFile): Promise<void> {
-  const path = join(directory, CONTROL_FILE_NAME);
-  const file = await open(`${path}.partial`, 'w', 0o600);
-  try {
-    await file.writeFile(encodeControlFile(control));
-    await file.sync();
-  } finally {
-    await file.close();
-  }
-  await rename(`${path}.partial`, path);
-  await syncDirectory(directory);
+  await replaceFile(join(directory, CONTROL_FILE_NAME), encodeControlFile(control));
 }
 
 /** Undefined when there is none. */
 export async function readControlFile(directory: string): Promise<ControlFile | undefined> {
-  const path = join(directory, CONTROL_FILE_NAME);
-  let bytes: Buffer;
-  try {
-    bytes = await readFile(path);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
-    throw error;
-  }
-  try {
-    return decodeControlFile(bytes);
-  } catch (error) {
-    throw new Error(`${path}: ${(error as Error).message}`, { cause: error });
-  }
-}
-
-export async function syncDirectory(directory: string): Promise<void> {
-  const handle = await open(directory, 'r');
-  try {
-    await handle.sync();
-  } finally {
-    await handle.close();
-  }
+  return readDecoded(join(directory, CONTROL_FILE_NAME), decodeControlFile);
 }

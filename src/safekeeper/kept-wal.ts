@@ -10,7 +10,7 @@
 import { unlink } from 'node:fs/promises';
 import { type Lsn, segmentStart, WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
 import type { PageserverFeedback } from '../api/safekeeper-protocol.ts';
-import { syncDirectory } from './control-file.ts';
+import { syncDirectory } from '../base/durable-file.ts';
 import { type WalExtent, writeWalExtent } from './wal-extent.ts';
 import { segmentPath } from './wal-store.ts';
 

@@ -12,11 +12,10 @@
  *
  * Invariant: nothing is removed before this says so, durably; so what it says is here is here.
  */
-import { open, readFile, rename } from 'node:fs/promises';
 import { join } from 'node:path';
 import { crc32c } from '../base/crc32c.ts';
+import { readDecoded, replaceFile } from '../base/durable-file.ts';
 import type { Lsn } from '../postgres/lsn.ts';
-import { syncDirectory } from './control-file.ts';
 
 export interface WalExtent {
   /** The log's first byte: the timeline's start, or later for a log that was rebuilt without its beginning. */
@@ -68,31 +67,10 @@ export function decodeWalExtent(file: Buffer): WalExtent {
 
 /** Durable when it resolves. */
 export async function writeWalExtent(directory: string, extent: WalExtent): Promise<void> {
-  const path = join(directory, EXTENT_FILE_NAME);
-  const file = await open(`${path}.partial`, 'w', 0o600);
-  try {
-    await file.writeFile(encodeWalExtent(extent));
-    await file.sync();
-  } finally {
-    await file.close();
-  }
-  await rename(`${path}.partial`, path);
-  await syncDirectory(directory);
+  await replaceFile(join(directory, EXTENT_FILE_NAME), encodeWalExtent(extent));
 }
 
 /** Undefined when there is none. */
 export async function readWalExtent(directory: string): Promise<WalExtent | undefined> {
-  const path = join(directory, EXTENT_FILE_NAME);
-  let bytes: Buffer;
-  try {
-    bytes = await readFile(path);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
-    throw error;
-  }
-  try {
-    return decodeWalExtent(bytes);
-  } catch (error) {
-    throw new Error(`${path}: ${(error as Error).message}`, { cause: error });
-  }
+  return readDecoded(join(directory, EXTENT_FILE_NAME), decodeWalExtent);
 }

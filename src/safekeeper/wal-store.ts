@@ -32,7 +32,7 @@ import {
 import { toPgVersion } from '../postgres/version.ts';
 import { WAL_TIMELINE_ID, writePageHeader } from '../postgres/wal/page-header.ts';
 import { findEndOfWal } from '../postgres/wal/reader.ts';
-import { syncDirectory } from './control-file.ts';
+import { syncDirectory } from '../base/durable-file.ts';
 
 const openFile = promisify(open);
 const closeFile = promisify(close);

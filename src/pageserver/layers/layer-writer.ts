@@ -16,7 +16,7 @@ import { encodeFooter, encodeHeader, encodeIndex, layerFileName } from './layer-
 import type { BlockLocation, LayerDescription, LayerKind } from './layer-format.ts';
 import { SectionWriter } from './section-writer.ts';
 import type { AppendBlock } from './section-writer.ts';
-import { syncDirectory } from './durable.ts';
+import { syncDirectory } from '../../base/durable-file.ts';
 
 /** Large enough that setting up zstd does not count, small enough for a read of one page. */
 const VALUE_BLOCK_BYTES = 32 * 1024;

@@ -17,7 +17,7 @@ import type { Generations } from '../../api/generations.ts';
 import { StrataError } from '../../base/errors.ts';
 import type { Logger } from '../../base/log.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
-import { replaceFile, syncDirectory } from '../layers/durable.ts';
+import { replaceFile, syncDirectory } from '../../base/durable-file.ts';
 import { layerFileName } from '../layers/layer-format.ts';
 import { removeTimelineDirectory } from '../timeline-directory.ts';
 import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from '../timeline-index.ts';
