@@ -7,7 +7,7 @@
 import type { BlockPosition, ChangedFork } from '../api/pageserver.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
-import { formatLsn, parseLsn } from '../postgres/lsn.ts';
+import { formatLsn } from '../postgres/lsn.ts';
 import type { Branches } from './branches.ts';
 import type { ControlContext } from './context.ts';
 import { decodeCursor, encodeCursor } from './pagination.ts';
@@ -86,8 +86,13 @@ async function windowOf(
   }
   const pointOf = async (lsn: string | undefined, timestamp: string | undefined, otherwise: Lsn): Promise<Lsn> => {
     if (lsn === undefined && timestamp === undefined) return otherwise;
-    // Any LSN will do, and storage knows best which are still there.
-    if (timestamp === undefined) return lsnWithin(branch, lsn!, head);
+    if (timestamp === undefined) {
+      // Any LSN will do, and storage knows best which are still there.
+      const point = await branches.points.readLsn(branch, lsn!);
+      if (point.lsn <= point.head) return point.lsn;
+      const future = `LSN ${formatLsn(point.lsn)} is in the future of branch ${branch.name}`;
+      throw new StrataError('bad-request', `${future}: it ends at ${formatLsn(point.head)}`);
+    }
     // What is written of a transaction before its commit comes with that commit.
     return storage.lastCommitLsn(branch.timeline_id, (await branches.points.find(branch, { lsn, timestamp })).lsn);
   };
@@ -96,18 +101,6 @@ async function windowOf(
   if (fromLsn <= toLsn) return { fromLsn, toLsn };
   const window = `from ${formatLsn(fromLsn)} to ${formatLsn(toLsn)}`;
   throw new StrataError('bad-request', `${window} goes backwards: give the earlier point as the first`);
-}
-
-function lsnWithin(branch: BranchRow, text: string, head: Lsn): Lsn {
-  let lsn: Lsn;
-  try {
-    lsn = parseLsn(text);
-  } catch (error) {
-    throw new StrataError('bad-request', `LSN ${JSON.stringify(text)} is not one such as 0/16B3748`, { cause: error });
-  }
-  if (lsn <= head) return lsn;
-  const range = `it ends at ${formatLsn(head)}`;
-  throw new StrataError('bad-request', `LSN ${formatLsn(lsn)} is in the future of branch ${branch.name}: ${range}`);
 }
 
 function encodePlace(fromLsn: Lsn, toLsn: Lsn, { fork, blk }: BlockPosition): string {

@@ -4,12 +4,19 @@
  * A branch's history is that of its parent below the point where it began, so a point may lie in any of its ancestors: then it is a point of that
  * ancestor, and a branch made there is the ancestor's child. Which state is meant by a time is said in pageserver/ingest/wal-index.ts.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
+
 import { StrataError } from '../base/errors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
-import { formatLsn, parseLsn } from '../postgres/lsn.ts';
+import { formatLsn, parseLsn, withoutPageHeader } from '../postgres/lsn.ts';
 import type { ControlContext } from './context.ts';
 import type { BranchRow } from './state.ts';
 import { formatTimestampMs, formatTimestampUs, parseTimestampUs } from './timestamps.ts';
+
+/** How far before its flush a server may tell a position, in bytes, and for how long: its WAL writer comes every 200 ms (wal_writer_delay). */
+const UNFLUSHED_MAX = 64 * 1024 * 1024;
+const UNFLUSHED_WAIT_MS = 2000;
+const UNFLUSHED_POLL_MS = 50;
 
 export interface PointOptions {
   readonly lsn?: string | undefined;
@@ -53,10 +60,23 @@ export class BranchPoints {
     return timestampUs === undefined || timestampUs < root.created_at * 1000 ? undefined : timestampUs;
   }
 
+  /**
+   * An LSN that a client gave, and the head, which is below it when the LSN is in the future. pg_current_wal_lsn() and pg_current_wal_insert_lsn() tell
+   * positions that Postgres has still to flush: they are waited for.
+   */
+  async readLsn(branch: BranchRow, text: string): Promise<{ lsn: Lsn; head: Lsn }> {
+    const lsn = withoutPageHeader(parsedLsn(text));
+    const giveUpAt = performance.now() + UNFLUSHED_WAIT_MS;
+    for (;;) {
+      const head = await this.#context.storage.headLsn(branch.timeline_id);
+      if (lsn <= head || lsn > head + UNFLUSHED_MAX || performance.now() > giveUpAt) return { lsn, head };
+      await sleep(UNFLUSHED_POLL_MS);
+    }
+  }
+
   async #atLsn(branch: BranchRow, text: string): Promise<PointInHistory> {
     const { storage } = this.#context;
-    const lsn = readLsn(text);
-    const head = await storage.headLsn(branch.timeline_id);
+    const { lsn, head } = await this.readLsn(branch, text);
     const status = await storage.status(branch.timeline_id);
     const oldestLsn = Math.max(status.oldestLsn, this.#rootOf(branch).ancestor_lsn);
     if (lsn < oldestLsn || lsn > head) {
@@ -105,7 +125,7 @@ export class BranchPoints {
   }
 }
 
-function readLsn(text: string): Lsn {
+function parsedLsn(text: string): Lsn {
   try {
     return parseLsn(text);
   } catch (error) {

@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import { readdirSync, readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError } from '../base/errors.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import type { BranchCreateOptions } from './branches.ts';
@@ -153,6 +154,16 @@ test('a point before a branch began is one of its parent’s history, over gener
     await points.timestampUs(await points.find(created.branch, { lsn: formatLsn(TEMPLATE_LSN) })),
     undefined,
   );
+});
+
+test('a branch may begin at a position that Postgres has told before its flush', async () => {
+  await using world = new World();
+  const created = await world.control.projects.create({});
+  const head = world.storage.commit(created.branch.timeline_id, world.nowMs * 1000);
+  const creation = newBranch(world, created, { parent_lsn: formatLsn(head + 64) });
+  await sleep(20);
+  assert.equal(world.storage.commit(created.branch.timeline_id, world.nowMs * 1000), head + 64);
+  assert.equal((await creation).branch.ancestor_lsn, head + 64);
 });
 
 test('points outside of the parent’s history are refused with the range', async () => {

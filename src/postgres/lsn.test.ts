@@ -18,6 +18,7 @@ import {
   segmentStart,
   skipPageHeader,
   walFileName,
+  withoutPageHeader,
   writeLsn,
 } from './lsn.ts';
 
@@ -82,4 +83,11 @@ test('page headers are counted when bytes are laid out', () => {
   assert.equal(advanceLsn(2 ** 24, 8153), 2 ** 24 + 8192 + 25);
   assert.equal(advanceLsn(2 ** 24 - 1, 2), 2 ** 24 + 41);
   assert.equal(advanceLsn(100, 0), 100);
+});
+
+test('an insert position after a page’s header is the end of what is on the page before', () => {
+  assert.equal(withoutPageHeader(0x200_0000 + 40), 0x200_0000);
+  assert.equal(withoutPageHeader(0x200_0000 + 24), 0x200_0000 + 24, 'within the long header');
+  assert.equal(withoutPageHeader(0x200_2000 + 24), 0x200_2000);
+  for (const lsn of [0x200_2000, 0x200_2000 + 40, 0x200_2000 + 8184]) assert.equal(withoutPageHeader(lsn), lsn);
 });

@@ -113,6 +113,15 @@ export function skipPageHeader(lsn: Lsn): Lsn {
 }
 
 /**
+ * Where the record before ends, when an LSN is just after a page's header, and the LSN itself otherwise: pg_current_wal_insert_lsn() gives the place
+ * of the next record's first byte (XLogBytePosToRecPtr in xlog.c), but no record ends there.
+ */
+export function withoutPageHeader(lsn: Lsn): Lsn {
+  const start = pageStart(lsn);
+  return lsn - start === pageHeaderSize(start) ? start : lsn;
+}
+
+/**
  * The LSN just past `length` bytes of record data that begin at `lsn`, counting the page headers between them. A position that falls
  * exactly on the end of a page stays there: it is not moved past the next page's header.
  */
