@@ -4,7 +4,7 @@ import { load, tps } from './pgbench.ts';
 import type { Contenders } from './main.ts';
 import { BenchedPlatform } from './strata.ts';
 
-export async function durableCommits({ vanilla, strata, rounds, seconds, scale }: Contenders): Promise<Row[]> {
+export async function durableCommits({ vanilla, strata, env, rounds, seconds, scale }: Contenders): Promise<Row[]> {
   const rows: Row[] = [];
   for (const clients of [1, 8, 32]) {
     const args = ['-N', '-M', 'prepared', '-c', String(clients), '-j', '2'];
@@ -18,7 +18,7 @@ export async function durableCommits({ vanilla, strata, rounds, seconds, scale }
     rows.push({ question: `${question}, compute itself`, unit: 'tps', vanilla: theirs, strata: direct!, isRate: true });
     rows.push({ question: `${question}, proxy with TLS`, unit: 'tps', vanilla: theirs, strata: tls!, isRate: true });
   }
-  const single = await BenchedPlatform.start(['--safekeepers', '1']);
+  const single = await BenchedPlatform.start(['--safekeepers', '1'], env);
   try {
     await load(single.connectionString, scale);
     const args = ['-N', '-M', 'prepared', '-c', '8', '-j', '2'];

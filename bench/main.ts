@@ -3,6 +3,7 @@
  *
  *   --quick               short rounds, for a look
  *   --only NAME[,NAME]    some of the questions
+ *   --sync-delay MS       both on a disk whose flushes take so much longer
  *   --json                the rows as JSON instead of a table
  */
 import { parseArgs } from 'node:util';
@@ -22,6 +23,7 @@ import { nestedBranches } from './nested-branches.ts';
 import { load } from './pgbench.ts';
 import { redo } from './redo.ts';
 import { scale as sizes } from './scale.ts';
+import { slowDisk } from './slow-disk.ts';
 import { space } from './space.ts';
 import { BenchedPlatform } from './strata.ts';
 import { type Vanilla, withVanilla } from './vanilla.ts';
@@ -31,6 +33,8 @@ import { warmReads } from './warm-reads.ts';
 export interface Contenders {
   readonly vanilla: Vanilla;
   readonly strata: BenchedPlatform;
+  /** Of the processes of both. */
+  readonly env: Readonly<Record<string, string>>;
   readonly rounds: number;
   /** Of each pgbench run. */
   readonly seconds: number;
@@ -64,8 +68,16 @@ const PART_QUESTIONS: Readonly<Record<string, (options: { readonly quick: boolea
 };
 
 const { values } = parseArgs({
-  options: { quick: { type: 'boolean' }, only: { type: 'string' }, json: { type: 'boolean' } },
+  options: {
+    quick: { type: 'boolean' },
+    only: { type: 'string' },
+    'sync-delay': { type: 'string' },
+    json: { type: 'boolean' },
+  },
 });
+const syncDelayMs = Number(values['sync-delay'] ?? 0);
+if (!(syncDelayMs >= 0)) throw new Error(`--sync-delay ${values['sync-delay']}: give milliseconds, such as 1 or 0.5`);
+const env = syncDelayMs === 0 ? {} : slowDisk(syncDelayMs);
 const known = [...Object.keys(PART_QUESTIONS), ...Object.keys(QUESTIONS)];
 const names = values.only?.split(',') ?? known;
 const unknown = names.find((name) => !known.includes(name));
@@ -82,11 +94,11 @@ for (const name of names) {
 }
 
 const platformNames = names.filter((name) => name in QUESTIONS);
-if (platformNames.length > 0) await withVanilla(askPlatform);
+if (platformNames.length > 0) await withVanilla(askPlatform, env);
 console.log(values.json ? JSON.stringify(rows, undefined, 2) : formatTable(rows));
 
 async function askPlatform(vanilla: Vanilla): Promise<void> {
-  const strata = await BenchedPlatform.start();
+  const strata = await BenchedPlatform.start([], env);
   try {
     const size = quick
       ? { rounds: 1, seconds: 3, branchCount: 100, scale }
@@ -96,7 +108,7 @@ async function askPlatform(vanilla: Vanilla): Promise<void> {
     await load(strata.connectionString, scale);
     for (const name of platformNames) {
       console.error(`${name} …`);
-      rows.push(...(await QUESTIONS[name]!({ vanilla, strata, ...size })));
+      rows.push(...(await QUESTIONS[name]!({ vanilla, strata, env, ...size })));
     }
   } finally {
     await strata.destroy();

@@ -19,8 +19,11 @@ export class BenchedPlatform {
     this.#endpointId = endpointId;
   }
 
-  static async start(args: readonly string[] = []): Promise<BenchedPlatform> {
-    const platform = await TestPlatform.start({ args: ['--suspend-timeout', '-1', ...args] });
+  static async start(
+    args: readonly string[] = [],
+    env: Readonly<Record<string, string>> = {},
+  ): Promise<BenchedPlatform> {
+    const platform = await TestPlatform.start({ args: ['--suspend-timeout', '-1', ...args], env });
     const projects = (await platform.api('GET', '/projects')).body as { projects: { id: string }[] };
     const projectId = projects.projects[0]?.id ?? '';
     const endpoints = (await platform.api('GET', `/projects/${projectId}/endpoints`)).body as {

@@ -22,7 +22,10 @@ export interface Vanilla {
 const PASSWORD = 'vanilla';
 const STOP_TIMEOUT_MS = 120_000;
 
-export async function withVanilla<T>(use: (vanilla: Vanilla) => Promise<T>): Promise<T> {
+export async function withVanilla<T>(
+  use: (vanilla: Vanilla) => Promise<T>,
+  env: Readonly<Record<string, string>> = {},
+): Promise<T> {
   const user = unprivilegedUser();
   const installation = findInstallation({});
   const runDir = mkdtempSync(join(tmpdir(), 'strata-bench-'));
@@ -53,7 +56,7 @@ export async function withVanilla<T>(use: (vanilla: Vanilla) => Promise<T>): Pro
         return postgres?.pid ?? 0;
       },
       start: async () => {
-        postgres = await PostgresProcess.start({ installation, dataDir, user, logFile: join(runDir, 'log') });
+        postgres = await PostgresProcess.start({ installation, dataDir, user, logFile: join(runDir, 'log'), env });
       },
       stop: async () => {
         await postgres?.stop('fast', STOP_TIMEOUT_MS);

@@ -119,7 +119,7 @@ export function branchesCommand(context: CliContext): Command {
     });
 
   return new Command('branches')
-    .description('create, list and delete branches, and find points in their history')
+    .description('create, list, compare and delete branches, and find points in their history')
     .addCommand(create)
     .addCommand(at)
     .addCommand(list)
