@@ -50,16 +50,29 @@ export function compress(raw: Buffer): Buffer {
   return zstdCompressSync(raw, OPTIONS);
 }
 
-/** The content of one frame, which has `rawLength` bytes. Throws when it is none, or has more. */
-export function decompress(stored: Buffer, rawLength: number): Buffer {
+/** With one byte to spare, a frame that has more than it should shows. */
+export const SPARE_BYTES = 1;
+
+/**
+ * The content of one frame, which has `rawLength` bytes, at the start of `memory`, which has SPARE_BYTES more. Throws when it is none, or has
+ * more; what is returned may be shorter.
+ */
+export function decompress(
+  stored: Buffer,
+  rawLength: number,
+  memory: Buffer = Buffer.allocUnsafeSlow(rawLength + SPARE_BYTES),
+): Buffer {
   if (decompressor !== undefined) {
-    // With one byte to spare, a frame that has more shows.
-    const raw = Buffer.allocUnsafeSlow(rawLength + 1);
-    if (run(decompressor, stored, raw) === rawLength) return raw.subarray(0, rawLength);
+    if (run(decompressor, stored, memory) === rawLength) return memory.subarray(0, rawLength);
     // It may be in the middle of a frame.
     decompressor = makeContext(createZstdDecompress());
   }
-  return zstdDecompressSync(stored, { chunkSize: Math.max(rawLength, 64), maxOutputLength: Math.max(rawLength, 64) });
+  const raw = zstdDecompressSync(stored, {
+    chunkSize: Math.max(rawLength, 64),
+    maxOutputLength: Math.max(rawLength, 64),
+  });
+  if (raw.length > rawLength) throw new RangeError(`the content has ${raw.length} bytes`);
+  return memory.subarray(0, raw.copy(memory));
 }
 
 /** How much was written; undefined when that is not all that there was. */

@@ -101,7 +101,7 @@ class Merge {
   constructor(job: MergeJob, replay: Replay) {
     this.#job = job;
     this.#replay = replay;
-    this.#reader = new HistoryReader(new PageCache(8 * 1024 * 1024), replay);
+    this.#reader = new HistoryReader(new PageCache(8 * 1024 * 1024), this.#cache.blocks, replay);
     this.#lsnStart = job.runs[0]![0]!.lsnStart;
     this.#lsnEnd = job.runs.at(-1)![0]!.lsnEnd;
     this.#revision = 1 + Math.max(...job.runs.flat().map((layer) => layer.revision ?? 0));

@@ -29,6 +29,7 @@ import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import { LayerAbsentError, LayerDamagedError } from './layers/block.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
+import { ResponseMemory } from './response-memory.ts';
 import { RepairBound } from './whole-reads.ts';
 import type { Repair } from './whole-reads.ts';
 
@@ -61,11 +62,12 @@ export class PageService {
   readonly #options: PageServiceOptions;
   readonly #server: Server;
   readonly #connections = new Set<PageConnection>();
+  readonly #memory = new ResponseMemory();
 
   private constructor(options: PageServiceOptions) {
     this.#options = options;
     this.#server = createServer((socket) => {
-      const connection = new PageConnection(socket, this.#options);
+      const connection = new PageConnection(socket, this.#options, this.#memory);
       this.#connections.add(connection);
       socket.once('close', () => this.#connections.delete(connection));
     });
@@ -92,6 +94,7 @@ export class PageService {
 class PageConnection {
   readonly #socket: Socket;
   readonly #options: PageServiceOptions;
+  readonly #memory: ResponseMemory;
   readonly #gone = new AbortController();
   readonly #helloTimer: NodeJS.Timeout;
   #input: Buffer = Buffer.alloc(0);
@@ -101,9 +104,10 @@ class PageConnection {
   #isBusy = false;
   #loggedErrors = 0;
 
-  constructor(socket: Socket, options: PageServiceOptions) {
+  constructor(socket: Socket, options: PageServiceOptions, memory: ResponseMemory) {
     this.#socket = socket;
     this.#options = options;
+    this.#memory = memory;
     socket.setNoDelay(true);
     this.#helloTimer = setTimeout(() => socket.destroy(), HELLO_TIMEOUT_MS);
     socket.on('error', () => socket.destroy());
@@ -179,12 +183,11 @@ class PageConnection {
           this.#after(this.#answerInPieces(timeline, request));
           return;
         }
-        const response = this.#answer(timeline, request);
-        if (response instanceof LayerDamagedError) {
-          this.#repair(timeline, request, response);
+        const damage = this.#answer(timeline, request);
+        if (damage !== undefined) {
+          this.#repair(timeline, request, damage);
           return;
         }
-        socket.write(response);
         if (performance.now() - startMs > SLICE_MS) {
           this.#after(new Promise<void>((resolve) => setImmediate(resolve)));
           return;
@@ -196,9 +199,8 @@ class PageConnection {
   }
 
   async #answerInPieces(timeline: Timeline, request: PageRequest): Promise<void> {
-    const { requestId, lsn, blk, count } = request;
-    const response = Buffer.allocUnsafeSlow(PAGE_RESPONSE_HEADER_BYTES + count * BLOCK_SIZE);
-    encodePagesHeader(requestId, count * BLOCK_SIZE).copy(response);
+    const { lsn, blk, count } = request;
+    const response = this.#memory.take(count);
     let sliceStartMs = performance.now();
     for (let done = 0; done < count; done += PIECE_PAGES) {
       if (done > 0 && (this.#socket.writableLength > 0 || performance.now() - sliceStartMs > PIECES_SLICE_MS)) {
@@ -215,7 +217,7 @@ class PageConnection {
         return;
       }
     }
-    this.#socket.write(response);
+    this.#writePages(request, response);
   }
 
   #waitFor(timeline: Timeline, request: PageRequest): void {
@@ -242,25 +244,34 @@ class PageConnection {
 
   async #answerRepaired(timeline: Timeline, request: PageRequest, known?: LayerDamagedError): Promise<void> {
     const bound = new RepairBound(this.#options.repair ?? ((damage) => Promise.reject(damage)));
-    let response: Buffer | LayerDamagedError = known ?? this.#answer(timeline, request);
-    while (response instanceof LayerDamagedError) {
-      await bound.repair(response);
-      response = this.#answer(timeline, request);
+    let damage = known ?? this.#answer(timeline, request);
+    while (damage !== undefined) {
+      await bound.repair(damage);
+      damage = this.#answer(timeline, request);
     }
-    this.#socket.write(response);
   }
 
-  #answer(timeline: Timeline, request: PageRequest): Buffer | LayerDamagedError {
-    const { requestId, lsn, blk, count } = request;
-    const pagesBytes = count * BLOCK_SIZE;
+  /** Answers, unless a layer is damaged or absent: that is returned. */
+  #answer(timeline: Timeline, request: PageRequest): LayerDamagedError | undefined {
+    const { lsn, blk, count } = request;
     try {
-      const response = Buffer.allocUnsafeSlow(PAGE_RESPONSE_HEADER_BYTES + pagesBytes);
+      const response = this.#memory.take(count);
       timeline.readPages(request, blk, count, lsn, response, PAGE_RESPONSE_HEADER_BYTES);
-      encodePagesHeader(requestId, pagesBytes).copy(response);
-      return response;
+      this.#writePages(request, response);
     } catch (error) {
-      return error instanceof LayerDamagedError ? error : this.#errorOf(timeline, request, error);
+      if (error instanceof LayerDamagedError) return error;
+      this.#socket.write(this.#errorOf(timeline, request, error));
     }
+    return undefined;
+  }
+
+  /** Sends a response in whose memory the pages are. */
+  #writePages({ requestId, count }: PageRequest, response: Buffer): void {
+    encodePagesHeader(requestId, count * BLOCK_SIZE).copy(response);
+    this.#socket.write(response, (error) => {
+      // After an error the system may still be at it.
+      if (error === undefined || error === null) this.#memory.giveBack(response, count);
+    });
   }
 
   #errorOf(timeline: Timeline, request: PageRequest, error: unknown): Buffer {

@@ -15,6 +15,7 @@ import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import type { PgVersion } from '../postgres/version.ts';
 import { compareKeys, makeKey, KEY_KIND, relationSizeKey } from './key.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
+import type { BlockCache } from './layers/block-cache.ts';
 import { Chain } from './layers/chain.ts';
 import { firstHash, secondHash } from './layers/key-filter.ts';
 import type { KeyFilter } from './layers/key-filter.ts';
@@ -70,6 +71,7 @@ const KEPT_CHANGES_MIN = 8;
 
 export class HistoryReader {
   readonly #cache: PageCache;
+  readonly #blocks: BlockCache;
   readonly #replay: Replay;
   // What #find found: what is to be replayed, and on what. One read at a time, so one of each.
   readonly #chain = new Chain();
@@ -78,13 +80,16 @@ export class HistoryReader {
   #ownerLsn: Lsn = 0;
   readonly #sizes: (KnownSize | undefined)[] = Array.from({ length: 256 }, () => undefined);
 
-  constructor(cache: PageCache, replay: Replay) {
+  /** `blocks` are those of all layers that it is to read. */
+  constructor(cache: PageCache, blocks: BlockCache, replay: Replay) {
     this.#cache = cache;
+    this.#blocks = blocks;
     this.#replay = replay;
   }
 
   /** The value at `lsn`; undefined when the key does not exist there. May be shared: not to be changed. */
   read(lineage: Lineage, key: Key, lsn: Lsn, pgVersion: PgVersion): Buffer | undefined {
+    this.#blocks.recycle();
     if (!this.#find(lineage, key, lsn)) return this.#base;
     let image = this.#oldestImage();
     if (image === undefined || this.#chain.values.length > 1) {
@@ -92,15 +97,17 @@ export class HistoryReader {
       image = Buffer.allocUnsafeSlow(BLOCK_SIZE);
       this.#makePage(image, pgVersion);
       this.#keep(key, image);
-    } else if (image.length <= SMALL_VALUE_BYTES) {
-      // A view of a whole block.
-      this.#keep(key, Buffer.from(image));
+    } else {
+      // It was a view of a block, or of a memory layer.
+      image = Buffer.from(image);
+      if (image.length <= SMALL_VALUE_BYTES) this.#keep(key, image);
     }
     return image;
   }
 
   /** Writes the page at `lsn` to `out`; zeroes when it does not exist there. */
   #readPage(lineage: Lineage, key: Key, lsn: Lsn, pgVersion: PgVersion, out: Buffer, offset: number): void {
+    this.#blocks.recycle();
     const isToBeMade = this.#find(lineage, key, lsn);
     const image = isToBeMade && this.#chain.values.length === 1 ? this.#oldestImage() : this.#base;
     if (isToBeMade && (image === undefined || this.#chain.end === 'floor') && !this.#isGone()) {

@@ -29,7 +29,7 @@ export class StoredPages {
   readonly #directory: string;
   readonly #timelineId: string;
   #cache = new LayerCache({ blockBytesMax: CACHE_BYTES, openFilesMax: OPEN_FILES_MAX });
-  #reader = new HistoryReader(new PageCache(CACHE_BYTES), replayValue);
+  #reader = new HistoryReader(new PageCache(CACHE_BYTES), this.#cache.blocks, replayValue);
   #files: LayerFile[] = [];
   #lineage: LineageStep[] = [];
   #index: TimelineIndex | undefined;
@@ -44,7 +44,7 @@ export class StoredPages {
   async load(): Promise<TimelineIndex> {
     this.close();
     this.#cache = new LayerCache({ blockBytesMax: CACHE_BYTES, openFilesMax: OPEN_FILES_MAX });
-    this.#reader = new HistoryReader(new PageCache(CACHE_BYTES), replayValue);
+    this.#reader = new HistoryReader(new PageCache(CACHE_BYTES), this.#cache.blocks, replayValue);
     this.#lineage = [];
     this.#index = undefined;
     let endLsn: Lsn = Infinity;

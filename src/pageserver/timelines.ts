@@ -150,9 +150,10 @@ export class Timelines {
     this.#log = options.log;
     this.#remote = options.remote;
     this.#brokenInStore = options.brokenInStore ?? new Map();
+    const layerCache = new LayerCache({ blockBytesMax: limits.blockCacheBytes, openFilesMax: limits.openFilesMax });
     this.#options = {
-      reader: new HistoryReader(new PageCache(limits.pageCacheBytes), options.replay),
-      layerCache: new LayerCache({ blockBytesMax: limits.blockCacheBytes, openFilesMax: limits.openFilesMax }),
+      reader: new HistoryReader(new PageCache(limits.pageCacheBytes), layerCache.blocks, options.replay),
+      layerCache,
       limits,
       now: options.now ?? Date.now,
       memory: { bytes: 0 },

@@ -17,7 +17,7 @@
 import { CRC32C_INIT, crc32c, crc32cExtend, crc32cFinish } from '../../base/crc32c.ts';
 import { StrataError } from '../../base/errors.ts';
 import type { ByteRange } from './partial-layer.ts';
-import { compress, decompress } from '../../base/zstd.ts';
+import { compress, decompress, SPARE_BYTES } from '../../base/zstd.ts';
 
 export const BLOCK_HEADER_BYTES = 16;
 export const BLOCK_TYPE = { values: 1, keys: 2, index: 3 } as const;
@@ -77,8 +77,14 @@ function frame(type: number, compression: number, rawLength: number, stored: Buf
   return [header, stored];
 }
 
-/** The content of a whole block that was read at `offset` of `file`. May refer to `block`. */
-export function decodeBlock(block: Buffer, type: number, file: string, offset: number): Buffer {
+/** Gives memory of `sizeBytes`. */
+export type Memory = (sizeBytes: number) => Buffer;
+
+/**
+ * The content of a whole block that was read at `offset` of `file`. It is put at the start of what `memory` gives, which is asked once at most; without
+ * that it may refer to `block`.
+ */
+export function decodeBlock(block: Buffer, type: number, file: string, offset: number, memory?: Memory): Buffer {
   if (block.length < BLOCK_HEADER_BYTES) {
     throw new LayerDamagedError(file, offset, `${block.length} bytes are too few for a block`);
   }
@@ -95,9 +101,9 @@ export function decodeBlock(block: Buffer, type: number, file: string, offset: n
   const stored = block.subarray(BLOCK_HEADER_BYTES);
   let raw: Buffer;
   if (block[5] === COMPRESSION_NONE) {
-    raw = stored;
+    raw = memory === undefined ? stored : copied(stored, memory(stored.length));
   } else if (block[5] === COMPRESSION_ZSTD && rawLength <= MAX_BLOCK_BYTES) {
-    raw = decompressBlock(stored, rawLength, file, offset);
+    raw = decompressBlock(stored, rawLength, file, offset, memory?.(rawLength + SPARE_BYTES));
   } else {
     throw new LayerDamagedError(file, offset, `compression ${block[5]} of ${rawLength} bytes is not known`);
   }
@@ -107,9 +113,20 @@ export function decodeBlock(block: Buffer, type: number, file: string, offset: n
   return raw;
 }
 
-function decompressBlock(stored: Buffer, rawLength: number, file: string, offset: number): Buffer {
+function copied(from: Buffer, to: Buffer): Buffer {
+  from.copy(to);
+  return to;
+}
+
+function decompressBlock(
+  stored: Buffer,
+  rawLength: number,
+  file: string,
+  offset: number,
+  memory: Buffer | undefined,
+): Buffer {
   try {
-    return decompress(stored, rawLength);
+    return decompress(stored, rawLength, memory);
   } catch (error) {
     throw new LayerDamagedError(file, offset, `zstd: ${(error as Error).message}`);
   }

@@ -10,13 +10,16 @@ interface Entry<V> {
 
 export class GenerationCache<V> {
   readonly #halfBytes: number;
+  readonly #onDrop: ((value: V) => void) | undefined;
   #young = new Map<number, Entry<V>>();
   #old = new Map<number, Entry<V>>();
   #youngBytes = 0;
   #oldBytes = 0;
 
-  constructor(maxBytes: number) {
+  /** `onDrop` is told of each value that leaves the cache. */
+  constructor(maxBytes: number, onDrop?: (value: V) => void) {
     this.#halfBytes = maxBytes / 2;
+    this.#onDrop = onDrop;
   }
 
   get sizeBytes(): number {
@@ -36,11 +39,15 @@ export class GenerationCache<V> {
 
   set(key: number, value: V, sizeBytes: number): void {
     const young = this.#young.get(key);
-    if (young !== undefined) this.#youngBytes -= young.sizeBytes;
+    if (young !== undefined) {
+      this.#youngBytes -= young.sizeBytes;
+      this.#onDrop?.(young.value);
+    }
     const old = this.#old.get(key);
     if (old !== undefined) {
       this.#old.delete(key);
       this.#oldBytes -= old.sizeBytes;
+      this.#onDrop?.(old.value);
     }
     this.#add(key, { value, sizeBytes });
   }
@@ -49,6 +56,7 @@ export class GenerationCache<V> {
     this.#young.set(key, entry);
     this.#youngBytes += entry.sizeBytes;
     if (this.#youngBytes <= this.#halfBytes) return;
+    if (this.#onDrop !== undefined) for (const { value } of this.#old.values()) this.#onDrop(value);
     this.#old = this.#young;
     this.#oldBytes = this.#youngBytes;
     this.#young = new Map();

@@ -9,6 +9,7 @@ import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 import type { Lsn } from '../../postgres/lsn.ts';
 import { compareKeys } from '../key.ts';
 import type { Key, KeyRange } from '../key.ts';
+import { BlockCache } from './block-cache.ts';
 import { BLOCK_TYPE, decodeBlock, LayerAbsentError, LayerDamagedError } from './block.ts';
 import type { Chain, ValueSource } from './chain.ts';
 import { GenerationCache } from './generation-cache.ts';
@@ -20,6 +21,8 @@ import type { LayerEntry, SectionSource } from './layer-section.ts';
 import type { PartialLayer } from './partial-layer.ts';
 
 const BLOCKS_PER_LAYER_MAX = 2 ** 24;
+/** A stored block is looked at once: all up to this size come to the same memory, one after the other. */
+const READ_MEMORY_BYTES = 256 * 1024;
 
 export interface LayerCacheOptions {
   readonly blockBytesMax: number;
@@ -28,8 +31,10 @@ export interface LayerCacheOptions {
 
 /** What all layers of a process share. */
 export class LayerCache {
-  readonly blocks: GenerationCache<Buffer>;
+  readonly blocks: BlockCache;
   readonly keyBlocks: GenerationCache<KeyBlock>;
+  /** Where stored blocks are read to. */
+  readonly readMemory: Buffer = Buffer.allocUnsafeSlow(READ_MEMORY_BYTES);
   readonly #openFilesMax: number;
   readonly #open = new Set<LayerFile>();
   /** Counted up from time to time (eviction.ts), so that a layer can tell cheaply when it was used. */
@@ -37,7 +42,7 @@ export class LayerCache {
   #layerCount = 0;
 
   constructor(options: LayerCacheOptions) {
-    this.blocks = new GenerationCache(options.blockBytesMax * 0.75);
+    this.blocks = new BlockCache(options.blockBytesMax * 0.75);
     this.keyBlocks = new GenerationCache(options.blockBytesMax * 0.25);
     this.#openFilesMax = options.openFilesMax;
   }
@@ -234,7 +239,7 @@ export class LayerFile implements ValueSource {
     if (offset < 0) throw new LayerDamagedError(this.path, 0, 'file is too short to be a layer');
     const missing = this.partial?.missing(offset, length);
     if (missing !== undefined) throw new LayerAbsentError(this.path, missing);
-    const bytes = Buffer.allocUnsafe(length);
+    const bytes = length <= READ_MEMORY_BYTES ? this.#cache.readMemory.subarray(0, length) : Buffer.allocUnsafe(length);
     let done = 0;
     while (done < length) {
       const count = this.#readSome(file, bytes, done, length - done, offset + done);

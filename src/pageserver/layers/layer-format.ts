@@ -15,7 +15,7 @@
  * together, and no history has to be looked through. A page's entry in newest comes after all of its entries in history.
  *
  * Value block: values one after the other, with nothing between them. A value is never split; a block is closed when it has
- * reached its target size (the writer's choice, 32 or 64 KiB) or earlier, so a large value makes a large block. Value blocks are numbered
+ * reached its target size (the writer's choice, 16 to 64 KiB) or earlier, so a large value makes a large block. Value blocks are numbered
  * from 0 in the order in which the section's stand in the file.
  *
  * Key block: says which values there are and where. All entries of a section, over all its key blocks in order, are sorted by key, then

@@ -6,7 +6,9 @@ import type { Lsn } from '../../postgres/lsn.ts';
 import { compareKeys } from '../key.ts';
 import type { Key, KeyRange } from '../key.ts';
 import { BLOCK_TYPE, decodeBlock, LayerDamagedError } from './block.ts';
+import type { Memory } from './block.ts';
 import type { Chain } from './chain.ts';
+import type { BlockCache } from './block-cache.ts';
 import type { GenerationCache } from './generation-cache.ts';
 import type { KeyBlock } from './key-block.ts';
 import { decodeKeyBlock } from './layer-format.ts';
@@ -15,7 +17,6 @@ import type { SectionIndex } from './layer-format.ts';
 export interface LayerEntry {
   readonly key: Key;
   readonly lsn: Lsn;
-  /** Shares memory with a cached block. */
   readonly value: Buffer;
 }
 
@@ -23,9 +24,9 @@ export interface LayerEntry {
 export interface SectionSource {
   readonly path: string;
   readonly lsnStart: Lsn;
-  readonly blocks: GenerationCache<Buffer>;
+  readonly blocks: BlockCache;
   readonly keyBlocks: GenerationCache<KeyBlock>;
-  /** Opens the file if it is not open. */
+  /** Opens the file if it is not open. What it gives is good until it is called again. */
   readonly read: (offset: number, length: number) => Buffer;
 }
 
@@ -60,7 +61,7 @@ export class LayerSection {
         const entryLsn = block.lsns[entry]!;
         if (entryLsn > lsn) continue;
         if (entryLsn <= floor) return chain.reachFloor();
-        if (chain.push(this.#value(block, entry), entryLsn)) return true;
+        if (chain.push(this.#value(block, entry, this.#valueBlock(block, entry)), entryLsn)) return true;
       }
       if (at > 0) return false;
     }
@@ -90,16 +91,22 @@ export class LayerSection {
     return undefined;
   }
 
-  /** Every entry, in order. */
+  /** Every entry, in order. Leaves the cache of value blocks as it is: values are in memory of their own. */
   *entries(): Generator<LayerEntry, undefined> {
     let key: Key | undefined;
+    let values: Buffer = Buffer.alloc(0);
+    let valuesNumber = -1;
     for (let number = 0; number < this.#index.firstKeys.count; number++) {
       const block = this.#keyBlock(number);
       for (let i = 0; i < block.keys.count; i++) {
         // One object for all entries of a key, though they may lie in two blocks.
         if (key === undefined || block.keys.compare(i, key) !== 0) key = block.keys.get(i);
         for (let entry = block.entryStart[i]!; entry < block.entryStart[i + 1]!; entry++) {
-          yield { key, lsn: block.lsns[entry]!, value: this.#value(block, entry) };
+          if (block.valueBlocks[entry] !== valuesNumber) {
+            valuesNumber = block.valueBlocks[entry]!;
+            values = this.#readValueBlock(valuesNumber, ownMemory);
+          }
+          yield { key, lsn: block.lsns[entry]!, value: this.#value(block, entry, values) };
         }
       }
     }
@@ -123,27 +130,38 @@ export class LayerSection {
     return block;
   }
 
-  #value(block: KeyBlock, entry: number): Buffer {
-    const number = block.valueBlocks[entry]!;
+  #value(block: KeyBlock, entry: number, values: Buffer): Buffer {
     const start = block.valueOffsets[entry]!;
     const end = start + block.valueLengths[entry]!;
-    const { blocks, path, read } = this.#source;
+    if (end > values.length || block.kinds[entry] !== values[start]) {
+      const offset = this.#index.valueBlockOffsets[block.valueBlocks[entry]!]!;
+      const reason = `no value of kind ${block.kinds[entry]} at [${start}, ${end})`;
+      throw new LayerDamagedError(this.#source.path, offset, reason);
+    }
+    return values.subarray(start, end);
+  }
+
+  /** The block that has the entry's value. */
+  #valueBlock(block: KeyBlock, entry: number): Buffer {
+    const number = block.valueBlocks[entry]!;
+    const { blocks } = this.#source;
+    const cacheKey = this.#cacheKeyStart + number;
+    return blocks.get(cacheKey) ?? blocks.load(cacheKey, (memory) => this.#readValueBlock(number, memory));
+  }
+
+  #readValueBlock(number: number, memory: Memory): Buffer {
+    const { path, read } = this.#source;
     const { valueBlockOffsets, valueBlockLengths } = this.#index;
     const offset = valueBlockOffsets[number];
     if (offset === undefined) {
       throw new LayerDamagedError(path, 0, `an entry names value block ${number} of ${valueBlockOffsets.length}`);
     }
-    const cacheKey = this.#cacheKeyStart + number;
-    let values = blocks.get(cacheKey);
-    if (values === undefined) {
-      values = decodeBlock(read(offset, valueBlockLengths[number]!), BLOCK_TYPE.values, path, offset);
-      blocks.set(cacheKey, values, values.length + 128);
-    }
-    if (end > values.length || block.kinds[entry] !== values[start]) {
-      throw new LayerDamagedError(path, offset, `no value of kind ${block.kinds[entry]} at [${start}, ${end})`);
-    }
-    return values.subarray(start, end);
+    return decodeBlock(read(offset, valueBlockLengths[number]!), BLOCK_TYPE.values, path, offset, memory);
   }
+}
+
+function ownMemory(sizeBytes: number): Buffer {
+  return Buffer.allocUnsafeSlow(sizeBytes);
 }
 
 /** Two generators in the order of keys as one; of equal keys the first one's comes first. What has no key is passed on at once. */

@@ -20,6 +20,8 @@ import { syncDirectory } from '../../base/durable-file.ts';
 
 /** Large enough that setting up zstd does not count, small enough for a read of one page. */
 const VALUE_BLOCK_BYTES = 32 * 1024;
+/** Of images. Two pages take little more room than four, and one of them is there in little more than half the time. */
+const IMAGE_BLOCK_BYTES = 16 * 1024;
 const WRITE_BYTES = 256 * 1024;
 
 export interface LayerWriterOptions {
@@ -60,8 +62,9 @@ export class LayerWriter {
     this.#file = file;
     this.#partialPath = partialPath;
     const append: AppendBlock = (type, content) => this.#appendBlock(type, content);
-    this.#history = new SectionWriter(options.lsnStart, options.valueBlockBytes ?? VALUE_BLOCK_BYTES, append);
-    this.#newest = new SectionWriter(options.lsnStart, VALUE_BLOCK_BYTES, append);
+    const usualBytes = options.kind === 'image' ? IMAGE_BLOCK_BYTES : VALUE_BLOCK_BYTES;
+    this.#history = new SectionWriter(options.lsnStart, options.valueBlockBytes ?? usualBytes, append);
+    this.#newest = new SectionWriter(options.lsnStart, IMAGE_BLOCK_BYTES, append);
     this.#append(encodeHeader(options.kind));
   }
 
