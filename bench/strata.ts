@@ -76,8 +76,18 @@ export class BenchedPlatform {
     process.kill(postmaster.pid, 'SIGKILL');
   }
 
-  processes(): readonly { pid: number }[] {
-    return [{ pid: this.#platform.pid }, ...this.#platform.descendants()];
+  /** The platform's own first. */
+  processes(): readonly { readonly pid: number; readonly command: string }[] {
+    return [{ pid: this.#platform.pid, command: 'platform' }, ...this.#platform.descendants()];
+  }
+
+  async stop(): Promise<void> {
+    await this.#platform.stop();
+  }
+
+  /** After `stop`: again on its data. */
+  async start(): Promise<void> {
+    await this.#platform.start();
   }
 
   async firstRow(connectionString: string): Promise<void> {

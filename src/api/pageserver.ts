@@ -238,8 +238,8 @@ export class PageserverClient {
   }
 
   /** Durable when it resolves. What does not exist is success; `conflict` when it has children. */
-  async deleteTimeline(timelineId: string): Promise<void> {
-    await this.#rpc.call('deleteTimeline', { timelineId });
+  async deleteTimeline(tenantId: string, timelineId: string): Promise<void> {
+    await this.#rpc.call('deleteTimeline', { tenantId, timelineId });
   }
 
   async timelineStatus(timelineId: string): Promise<PageserverTimelineStatus> {

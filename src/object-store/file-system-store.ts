@@ -24,6 +24,7 @@ import { link, mkdir, open, readdir, rename, rmdir, stat, unlink } from 'node:fs
 import type { FileHandle } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { pipeline } from 'node:stream/promises';
+import { allDone } from '../base/all-done.ts';
 import { CountingStream } from './counting-stream.ts';
 import {
   checkLimit,
@@ -83,7 +84,8 @@ export class FileSystemStore implements ObjectStore {
   static async open(directory: string, options: FileSystemStoreOptions = {}): Promise<FileSystemStore> {
     const root = resolve(directory);
     const store = new FileSystemStore(root, options);
-    await store.#makeFolder(join(root, PARTIAL));
+    const partials = join(root, PARTIAL);
+    await store.#makeDurable(partials, await store.#makeFolder(partials));
     await store.#removeOldPartials();
     return store;
   }
@@ -229,9 +231,9 @@ export class FileSystemStore implements ObjectStore {
         }
         atStep('synced');
         signal.throwIfAborted();
-        await this.#giveName(partial, path, name, options.ifAbsent === true);
+        const way = await this.#giveName(partial, path, name, options.ifAbsent === true);
         atStep('named');
-        await syncFolder(dirname(path));
+        await this.#makeDurable(dirname(path), way);
         atStep('folder-synced');
       } catch (error) {
         // What is not found here is the source file or the store itself.
@@ -244,15 +246,15 @@ export class FileSystemStore implements ObjectStore {
     });
   }
 
-  /** The folder may be removed, being empty, between its making and our rename. */
-  async #giveName(partial: string, path: string, name: string, ifAbsent: boolean): Promise<void> {
+  /** The folder may be removed, being empty, between its making and our rename. Resolves to what is to be made durable with it. */
+  async #giveName(partial: string, path: string, name: string, ifAbsent: boolean): Promise<readonly string[]> {
     const folder = dirname(path);
     for (let attempt = 1; ; attempt++) {
       try {
-        await this.#makeFolder(folder);
+        const way = await this.#makeFolder(folder);
         if (ifAbsent) await link(partial, path);
         else await rename(partial, path);
-        return;
+        return way;
       } catch (error) {
         const code = errorCode(error);
         if (code === 'EEXIST' && ifAbsent)
@@ -264,18 +266,30 @@ export class FileSystemStore implements ObjectStore {
   }
 
   /**
-   * Makes a folder and those above it, durably. One that is there may be another put's, which has not fsynced it yet: so the whole way is fsynced
-   * when a folder is first met.
+   * Makes a folder and those above it. Resolves to those of them, up to the root, whose names are not known to be durable: one that is there may be another
+   * put's, which has not fsynced it yet.
    */
-  async #makeFolder(folder: string): Promise<void> {
-    if (this.#durableFolders.has(folder)) return;
+  async #makeFolder(folder: string): Promise<readonly string[]> {
+    if (this.#durableFolders.has(folder)) return [];
     const first = await mkdir(folder, { recursive: true, mode: 0o700 });
-    for (let at = folder; at !== this.#root; at = dirname(at)) await syncFolder(dirname(at)).catch(ignoreAbsent);
-    if (first !== undefined && this.#root.startsWith(first)) {
-      for (let at = this.#root; at !== dirname(first); at = dirname(at)) await syncFolder(dirname(at));
+    const way: string[] = [];
+    for (let at = folder; at !== this.#root; at = dirname(at)) {
+      const isMade = first !== undefined && at.startsWith(first);
+      if (!isMade && this.#durableFolders.has(at)) break;
+      way.push(at);
     }
-    if (this.#durableFolders.size >= DURABLE_FOLDERS_MAX) this.#durableFolders.clear();
-    this.#durableFolders.add(folder);
+    // The root itself, and what was made above it.
+    for (let at = this.#root; first !== undefined && at.startsWith(first); at = dirname(at)) way.push(at);
+    return way;
+  }
+
+  /** Fsyncs the folder, and those that hold the names of `way`; all at once, as one turn of the disk may serve them all. */
+  async #makeDurable(folder: string, way: readonly string[]): Promise<void> {
+    const above = new Set(way.map((at) => dirname(at)));
+    above.delete(folder);
+    await allDone([syncFolder(folder), ...Array.from(above, (at) => syncFolder(at).catch(ignoreAbsent))]);
+    if (this.#durableFolders.size + way.length > DURABLE_FOLDERS_MAX) this.#durableFolders.clear();
+    for (const at of way) this.#durableFolders.add(at);
   }
 
   /** After removals: the folder is fsynced, or, when it is empty, removed, and so on upwards. */

@@ -153,8 +153,8 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result: {} };
     },
 
-    async deleteTimeline({ timelineId }: TimelineParams): Promise<RpcReply> {
-      await timelines.delete(timelineId);
+    async deleteTimeline({ timelineId, tenantId }: TimelineParams & { tenantId: string }): Promise<RpcReply> {
+      await timelines.delete(timelineId, tenantId);
       receiver.timelineRemoved(timelineId);
       return { result: {} };
     },

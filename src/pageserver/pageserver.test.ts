@@ -227,8 +227,8 @@ describe('a pageserver', () => {
     await assert.rejects(client.createTimeline({ ...request, ancestorLsn: lsn - 3 }), { code: 'bad-request' });
     await client.createTimeline({ ...request, ancestorLsn: lsn });
     assert.deepEqual(await client.basebackup(child, lsn), await client.basebackup(BRANCH, lsn));
-    await assert.rejects(client.deleteTimeline(BRANCH), { code: 'conflict' });
-    await client.deleteTimeline(child);
+    await assert.rejects(client.deleteTimeline(TENANT, BRANCH), { code: 'conflict' });
+    await client.deleteTimeline(TENANT, child);
     await assert.rejects(client.timelineStatus(child), { code: 'not-found' });
   });
 

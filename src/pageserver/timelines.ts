@@ -13,6 +13,7 @@ import assert from 'node:assert/strict';
 import { mkdir, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { allDone } from '../base/all-done.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { formatLsn } from '../postgres/lsn.ts';
@@ -234,8 +235,8 @@ export class Timelines {
 
   /** Durable when it resolves, in the object store too. Repeatable with the same parameters; `conflict` with others. */
   async create(request: NewTimeline): Promise<Timeline> {
-    const timeline = await this.#create(request);
-    await this.stored(timeline);
+    const { timeline, stored } = await this.#create(request);
+    await stored;
     return timeline;
   }
 
@@ -244,7 +245,7 @@ export class Timelines {
     await this.#remote?.stored(timeline);
   }
 
-  async #create(request: NewTimeline): Promise<Timeline> {
+  async #create(request: NewTimeline): Promise<{ timeline: Timeline; stored: Promise<void> | undefined }> {
     const { tenantId, timelineId, ancestorTimelineId, ancestorLsn, ancestorRecordLsn } = request;
     const existing = this.#existing(timelineId);
     if (existing !== undefined) {
@@ -254,7 +255,7 @@ export class Timelines {
         ancestor?.timelineId === ancestorTimelineId &&
         ancestor.lsn === ancestorLsn
       ) {
-        return existing;
+        return { timeline: existing, stored: this.stored(existing) };
       }
       throw new StrataError('conflict', `timeline ${timelineId} exists with another tenant, ancestor or LSN`);
     }
@@ -271,32 +272,47 @@ export class Timelines {
     return this.#exclusively(timelineId, async () => {
       // Before the first await: the ancestor cannot be deleted meanwhile, and keeps the branch point.
       this.#addChild(ancestorTimelineId, timelineId, ancestorLsn);
+      const index: TimelineIndex = {
+        tenantId,
+        timelineId,
+        pgVersion: ancestor.pgVersion,
+        ancestor: { timelineId: ancestorTimelineId, lsn: ancestorLsn },
+        startLsn: ancestorLsn,
+        startRecordLsn: ancestorRecordLsn,
+        diskConsistentLsn: ancestorLsn,
+        diskConsistentRecordLsn: ancestorRecordLsn,
+        isDeleted: false,
+        layers: [],
+      };
+      const timeline = this.#make(index, ancestor);
+      // Here and in the store at the same time, as somebody waits. Who asked does so again after a crash, so it is no harm when only the store has it then.
+      this.#remote?.created(timeline);
+      const stored = this.#remote?.stored(timeline);
+      stored?.catch(() => {}); // Looked at by who waits for it.
       try {
-        const index: TimelineIndex = {
-          tenantId,
-          timelineId,
-          pgVersion: ancestor.pgVersion,
-          ancestor: { timelineId: ancestorTimelineId, lsn: ancestorLsn },
-          startLsn: ancestorLsn,
-          startRecordLsn: ancestorRecordLsn,
-          diskConsistentLsn: ancestorLsn,
-          diskConsistentRecordLsn: ancestorRecordLsn,
-          isDeleted: false,
-          layers: [],
-        };
-        return await this.#install(index, ancestor);
+        await this.#install(timeline);
+        return { timeline, stored };
       } catch (error) {
         this.#removeChild(ancestorTimelineId, timelineId);
-        // Its index may have reached the disk all the same; a timeline that nobody knows of would hold its branch point for ever.
-        await removeTimelineDirectory(join(this.#directory, timelineId)).catch((failure: unknown) => {
-          this.#log.error(
-            { timelineId, err: failure },
-            'the folder of a timeline that was not created cannot be removed',
-          );
-        });
+        await this.#undoCreation(timeline);
         throw error;
       }
     });
+  }
+
+  /** Of a timeline that could not be made here: what is left of it would hold its branch point for ever, and nobody would know of it. */
+  async #undoCreation(timeline: Timeline): Promise<void> {
+    const { timelineId, directory } = timeline;
+    const warn = (failure: unknown): void =>
+      this.#log.error(
+        { timelineId, err: failure },
+        'what is left of a timeline that was not created cannot be removed',
+      );
+    if (this.#remote !== undefined) {
+      this.#deleted.add(timelineId);
+      await this.#remote.delete(timeline).catch(warn);
+    }
+    await removeTimelineDirectory(directory).catch(warn);
   }
 
   /**
@@ -335,7 +351,11 @@ export class Timelines {
           isDeleted: false,
           layers,
         };
-        return await this.#install(index, undefined);
+        const timeline = this.#make(index, undefined);
+        await this.#install(timeline);
+        this.#remote?.created(timeline);
+        this.#remote?.changed(timeline);
+        return timeline;
       } catch (error) {
         await target.abort();
         await rm(directory, { recursive: true, force: true });
@@ -344,10 +364,19 @@ export class Timelines {
     });
   }
 
-  /** Durable when it resolves. Repeatable: what does not exist is success. `conflict` when the timeline has children. */
-  async delete(timelineId: string): Promise<void> {
+  /**
+   * Durable when it resolves. Repeatable: what does not exist is success. `conflict` when the timeline has children. `tenantId`: whose it is if it is not here,
+   * but in the object store, as a crash in the middle of a creation may leave it.
+   */
+  async delete(timelineId: string, tenantId?: string): Promise<void> {
     const timeline = this.#existing(timelineId);
-    if (timeline === undefined) return;
+    if (timeline === undefined) {
+      if (tenantId === undefined || this.#deleted.has(timelineId)) return;
+      const directory = join(this.#directory, timelineId);
+      await this.#exclusively(timelineId, async () => this.#remote?.deleteUnknown({ tenantId, timelineId, directory }));
+      this.#deleted.add(timelineId);
+      return;
+    }
     const childCount = this.childCount(timelineId);
     if (childCount > 0) throw new StrataError('conflict', `timeline ${timelineId} has ${childCount} children`);
     await this.#exclusively(timelineId, async () => {
@@ -455,19 +484,22 @@ export class Timelines {
     }
   }
 
-  async #install(index: TimelineIndex, ancestor: Timeline | undefined): Promise<Timeline> {
-    const directory = join(this.#directory, index.timelineId);
+  #make(index: TimelineIndex, ancestor: Timeline | undefined): Timeline {
+    return new Timeline(join(this.#directory, index.timelineId), index, ancestor, this.#options);
+  }
+
+  /** Durable on the local disk when it resolves, and known from then on. */
+  async #install(timeline: Timeline): Promise<void> {
+    const { directory, index, timelineId } = timeline;
     await mkdir(directory, { recursive: true, mode: 0o700 });
     this.#options.onStep?.('timeline folder made');
-    // The folder first: an index in a folder that a power cut removes is none.
-    await syncDirectory(this.#directory);
-    await replaceFile(join(directory, TIMELINE_INDEX_NAME), encodeTimelineIndex(index));
+    // At once: an index in a folder that a power cut removes is none, and so is a folder without an index.
+    await allDone([
+      syncDirectory(this.#directory),
+      replaceFile(join(directory, TIMELINE_INDEX_NAME), encodeTimelineIndex(index)),
+    ]);
     this.#options.onStep?.('timeline created');
-    const timeline = new Timeline(directory, index, ancestor, this.#options);
-    this.#timelines.set(index.timelineId, timeline);
-    this.#remote?.created(timeline);
-    this.#remote?.changed(timeline);
-    return timeline;
+    this.#timelines.set(timelineId, timeline);
   }
 
   #addChild(timelineId: string, childId: string, lsn: Lsn): void {

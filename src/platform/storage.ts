@@ -79,7 +79,7 @@ export class ClusterStorage implements Storage {
   }
 
   async deleteTimeline(tenantId: string, timelineId: string): Promise<void> {
-    await this.#options.pageserver.deleteTimeline(timelineId);
+    await this.#options.pageserver.deleteTimeline(tenantId, timelineId);
     const safekeepers = [...this.#safekeepers.values()];
     await Promise.all(safekeepers.map((safekeeper) => safekeeper.deleteTimeline(tenantId, timelineId)));
   }

@@ -213,6 +213,31 @@ describe('a pageserver and the object store', () => {
     await assertRight(empty);
   });
 
+  test('a timeline that could not be made here is not left in the store, and its id is not used again', async () => {
+    writeFileSync(join(root, 'a/timelines', id(2)), 'a file where its folder should be');
+    await assert.rejects(branch(node, 2, LSN), { code: 'EEXIST' });
+    assert.match((await names(`indexes/${TENANT}/${id(2)}`)).at(-1)!, /-deleted$/);
+    await assert.rejects(branch(node, 2, LSN), { code: 'conflict' });
+    await node.timelines.delete(id(1)); // nothing holds its branch point
+  });
+
+  test('a timeline that a crash has left in the store alone can be made again, and deleted', async () => {
+    await branch(node, 2, LSN);
+    await branch(node, 3, LSN);
+    await node.close();
+    for (const n of [2, 3]) rmSync(join(root, 'a/timelines', id(n)), { recursive: true });
+    const again = await start('a');
+    assert.equal(again.timelines.find(id(2)), undefined);
+    await branch(again, 2, LSN);
+    await again.timelines.delete(id(3), TENANT);
+    await again.timelines.delete(id(3), TENANT);
+    assert(await again.remote.settled());
+    await again.close();
+    const empty = await start('b');
+    assert(empty.timelines.find(id(2)) !== undefined);
+    assert.equal(empty.timelines.find(id(3)), undefined);
+  });
+
   test('an older disk takes the store’s state, keeps what is the same, and loses what was deleted meanwhile', async () => {
     write(node, 300);
     await node.timelines.get(id(1)).flush();

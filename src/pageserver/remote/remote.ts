@@ -27,6 +27,7 @@ import type { Deletion } from './deletion-queue.ts';
 import { GenerationCheck } from './generation.ts';
 import { indexesOf, indexObjectName, layersOf } from './object-names.ts';
 import { objectNameOf } from './remote-index.ts';
+import { indexesInStore, newestIndex, readIndex } from './timeline-objects.ts';
 import { GenerationTakenError, TimelineUpload } from './timeline-upload.ts';
 import type { Pass, UploadedTimeline } from './timeline-upload.ts';
 import { TurnQueue } from './turn-queue.ts';
@@ -45,6 +46,8 @@ export interface RemoteOptions {
 }
 
 const PASSES_MAX = 4;
+/** Those that somebody waits for: many branches that are made at once. */
+const URGENT_PASSES_MAX = 16;
 const LAYER_UPLOADS_MAX = 4;
 const FETCHES_MAX = 16;
 const RETRY_DELAY_MS = 1_000;
@@ -174,6 +177,19 @@ export class Remote {
     });
   }
 
+  /** As `delete`, of a timeline that is not on the local disk; nothing is done when the store does not have it either. */
+  async deleteUnknown(timeline: Pick<UploadedTimeline, 'tenantId' | 'timelineId' | 'directory'>): Promise<void> {
+    const { store, generation } = this.#options;
+    const { tenantId, timelineId } = timeline;
+    const indexes = await indexesInStore(store, tenantId, timelineId).catch((error: unknown) => {
+      throw this.#unavailable(error);
+    });
+    const newest = newestIndex(indexes, generation);
+    if (newest === undefined || newest.isDeleted) return;
+    const { timeline: index } = await readIndex(store, newest);
+    await this.delete({ ...timeline, index, setRemoteConsistentLsn: () => {} });
+  }
+
   /** Whether the layer's file may be taken away: it can be fetched again. */
   isStored(timeline: UploadedTimeline, layer: LayerDescription): boolean {
     return this.#uploads.get(timeline)?.isStored(layer) ?? false;
@@ -264,7 +280,7 @@ export class Remote {
       // prettier-ignore
       let runningCount = [...this.#running.values()].filter((each) => each.isUrgent === isUrgent).length;
       for (const upload of queue) {
-        if (runningCount >= PASSES_MAX) break;
+        if (runningCount >= (isUrgent ? URGENT_PASSES_MAX : PASSES_MAX)) break;
         if (this.#running.has(upload)) continue;
         queue.delete(upload);
         runningCount++;

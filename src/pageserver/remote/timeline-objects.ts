@@ -55,6 +55,16 @@ export async function listIndexes(store: ObjectStore, tenantId?: string): Promis
   return found;
 }
 
+/** The timeline's indexes, in no order. */
+export async function indexesInStore(store: ObjectStore, tenantId: string, timelineId: string): Promise<IndexObject[]> {
+  const indexes: IndexObject[] = [];
+  for await (const object of listAll(store, indexesOf(tenantId, timelineId))) {
+    const name = parseIndexName(object.name);
+    if (name !== undefined) indexes.push({ ...name, ...object });
+  }
+  return indexes;
+}
+
 /** Everything that the store has under the timeline's names. */
 export async function listTimelineObjects(
   store: ObjectStore,

@@ -11,7 +11,7 @@
  */
 
 import { StrataError } from '../../base/errors.ts';
-import { isObjectError, listAll } from '../../object-store/object-store.ts';
+import { isObjectError } from '../../object-store/object-store.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
 import type { Lsn } from '../../postgres/lsn.ts';
 import { LayerAbsentError } from '../layers/block.ts';
@@ -20,13 +20,12 @@ import type { LayerDescription } from '../layers/layer-format.ts';
 import { encodeTimelineIndex } from '../timeline-index.ts';
 import type { TimelineIndex } from '../timeline-index.ts';
 import { crc32OfFile } from './first-look.ts';
-import { indexesOf, indexObjectName, layerObjectName, parseIndexName } from './object-names.ts';
+import { indexObjectName, layerObjectName } from './object-names.ts';
 import type { IndexName } from './object-names.ts';
 import { keepRemoteIndex, readKeptIndex } from './kept-index.ts';
 import { encodeRemoteIndex, objectNameOf } from './remote-index.ts';
 import type { RemoteIndex, RemoteLayer } from './remote-index.ts';
-import { newestIndex, readIndex } from './timeline-objects.ts';
-import type { IndexObject } from './timeline-objects.ts';
+import { indexesInStore, newestIndex, readIndex } from './timeline-objects.ts';
 
 /** A timeline as far as uploads are concerned with it. */
 export interface UploadedTimeline {
@@ -140,11 +139,7 @@ export class TimelineUpload {
   async #readStored(): Promise<RemoteIndex | undefined> {
     const { tenantId, timelineId } = this.timeline;
     const { store, generation } = this.#options;
-    const indexes: IndexObject[] = [];
-    for await (const object of listAll(store, indexesOf(tenantId, timelineId))) {
-      const name = parseIndexName(object.name);
-      if (name !== undefined) indexes.push({ ...name, ...object });
-    }
+    const indexes = await indexesInStore(store, tenantId, timelineId);
     const newest = newestIndex(indexes, generation);
     if (newest === undefined) return undefined;
     this.#olderIndexes = indexes.filter((index) => index.generation < newest.generation).map(({ name }) => name);
