@@ -19,6 +19,7 @@ import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerDamagedError } from './layers/block.ts';
 import { MergeCancelled } from './merge.ts';
 import type { MergeJob, Retention } from './merge.ts';
+import type { OnStep } from './step.ts';
 import type { Timeline } from './timeline.ts';
 import { RepairBound } from './whole-reads.ts';
 import type { Repair } from './whole-reads.ts';
@@ -34,8 +35,7 @@ export interface CompactionOptions {
   readonly fetch: Repair;
   /** Makes a damaged layer whole that a merge has met. */
   readonly repair?: (damage: LayerDamagedError) => Promise<void>;
-  /** For tests: called at each step, by name. */
-  readonly onStep?: (step: string) => void;
+  readonly onStep?: OnStep;
 }
 
 export class Compaction {

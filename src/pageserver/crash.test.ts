@@ -1,54 +1,66 @@
 /**
- * A process is killed at any moment; what it leaves must be the state at some record at or past the last flush that it was told of, whole,
- * with no file that belongs to nothing.
+ * A process is killed (kill -9) at each step that it names, and between any two changes of its disk that chance picks; what it leaves must be the state at some
+ * record at or past the last flush that it was told of, whole, with no file that belongs to nothing.
  */
 
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { test } from 'node:test';
-import { setTimeout as sleep } from 'node:timers/promises';
+import { after, before, describe, test } from 'node:test';
 import { checkStore, newModel } from '../../test/pageserver/check-store.ts';
-import { RECORD_BYTES, START_LSN, STEPS } from '../../test/pageserver/crash-writer.ts';
+import { RECORD_BYTES, START_LSN } from '../../test/pageserver/crash-writer.ts';
+import { FaultyDisk } from '../../test/pageserver/faulty-disk.ts';
+import { runUntilKilled } from '../../test/pageserver/run-until-killed.ts';
+import { LOCAL_STEPS } from './step.ts';
+import type { Step } from './step.ts';
 
 const WRITER = join(import.meta.dirname, '../../test/pageserver/crash-writer.ts');
 const seed = Number(process.env['STRATA_TEST_SEED'] ?? Date.now() % 1_000_000);
-const rounds = Number(process.env['STRATA_TEST_RUNS'] ?? 2 * STEPS.length);
+const randomRounds = Number(process.env['STRATA_TEST_RUNS'] ?? 6);
+const REACH_MS = 60_000;
+/** An import is made once. */
+const ONCE: readonly Step[] = ['import folder made', 'imported layers written'];
+/** Of the disk, in a cycle of flushes, merges, a branch and its deletion. */
+const CHANGES = 400;
 
-/** Runs a writer until it dies; gives the last LSN that it was told is durable. */
-async function runUntilKilled(directory: string, step: string, count: number, killAfterMs: number): Promise<number> {
-  const child = spawn(process.execPath, [WRITER, directory, String(seed), step, String(count)], {
-    stdio: ['ignore', 'pipe', 'inherit'],
-  });
-  let output = '';
-  child.stdout.setEncoding('utf8').on('data', (text: string) => (output += text));
-  const exited = new Promise<void>((resolve, reject) => {
-    child.once('close', (code, signal) => {
-      if (signal === 'SIGKILL') resolve();
-      else reject(new Error(`the writer ended by itself: ${code ?? signal}`));
-    });
-  });
-  void sleep(killAfterMs).then(() => child.kill('SIGKILL'));
-  await exited;
-  return Number(output.split('\n').at(-2) ?? START_LSN);
-}
-
-test(`a killed store comes back whole (seed ${seed})`, { timeout: 120_000 }, async () => {
-  const directory = mkdtempSync(join(tmpdir(), 'strata-crash-'));
+describe(`a killed store comes back whole (seed ${seed})`, () => {
   const model = newModel();
-  try {
-    for (let round = 0; round < rounds; round++) {
-      const isAtStep = round % 2 === 0;
-      const step = isAtStep ? STEPS[(round / 2) % STEPS.length]! : '';
-      const count = 1 + ((seed + round) % 3);
-      const killAfterMs = isAtStep ? 20_000 : 300 + ((seed * round) % 500);
-      const confirmedLsn = await runUntilKilled(directory, step, count, killAfterMs);
-      await checkStore(directory, { seed, confirmedLsn, model, what: `round ${round}` });
-    }
-    assert(model.lastRecordLsn > START_LSN + 400 * RECORD_BYTES, 'much was written');
-  } finally {
-    rmSync(directory, { recursive: true, force: true });
+  let scratch: string;
+  let directory: string;
+  let disk: FaultyDisk | undefined;
+
+  before(() => {
+    scratch = mkdtempSync(join(tmpdir(), 'strata-crash-'));
+    directory = join(scratch, 'store');
+    mkdirSync(directory);
+    disk = FaultyDisk.make(directory, scratch);
+  });
+  after(() => rmSync(scratch, { recursive: true, force: true }));
+
+  async function check(lines: readonly string[], what: string): Promise<void> {
+    await checkStore(directory, { seed, confirmedLsn: Number(lines.at(-1) ?? START_LSN), model, what });
   }
+
+  for (const [number, step] of LOCAL_STEPS.entries()) {
+    const count = ONCE.includes(step) ? 1 : 1 + ((seed + number) % 3);
+    test(`at "${step}", the ${count}. time`, { timeout: 2 * REACH_MS }, async () => {
+      const { lines, wasItself } = await runUntilKilled(WRITER, [directory, seed, step, count], REACH_MS);
+      assert(wasItself, `it never came to "${step}"`);
+      await check(lines, step);
+    });
+  }
+
+  for (let round = 0; round < randomRounds; round++) {
+    const changes = (seed * 31 + round * 173) % CHANGES;
+    test(`before it changes the disk for the ${changes + 1}. time`, { timeout: 2 * REACH_MS }, async (context) => {
+      if (disk === undefined) return context.skip('there is no C compiler');
+      disk.killAfter(changes);
+      const { lines, wasItself } = await runUntilKilled(WRITER, [directory, seed, ''], REACH_MS, disk.environment);
+      assert(wasItself);
+      await check(lines, `${changes} changes`);
+    });
+  }
+
+  test('much was written meanwhile', () => assert(model.lastRecordLsn > START_LSN + 400 * RECORD_BYTES));
 });

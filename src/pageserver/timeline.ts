@@ -38,6 +38,7 @@ import { LsnWaiters } from './lsn-waiters.ts';
 import type { History, HistoryReader, KeyImage, Lineage } from './read.ts';
 import { historyGone } from './retention.ts';
 import type { Horizon } from './retention.ts';
+import type { OnStep } from './step.ts';
 import type { TimelineReader, TimelineWriter } from './timeline-access.ts';
 import { removeTimelineDirectory } from './timeline-directory.ts';
 import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
@@ -57,8 +58,7 @@ export interface TimelineOptions {
   readonly retainedLsns: (timeline: Timeline) => readonly Lsn[];
   /** Called after each change of the index. */
   readonly onIndex?: (timeline: Timeline) => void;
-  /** For tests: called before each step of a change on disk. */
-  readonly onStep?: (step: string) => void;
+  readonly onStep?: OnStep;
 }
 
 export interface TimelineLimits {
@@ -473,6 +473,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     if (!this.#index.isDeleted) await this.#writeIndex((index) => ({ ...index, isDeleted: true, layers: [] }));
     this.#options.onStep?.('timeline deleted');
     await removeTimelineDirectory(this.directory);
+    this.#options.onStep?.('timeline folder removed');
   }
 
   async #stop(how: 'closed' | 'deleted'): Promise<void> {

@@ -32,6 +32,7 @@ import { HistoryReader } from './read.ts';
 import type { Replay } from './read.ts';
 import { LEASE_MS, Leases } from './retention.ts';
 import { RetentionWindows } from './retention-windows.ts';
+import type { OnStep } from './step.ts';
 import { Timeline } from './timeline.ts';
 import type { TimelineOptions } from './timeline.ts';
 import { removeTimelineDirectory } from './timeline-directory.ts';
@@ -90,8 +91,7 @@ export interface TimelinesOptions {
   readonly brokenInStore?: ReadonlyMap<string, string>;
   /** Called when a merge meets a damaged layer; to resolve when it is whole again. */
   readonly repair?: (damage: LayerDamagedError) => Promise<void>;
-  /** For tests: called before and after steps of changes on disk, by name. */
-  readonly onStep?: (step: string) => void;
+  readonly onStep?: OnStep;
 }
 
 export interface NewTimeline {
@@ -335,10 +335,12 @@ export class Timelines {
     return this.#exclusively(timelineId, async () => {
       const directory = join(this.#directory, timelineId);
       await mkdir(directory, { mode: 0o700 });
+      this.#options.onStep?.('import folder made');
       const target = await ImportTarget.create(directory, timelineId, lsn);
       try {
         await write(target);
         const layers = await target.finish();
+        this.#options.onStep?.('imported layers written');
         const index: TimelineIndex = {
           tenantId,
           timelineId,

@@ -29,21 +29,6 @@ const BLOCKS = 40;
 /** How far back history is kept. */
 const HISTORY_BYTES = 600 * RECORD_BYTES;
 
-/** Every step of a change on disk: between any two of them a process may die. */
-export const STEPS = [
-  'timeline folder made',
-  'timeline created',
-  'flush begins',
-  'layer written',
-  'index written',
-  'compaction begins',
-  'compacted layers written',
-  'compacted index written',
-  'compacted layer removed',
-  'horizon written',
-  'timeline deleted',
-];
-
 /** What is imported: values at START_LSN. */
 export const IMPORTED: readonly [Key, Buffer][] = [
   [databaseKey(1663, 0), Buffer.from('first')],

@@ -12,12 +12,14 @@
  * With STRATA_FAULT_PROCESS, only in processes whose command line ends so.
  *
  * An fsync that fails loses what was written, as on Linux, where the pages count as clean afterwards: the file's last 64 KiB become zeroes, so that
- * whoever goes on with the file as if a second fsync had saved it is found out.
+ * whoever goes on with the file as if a second fsync had saved it is found out. A death (FAULT_DEATH) strikes before any call that changes a disk, whatever kind of call it
+ * is: so a process can be killed between any two of them.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -42,6 +44,7 @@ enum {
   FAULT_GARBAGE = 9,
   FAULT_UNLINK = 10,
   FAULT_OPEN = 11,
+  FAULT_DEATH = 12,
 };
 
 struct control {
@@ -135,6 +138,26 @@ static int fails_on_path(uint32_t kind, const char *path)
   return may_strike(kind) && is_ours(path) && strikes(kind);
 }
 
+static void die(void)
+{
+  kill(getpid(), SIGKILL);
+  for (;;)
+    pause();
+}
+
+/* To be called before each change of the disk. */
+static void may_die_on_file(int file)
+{
+  if (fails_on_file(FAULT_DEATH, file))
+    die();
+}
+
+static void may_die_on_path(const char *path)
+{
+  if (fails_on_path(FAULT_DEATH, path))
+    die();
+}
+
 #define REAL(name) \
   static typeof(name) *real; \
   if (real == NULL) \
@@ -147,6 +170,7 @@ static int fails_on_path(uint32_t kind, const char *path)
   } while (0)
 
 #define WRITE_FAULTS(file, length) \
+  may_die_on_file(file); \
   if (fails_on_file(FAULT_NO_SPACE, file)) \
     FAIL(ENOSPC); \
   if (fails_on_file(FAULT_WRITE_ERROR, file)) \
@@ -173,6 +197,52 @@ ssize_t pwrite64(int file, const void *bytes, size_t length, off64_t offset)
   REAL(pwrite64);
   WRITE_FAULTS(file, length);
   return real(file, bytes, length, offset);
+}
+
+static size_t length_of(const struct iovec *parts, int count)
+{
+  size_t length = 0;
+  for (int i = 0; i < count; i++)
+    length += parts[i].iov_len;
+  return length;
+}
+
+/* A short write of several parts writes the first of them. */
+#define WRITEV_FAULTS(file, parts, count) \
+  do { \
+    size_t length = length_of(parts, count); \
+    size_t wanted = length; \
+    WRITE_FAULTS(file, length); \
+    if (length < wanted && count > 1) \
+      count = 1; \
+  } while (0)
+
+ssize_t writev(int file, const struct iovec *parts, int count)
+{
+  REAL(writev);
+  WRITEV_FAULTS(file, parts, count);
+  return real(file, parts, count);
+}
+
+ssize_t pwritev(int file, const struct iovec *parts, int count, off_t offset)
+{
+  REAL(pwritev);
+  WRITEV_FAULTS(file, parts, count);
+  return real(file, parts, count, offset);
+}
+
+ssize_t pwritev64(int file, const struct iovec *parts, int count, off64_t offset)
+{
+  REAL(pwritev64);
+  WRITEV_FAULTS(file, parts, count);
+  return real(file, parts, count, offset);
+}
+
+int ftruncate(int file, off_t length)
+{
+  REAL(ftruncate);
+  may_die_on_file(file);
+  return real(file, length);
 }
 
 static ssize_t read_faults(int file, void *bytes, ssize_t count)
@@ -244,6 +314,7 @@ static int sync_fails(int file)
 int fsync(int file)
 {
   REAL(fsync);
+  may_die_on_file(file);
   if (sync_fails(file))
     FAIL(EIO);
   return real(file);
@@ -252,6 +323,7 @@ int fsync(int file)
 int fdatasync(int file)
 {
   REAL(fdatasync);
+  may_die_on_file(file);
   if (sync_fails(file))
     FAIL(EIO);
   return real(file);
@@ -260,6 +332,7 @@ int fdatasync(int file)
 int rename(const char *from, const char *to)
 {
   REAL(rename);
+  may_die_on_path(to);
   if (fails_on_path(FAULT_RENAME, to))
     FAIL(EIO);
   return real(from, to);
@@ -268,10 +341,42 @@ int rename(const char *from, const char *to)
 int unlink(const char *path)
 {
   REAL(unlink);
+  may_die_on_path(path);
   if (fails_on_path(FAULT_UNLINK, path))
     FAIL(EIO);
   return real(path);
 }
+
+int link(const char *from, const char *to)
+{
+  REAL(link);
+  may_die_on_path(to);
+  return real(from, to);
+}
+
+int mkdir(const char *path, mode_t mode)
+{
+  REAL(mkdir);
+  may_die_on_path(path);
+  return real(path, mode);
+}
+
+int rmdir(const char *path)
+{
+  REAL(rmdir);
+  may_die_on_path(path);
+  return real(path);
+}
+
+/* What an open with these flags may change, or fail at. */
+#define OPEN_FAULTS(path, flags) \
+  do { \
+    if ((flags & O_CREAT) != 0) { \
+      may_die_on_path(path); \
+      if (fails_on_path(FAULT_OPEN, path)) \
+        FAIL(ENOSPC); \
+    } \
+  } while (0)
 
 int open(const char *path, int flags, ...)
 {
@@ -283,8 +388,7 @@ int open(const char *path, int flags, ...)
     mode = __builtin_va_arg(list, mode_t);
     __builtin_va_end(list);
   }
-  if ((flags & O_CREAT) != 0 && fails_on_path(FAULT_OPEN, path))
-    FAIL(ENOSPC);
+  OPEN_FAULTS(path, flags);
   return real(path, flags, mode);
 }
 
@@ -298,8 +402,7 @@ int open64(const char *path, int flags, ...)
     mode = __builtin_va_arg(list, mode_t);
     __builtin_va_end(list);
   }
-  if ((flags & O_CREAT) != 0 && fails_on_path(FAULT_OPEN, path))
-    FAIL(ENOSPC);
+  OPEN_FAULTS(path, flags);
   return real(path, flags, mode);
 }
 

@@ -22,6 +22,9 @@ export const FAULTS = {
   'no new files': 11,
 } as const;
 
+/** Not a failure of the disk: the process is killed before one of its changes. */
+const DEATH = 12;
+
 const CONTROL_BYTES = 20;
 
 export type Fault = keyof typeof FAULTS;
@@ -61,6 +64,12 @@ export class FaultyDisk {
   fail(fault: Fault, succeed = 0, fail = 2 ** 31): void {
     this.#write([0, 0, 0, 0]);
     this.#write([FAULTS[fault], succeed, fail, 0]);
+  }
+
+  /** Whoever changes the disk after `changes` more changes is killed (SIGKILL) in that moment. */
+  killAfter(changes: number): void {
+    this.#write([0, 0, 0, 0]);
+    this.#write([DEATH, changes, 1, 0]);
   }
 
   /** Nothing fails any more. Returns how many calls have failed. */

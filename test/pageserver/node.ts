@@ -14,6 +14,7 @@ import { takeGeneration } from '../../src/pageserver/remote/first-look.ts';
 import { Remote } from '../../src/pageserver/remote/remote.ts';
 import { Repairs } from '../../src/pageserver/repair.ts';
 import type { KeyImage } from '../../src/pageserver/read.ts';
+import type { OnStep, Step } from '../../src/pageserver/step.ts';
 import { Timelines } from '../../src/pageserver/timelines.ts';
 import type { StoreLimits, TimelinesOptions } from '../../src/pageserver/timelines.ts';
 import { readWhole } from '../../src/pageserver/whole-reads.ts';
@@ -30,7 +31,7 @@ export interface NodeOptions {
   readonly lsnAt?: TimelinesOptions['lsnAt'];
   readonly now?: () => number;
   /** Called at each step; when it throws, the node is as good as dead. */
-  readonly onStep?: (step: string) => void;
+  readonly onStep?: OnStep;
 }
 
 /** What every step throws once a node is dead. */
@@ -59,7 +60,7 @@ export class TestNode {
     mkdirSync(directory, { recursive: true });
     const life = { isOver: false };
     const step = {
-      onStep: (name: string) => {
+      onStep: (name: Step) => {
         if (life.isOver) throw new NodeDeath(`dead before: ${name}`);
         try {
           onStep?.(name);

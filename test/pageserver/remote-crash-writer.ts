@@ -19,25 +19,6 @@ import { farStore, TestNode } from './node.ts';
 /** How far back history is kept. */
 const HISTORY_BYTES = 600 * RECORD_BYTES;
 
-/** Every step of what has to do with the object store: between any two of them a process may die. */
-export const REMOTE_STEPS = [
-  'generation taken',
-  'other layers removed',
-  'index taken',
-  'generation written',
-  'layer uploaded',
-  'index uploaded',
-  'remote index kept',
-  'generation confirmed',
-  'objects deleted',
-  'tombstone uploaded',
-  'timeline deleted',
-  'layer fetched',
-  'index written',
-  'compacted index written',
-  'compacted layer removed',
-];
-
 async function write(directory: string, disk: string, seed: number, dieAt: string, dieAtCount: number): Promise<never> {
   let stepCount = 0;
   let nowMs = Date.now();
@@ -90,7 +71,7 @@ async function write(directory: string, disk: string, seed: number, dieAt: strin
       await timelines.create({ tenantId: ROOT, timelineId, ...at });
       say(`made ${timelineId}`);
     } else {
-      const { timelineId } = branches[root.lastRecordLsn % BRANCHES_MAX]!;
+      const { timelineId } = branches[0]!;
       say(`deleting ${timelineId}`);
       await timelines.delete(timelineId);
       say(`deleted ${timelineId}`);

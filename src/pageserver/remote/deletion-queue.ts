@@ -8,6 +8,7 @@ import type { Logger } from '../../base/log.ts';
 import { listAll } from '../../object-store/object-store.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
 import { setTimeout as sleep } from 'node:timers/promises';
+import type { OnStep } from '../step.ts';
 
 /** Either one object, or all whose names begin with `prefix` but `except`. */
 export type Deletion =
@@ -18,7 +19,7 @@ export interface DeletionQueueOptions {
   readonly store: ObjectStore;
   readonly log: Logger;
   readonly retryDelayMs: number;
-  readonly onStep?: (step: string) => void;
+  readonly onStep?: OnStep;
 }
 
 const DELETIONS_MAX = 100_000;

@@ -19,6 +19,7 @@ import type { Logger } from '../../base/log.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
 import { replaceFile, syncDirectory } from '../../base/durable-file.ts';
 import { layerFileName } from '../layers/layer-format.ts';
+import type { OnStep } from '../step.ts';
 import { removeTimelineDirectory } from '../timeline-directory.ts';
 import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from '../timeline-index.ts';
 import { readGeneration, writeGeneration } from './generation.ts';
@@ -33,8 +34,7 @@ export interface FirstLookOptions {
   readonly store: ObjectStore;
   readonly generations: Generations;
   readonly log: Logger;
-  /** For tests: called before each step of a change on disk. */
-  readonly onStep?: (step: string) => void;
+  readonly onStep?: OnStep;
 }
 
 export interface FirstLook {

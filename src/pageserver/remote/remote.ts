@@ -22,6 +22,7 @@ import type { ObjectStore } from '../../object-store/object-store.ts';
 import { LayerAbsentError } from '../layers/block.ts';
 import { layerPath } from '../layers/layer-format.ts';
 import type { LayerDescription } from '../layers/layer-format.ts';
+import type { OnStep } from '../step.ts';
 import { DeletionQueue } from './deletion-queue.ts';
 import type { Deletion } from './deletion-queue.ts';
 import { GenerationCheck } from './generation.ts';
@@ -41,8 +42,7 @@ export interface RemoteOptions {
   readonly retryDelayMs?: number;
   /** How long somebody waits for a timeline to be in a store that fails. */
   readonly storedWaitMs?: number;
-  /** For tests: called after each step, by name. */
-  readonly onStep?: (step: string) => void;
+  readonly onStep?: OnStep;
 }
 
 const PASSES_MAX = 4;

@@ -17,6 +17,7 @@ import type { Lsn } from '../../postgres/lsn.ts';
 import { LayerAbsentError } from '../layers/block.ts';
 import { layerFileName, layerPath } from '../layers/layer-format.ts';
 import type { LayerDescription } from '../layers/layer-format.ts';
+import type { OnStep } from '../step.ts';
 import { encodeTimelineIndex } from '../timeline-index.ts';
 import type { TimelineIndex } from '../timeline-index.ts';
 import { crc32OfFile } from './first-look.ts';
@@ -43,7 +44,7 @@ export interface UploadOptions {
   readonly generation: number;
   /** Runs an upload of a layer when it is its turn. */
   readonly inTurn: (upload: () => Promise<void>) => Promise<void>;
-  readonly onStep?: (step: string) => void;
+  readonly onStep?: OnStep;
 }
 
 /** What a pass has brought to the store. */
