@@ -61,7 +61,10 @@ if (role === 'safekeeper') {
   const { runSafekeeper } = await import('./safekeeper/main.ts');
   await runServiceProcess(async (config: SafekeeperProcessConfig) => {
     const log = createLog({ name: `safekeeper-${config.nodeId}` });
-    const service = await runSafekeeper({ ...config, secret: Buffer.from(config.secret, 'hex'), log });
+    const offloadSeconds = process.env['STRATA_TEST_OFFLOAD_SECONDS'];
+    const quietMs = Number(offloadSeconds) * 1000;
+    const offload = offloadSeconds === undefined ? {} : { offload: { quietMs, turnMs: quietMs / 5 } };
+    const service = await runSafekeeper({ ...offload, ...config, secret: Buffer.from(config.secret, 'hex'), log });
     flushCompileCache();
     return { service, ready: { port: service.port } };
   });

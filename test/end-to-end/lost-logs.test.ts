@@ -18,7 +18,7 @@ describe('safekeepers that have lost their disks', () => {
   let rows = 0;
 
   before(async () => {
-    platform = await TestPlatform.start();
+    platform = await TestPlatform.start({ env: { STRATA_TEST_OFFLOAD_SECONDS: '1' } });
     await platform.psql('CREATE TABLE kept (n int PRIMARY KEY, note text)');
   });
   after(async () => {
@@ -77,7 +77,7 @@ describe('safekeepers that have lost their disks', () => {
       const status = await safekeeper.status(tenantId, timelineId);
       return status.offloadedLsn === status.commitLsn;
     };
-    await waitUntil(isDone, 'the WAL is offloaded', 120_000);
+    await waitUntil(isDone, 'the WAL is offloaded', 60_000);
     await close();
   }
 
@@ -104,7 +104,7 @@ describe('safekeepers that have lost their disks', () => {
     assert.deepEqual(await rebuilt(), []);
     await platform.killEverything();
     loseDisks(1, 2, 3);
-    await platform.start();
+    await platform.start(undefined, { STRATA_TEST_OFFLOAD_SECONDS: '600' }); // The next test wants WAL that is not there.
     assert.match(platform.output, /had lost the log of timeline [0-9a-f]{32}: rebuilt from the object store up to/);
     await assertConfigured();
     await assertAllThere();

@@ -62,12 +62,12 @@ export class TestPlatform {
     return platform;
   }
 
-  /** Starts it (again) on the same ports and data; resolves when it has printed `ready`. Other arguments take the place of the first ones. */
-  async start(others: readonly string[] = this.#args): Promise<void> {
+  /** Starts it (again) on the same ports and data; resolves when it has printed `ready`. Other arguments take the place of the first ones, `env` is added. */
+  async start(others: readonly string[] = this.#args, env: Readonly<Record<string, string>> = {}): Promise<void> {
     const args = ['start', '--data-dir', this.dataDir, '--pg-port', String(this.pgPort)];
     const child = spawn(executable, [...args, '--http-port', String(this.httpPort), ...others], {
       stdio: ['ignore', 'pipe', 'pipe'],
-      env: { ...process.env, ...this.#env },
+      env: { ...process.env, ...this.#env, ...env },
     });
     this.#child = child;
     this.#output = '';
