@@ -10,11 +10,11 @@
  * later, means that the documented functions do the work; an error is always theirs.
  */
 
+import assert from 'node:assert/strict';
 import { constants, createZstdCompress, createZstdDecompress, zstdCompressSync, zstdDecompressSync } from 'node:zlib';
 
+const ZSTD_E_END = constants.ZSTD_e_end;
 const OPTIONS = { params: { [constants.ZSTD_c_compressionLevel]: 1 } };
-/** More room than zstd ever needs for this much (ZSTD_COMPRESSBOUND). */
-const bound = (length: number): number => length + (length >>> 8) + 1024;
 
 interface Handle {
   writeSync(
@@ -37,17 +37,21 @@ interface Context {
 
 let compressor: Context | undefined;
 let decompressor: Context | undefined;
-let scratch = Buffer.alloc(0);
 
-/** One frame, in memory of its own. */
-export function compress(raw: Buffer): Buffer {
+/** More room than zstd ever needs for this much (ZSTD_COMPRESSBOUND). */
+export function compressedLengthMax(length: number): number {
+  return length + (length >>> 8) + 1024;
+}
+
+/** Writes one frame to `out` from `at` on, where there has to be room for compressedLengthMax. Its length. */
+export function compressTo(raw: Buffer, out: Buffer, at: number): number {
+  assert(out.length - at >= compressedLengthMax(raw.length), 'there is room for the frame');
   if (compressor !== undefined) {
-    if (scratch.length < bound(raw.length)) scratch = Buffer.allocUnsafeSlow(bound(raw.length));
-    const length = run(compressor, raw, scratch);
-    if (length !== undefined && length > 0) return Buffer.from(scratch.subarray(0, length));
+    const length = run(compressor, raw, out, at);
+    if (length !== undefined && length > 0) return length;
     compressor = undefined;
   }
-  return zstdCompressSync(raw, OPTIONS);
+  return zstdCompressSync(raw, OPTIONS).copy(out, at);
 }
 
 /** With one byte to spare, a frame that has more than it should shows. */
@@ -63,7 +67,7 @@ export function decompress(
   memory: Buffer = Buffer.allocUnsafeSlow(rawLength + SPARE_BYTES),
 ): Buffer {
   if (decompressor !== undefined) {
-    if (run(decompressor, stored, memory) === rawLength) return memory.subarray(0, rawLength);
+    if (run(decompressor, stored, memory, 0) === rawLength) return memory.subarray(0, rawLength);
     // It may be in the middle of a frame.
     decompressor = makeContext(createZstdDecompress());
   }
@@ -76,11 +80,16 @@ export function decompress(
 }
 
 /** How much was written; undefined when that is not all that there was. */
-function run({ handle, left, hasFailed }: Context, input: Uint8Array, output: Uint8Array): number | undefined {
-  handle.writeSync(constants.ZSTD_e_end, input, 0, input.length, output, 0, output.length);
+function run(
+  { handle, left, hasFailed }: Context,
+  input: Uint8Array,
+  output: Uint8Array,
+  outputAt: number,
+): number | undefined {
+  handle.writeSync(ZSTD_E_END, input, 0, input.length, output, outputAt, output.length - outputAt);
   const [outputLeft, inputLeft] = left;
   if (hasFailed() || inputLeft !== 0 || outputLeft === undefined || outputLeft === 0) return undefined;
-  return output.length - outputLeft;
+  return output.length - outputAt - outputLeft;
 }
 
 function makeContext(stream: object): Context | undefined {
@@ -104,7 +113,8 @@ function start(): void {
   decompressor = makeContext(createZstdDecompress());
   const pieces = ['', 'a', 'strata '.repeat(3000)].map((text) => Buffer.from(text));
   const isRight = pieces.every((piece) => {
-    const frame = compress(piece);
+    const out = Buffer.alloc(compressedLengthMax(piece.length));
+    const frame = out.subarray(0, compressTo(piece, out, 0));
     return zstdDecompressSync(frame).equals(piece) && decompress(frame, piece.length).equals(piece);
   });
   if (!isRight) compressor = decompressor = undefined;

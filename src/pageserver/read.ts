@@ -98,7 +98,7 @@ export class HistoryReader {
       this.#makePage(image, pgVersion);
       this.#keep(key, image);
     } else {
-      // It was a view of a block, or of a memory layer.
+      // It was a view of a block, or of a memory layer, whose memory is used again.
       image = Buffer.from(image);
       if (image.length <= SMALL_VALUE_BYTES) this.#keep(key, image);
     }

@@ -565,6 +565,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#frozen.shift();
     this.#memoryLayers = this.#memoryLayers.filter((other) => other !== layer);
     this.#options.memory.bytes -= layer.sizeBytes;
+    layer.release();
   }
 
   /** Replaces the index by what `change` makes of it; one change at a time. */

@@ -14,10 +14,11 @@
  * A block whose checksum, type or lengths are not as expected is damaged: it is never used, and the error names file and offset.
  */
 
-import { CRC32C_INIT, crc32c, crc32cExtend, crc32cFinish } from '../../base/crc32c.ts';
+import { CRC32C_INIT, crc32c, crc32cExtendView, crc32cFinish } from '../../base/crc32c.ts';
 import { StrataError } from '../../base/errors.ts';
 import type { ByteRange } from './partial-layer.ts';
-import { compress, decompress, SPARE_BYTES } from '../../base/zstd.ts';
+import { compressedLengthMax, compressTo, decompress, SPARE_BYTES } from '../../base/zstd.ts';
+import type { WriteBuffer } from './write-buffer.ts';
 
 export const BLOCK_HEADER_BYTES = 16;
 export const BLOCK_TYPE = { values: 1, keys: 2, index: 3 } as const;
@@ -55,26 +56,29 @@ export class LayerAbsentError extends LayerDamagedError {
 }
 
 /**
- * The whole block: its header and what follows. The content may be `raw` itself. At once and not on the thread pool: with streams and
+ * Writes a whole block to `out`, header and what follows; its length. At once and not on the thread pool: with streams and
  * wake-ups around them, blocks of this size take twice the processor time there.
  */
-export function encodeBlock(type: number, raw: Buffer): [header: Buffer, stored: Buffer] {
-  const compressed = compress(raw);
-  if (compressed.length < raw.length * WORTHWHILE_FRACTION)
-    return frame(type, COMPRESSION_ZSTD, raw.length, compressed);
-  return frame(type, COMPRESSION_NONE, raw.length, raw);
-}
-
-function frame(type: number, compression: number, rawLength: number, stored: Buffer): [Buffer, Buffer] {
-  const header = Buffer.allocUnsafe(BLOCK_HEADER_BYTES);
-  header[4] = type;
-  header[5] = compression;
-  header.writeUInt16LE(0, 6);
-  header.writeUInt32LE(rawLength, 8);
-  header.writeUInt32LE(stored.length, 12);
-  const state = crc32cExtend(CRC32C_INIT, header, 4, BLOCK_HEADER_BYTES);
-  header.writeUInt32LE(crc32cFinish(crc32cExtend(state, stored, 0, stored.length)), 0);
-  return [header, stored];
+export function appendBlock(out: WriteBuffer, type: number, raw: Buffer): number {
+  out.ensure(BLOCK_HEADER_BYTES + compressedLengthMax(raw.length));
+  const { bytes, view, length: start } = out;
+  const contentAt = start + BLOCK_HEADER_BYTES;
+  let compression = COMPRESSION_ZSTD;
+  let storedLength = compressTo(raw, bytes, contentAt);
+  if (storedLength >= raw.length * WORTHWHILE_FRACTION) {
+    compression = COMPRESSION_NONE;
+    storedLength = raw.length;
+    bytes.set(raw, contentAt);
+  }
+  view.setUint8(start + 4, type);
+  view.setUint8(start + 5, compression);
+  view.setUint16(start + 6, 0, true);
+  view.setUint32(start + 8, raw.length, true);
+  view.setUint32(start + 12, storedLength, true);
+  const end = contentAt + storedLength;
+  view.setUint32(start, crc32cFinish(crc32cExtendView(CRC32C_INIT, view, start + 4, end)), true);
+  out.length = end;
+  return end - start;
 }
 
 /** Gives memory of `sizeBytes`. */

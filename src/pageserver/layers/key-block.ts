@@ -168,7 +168,7 @@ export class KeyBlock {
 export class KeyBlockBuilder {
   readonly #layerLsnStart: Lsn;
   readonly #targetBytes: number;
-  #bytes: Buffer;
+  readonly #bytes: Buffer;
   #length = HEADER_BYTES;
   #count = 0;
   #firstLsn: Lsn = 0;
@@ -225,23 +225,25 @@ export class KeyBlockBuilder {
     this.#count++;
   }
 
-  /** The block's content, and what the index says of it. The builder begins a new block. */
+  /** The block's content, which is good until the next `add`, and what the index says of it. The builder begins a new block. */
   finish(): { content: Buffer; firstKey: Key; firstLsn: Lsn; newestLsn: Lsn } {
     const content = this.#bytes.subarray(0, this.#length);
     content.writeUInt32LE(this.#count, 0);
     const firstKey = this.#firstKey!;
-    this.#bytes = Buffer.allocUnsafe(this.#targetBytes + MAX_ENTRY_BYTES);
     this.#length = HEADER_BYTES;
     this.#count = 0;
     return { content, firstKey, firstLsn: this.#firstLsn, newestLsn: this.#newestLsn };
   }
 
   #varint(value: number): void {
+    const bytes = this.#bytes;
+    let at = this.#length;
     let rest = value;
-    while (rest >= 128) {
-      this.#bytes[this.#length++] = (rest % 128) | 128;
-      rest = Math.floor(rest / 128);
-    }
-    this.#bytes[this.#length++] = rest;
+    // Above 2^31 bit operators would not do.
+    for (; rest >= 2 ** 31; rest = Math.floor(rest / 128)) bytes[at++] = (rest & 127) | 128;
+    let small = rest | 0;
+    for (; small >= 128; small >>>= 7) bytes[at++] = (small & 127) | 128;
+    bytes[at++] = small;
+    this.#length = at;
   }
 }

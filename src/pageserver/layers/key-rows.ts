@@ -2,7 +2,8 @@
  * The keys of a memory layer as rows of typed arrays: for each the newest entry, and what has come since the last image.
  *
  * A key is found in two steps: its fork (everything but the block number) gets a small number, looked up in a short cache and then in a
- * map; fork number and block are looked up in an open hash table with linear probing. 24 bytes for each key, and 8 to 16 in the table.
+ * map; fork number and block are looked up in an open hash table with linear probing. A key's row lies together, so that a look-up touches two cache
+ * lines: 20 bytes for each key, and 8 to 16 in the table.
  */
 
 import { makeKey } from '../key.ts';
@@ -12,6 +13,17 @@ export const NO_ROW = -1;
 const NONE = -1;
 const ROWS_MIN = 16;
 const FORK_CACHE_SIZE = 64;
+/** A layer that has come to this many will become as large as the one before it. */
+const ROWS_EXPECTING = 4096;
+/** The words of a row. */
+const FORK = 0;
+const BLOCK = 1;
+const NEWEST = 2;
+const CHANGES = 3;
+const CHANGED_BYTES = 4;
+const ROW_WORDS = 5;
+/** Memory for each key, near enough. */
+export const KEY_ROW_BYTES = ROW_WORDS * 4 + 12;
 
 /** A key without its block number. */
 export interface ForkKey {
@@ -31,16 +43,18 @@ interface Fork extends ForkKey {
 
 export class KeyRows {
   #count = 0;
-  #forks = new Int32Array(ROWS_MIN);
-  #blocks = new Uint32Array(ROWS_MIN);
-  #newest = new Int32Array(ROWS_MIN);
-  #changes = new Uint32Array(ROWS_MIN);
-  #changedBytes = new Uint32Array(ROWS_MIN);
+  #rows = new Int32Array(ROWS_MIN * ROW_WORDS);
   /** Rows + 1, 0 for none; twice as many places as rows at least. */
   #table = new Int32Array(ROWS_MIN * 2);
+  readonly #expectedCount: number;
   readonly #forkList: Fork[] = [];
   readonly #forkMap = new Map<number, Fork>();
   readonly #forkCache: (Fork | undefined)[] = Array.from({ length: FORK_CACHE_SIZE }, () => undefined);
+
+  /** `expectedCount`: how many there may become, once they are not few. */
+  constructor(expectedCount: number) {
+    this.#expectedCount = expectedCount;
+  }
 
   get count(): number {
     return this.#count;
@@ -61,31 +75,33 @@ export class KeyRows {
   }
 
   keyOf(row: number): Key {
-    const { kind, spc, db, rel, fork } = this.#forkList[this.#forks[row]!]!;
-    return makeKey(kind, spc, db, rel, fork, this.#blocks[row]!);
+    const { kind, spc, db, rel, fork } = this.#forkList[this.#rows[row * ROW_WORDS + FORK]!]!;
+    return makeKey(kind, spc, db, rel, fork, this.#blockOf(row));
   }
 
   newestOf(row: number): number {
-    return this.#newest[row]!;
+    return this.#rows[row * ROW_WORDS + NEWEST]!;
   }
 
   setNewest(row: number, entry: number): void {
-    this.#newest[row] = entry;
+    this.#rows[row * ROW_WORDS + NEWEST] = entry;
   }
 
   /** How many changes there are with this one since `restart`. */
   countChange(row: number, bytes: number): number {
-    this.#changedBytes[row]! += bytes;
-    return ++this.#changes[row]!;
+    const at = row * ROW_WORDS;
+    this.#rows[at + CHANGED_BYTES]! += bytes;
+    return ++this.#rows[at + CHANGES]!;
   }
 
   changedBytesOf(row: number): number {
-    return this.#changedBytes[row]!;
+    return this.#rows[row * ROW_WORDS + CHANGED_BYTES]!;
   }
 
   restart(row: number): void {
-    this.#changes[row] = 0;
-    this.#changedBytes[row] = 0;
+    const at = row * ROW_WORDS;
+    this.#rows[at + CHANGES] = 0;
+    this.#rows[at + CHANGED_BYTES] = 0;
   }
 
   /** The rows in the order of their keys; only of the forks that are wanted. */
@@ -99,8 +115,8 @@ export class KeyRows {
     const places = new Float64Array(this.#count);
     let count = 0;
     for (let row = 0; row < this.#count; row++) {
-      const rank = ranks[this.#forks[row]!]!;
-      if (rank !== NONE) places[count++] = rank * 2 ** 32 + this.#blocks[row]!;
+      const rank = ranks[this.#rows[row * ROW_WORDS + FORK]!]!;
+      if (rank !== NONE) places[count++] = rank * 2 ** 32 + this.#blockOf(row);
     }
     const sorted = places.subarray(0, count).sort();
     const rows = new Int32Array(count);
@@ -111,12 +127,18 @@ export class KeyRows {
     return rows;
   }
 
+  #blockOf(row: number): number {
+    return this.#rows[row * ROW_WORDS + BLOCK]! >>> 0;
+  }
+
   #add(fork: number, blk: number, place: number): number {
     const row = this.#count;
-    if (row === this.#forks.length) this.#grow();
-    this.#forks[row] = fork;
-    this.#blocks[row] = blk;
-    this.#newest[row] = NONE;
+    const at = row * ROW_WORDS;
+    if (at === this.#rows.length) this.#grow();
+    const rows = this.#rows;
+    rows[at + FORK] = fork;
+    rows[at + BLOCK] = blk;
+    rows[at + NEWEST] = NONE;
     this.#count = row + 1;
     if (this.#count * 2 > this.#table.length) this.#rehash();
     else this.#table[place] = row + 1;
@@ -126,20 +148,29 @@ export class KeyRows {
   /** Where the key is in the table, or the free place where it would be. */
   #place(fork: number, blk: number): number {
     const table = this.#table;
+    const rows = this.#rows;
     const mask = table.length - 1;
-    let hash = Math.imul(blk ^ Math.imul(fork, 0x85ebca6b), 0x9e3779b1);
+    const block = blk | 0;
+    let hash = Math.imul(block ^ Math.imul(fork, 0x85ebca6b), 0x9e3779b1);
     hash ^= hash >>> 15;
     for (let place = hash & mask; ; place = (place + 1) & mask) {
       const row = table[place]! - 1;
-      if (row < 0 || (this.#blocks[row] === blk && this.#forks[row] === fork)) return place;
+      if (row < 0) return place;
+      const at = row * ROW_WORDS;
+      if (rows[at + BLOCK] === block && rows[at + FORK] === fork) return place;
     }
   }
 
   #rehash(): void {
-    this.#table = new Int32Array(this.#table.length * 2);
+    this.#table = new Int32Array(2 ** Math.ceil(Math.log2(this.#largerCount() * 2)));
     for (let row = 0; row < this.#count; row++) {
-      this.#table[this.#place(this.#forks[row]!, this.#blocks[row]!)] = row + 1;
+      this.#table[this.#place(this.#rows[row * ROW_WORDS + FORK]!, this.#blockOf(row))] = row + 1;
     }
+  }
+
+  /** How many rows there is to be room for when there is none. Growing by doubling copies everything, and leaves as much again to the garbage collector. */
+  #largerCount(): number {
+    return Math.max(this.#count * 2, this.#count >= ROWS_EXPECTING ? Math.ceil(this.#expectedCount * 1.1) : 0);
   }
 
   #forkOf(kind: number, spc: number, db: number, rel: number, fork: number): Fork {
@@ -163,12 +194,9 @@ export class KeyRows {
   }
 
   #grow(): void {
-    const count = this.#forks.length * 2;
-    this.#forks = grown(this.#forks, new Int32Array(count));
-    this.#blocks = grown(this.#blocks, new Uint32Array(count));
-    this.#newest = grown(this.#newest, new Int32Array(count));
-    this.#changes = grown(this.#changes, new Uint32Array(count));
-    this.#changedBytes = grown(this.#changedBytes, new Uint32Array(count));
+    const larger = new Int32Array(this.#largerCount() * ROW_WORDS);
+    larger.set(this.#rows);
+    this.#rows = larger;
   }
 }
 
@@ -180,9 +208,4 @@ function forkHash(kind: number, spc: number, db: number, rel: number, fork: numb
 
 function isFork(found: ForkKey, kind: number, spc: number, db: number, rel: number, fork: number): boolean {
   return found.rel === rel && found.kind === kind && found.fork === fork && found.db === db && found.spc === spc;
-}
-
-function grown<T extends Int32Array | Uint32Array>(from: T, to: T): T {
-  to.set(from);
-  return to;
 }

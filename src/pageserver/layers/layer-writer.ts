@@ -11,11 +11,12 @@ import type { Lsn } from '../../postgres/lsn.ts';
 import { compareKeys, nextKey } from '../key.ts';
 import type { Key } from '../key.ts';
 import { VALUE_KIND } from '../value.ts';
-import { BLOCK_TYPE, encodeBlock } from './block.ts';
+import { appendBlock, BLOCK_TYPE } from './block.ts';
 import { encodeFooter, encodeHeader, encodeIndex, layerFileName } from './layer-format.ts';
 import type { BlockLocation, LayerDescription, LayerKind } from './layer-format.ts';
 import { SectionWriter } from './section-writer.ts';
 import type { AppendBlock } from './section-writer.ts';
+import { WriteBuffer } from './write-buffer.ts';
 import { syncDirectory } from '../../base/durable-file.ts';
 
 /** Large enough that setting up zstd does not count, small enough for a read of one page. */
@@ -23,6 +24,7 @@ const VALUE_BLOCK_BYTES = 32 * 1024;
 /** Of images. Two pages take little more room than four, and one of them is there in little more than half the time. */
 const IMAGE_BLOCK_BYTES = 16 * 1024;
 const WRITE_BYTES = 256 * 1024;
+const FIRST_BUFFER_BYTES = 64 * 1024;
 
 export interface LayerWriterOptions {
   readonly kind: LayerKind;
@@ -46,9 +48,10 @@ export class LayerWriter {
   readonly #partialPath: string;
   readonly #history: SectionWriter;
   readonly #newest: SectionWriter;
-  #toWrite: Buffer[] = [];
-  #toWriteBytes = 0;
-  #fileLength = 0;
+  readonly #toWrite = new WriteBuffer(FIRST_BUFFER_BYTES);
+  /** What is in the file already. */
+  #writtenBytes = 0;
+  #isWriting = false;
   #firstKey: Key | undefined;
   #lastKey: Key | undefined;
   #lastLsn: Lsn = 0;
@@ -65,7 +68,7 @@ export class LayerWriter {
     const usualBytes = options.kind === 'image' ? IMAGE_BLOCK_BYTES : VALUE_BLOCK_BYTES;
     this.#history = new SectionWriter(options.lsnStart, options.valueBlockBytes ?? usualBytes, append);
     this.#newest = new SectionWriter(options.lsnStart, IMAGE_BLOCK_BYTES, append);
-    this.#append(encodeHeader(options.kind));
+    this.#toWrite.append(encodeHeader(options.kind));
   }
 
   static async create(directory: string, options: LayerWriterOptions): Promise<LayerWriter> {
@@ -75,7 +78,7 @@ export class LayerWriter {
 
   /** True when `drain` should be awaited before more is added. */
   get isBusy(): boolean {
-    return this.#toWriteBytes >= WRITE_BYTES;
+    return this.#toWrite.length >= WRITE_BYTES;
   }
 
   get valueBytes(): number {
@@ -115,7 +118,7 @@ export class LayerWriter {
     this.#lastLsn = lsn;
   }
 
-  /** Writes what has gathered. */
+  /** Writes what has gathered. Nothing is to be added before it resolves. */
   async drain(): Promise<void> {
     await this.#write();
   }
@@ -136,7 +139,7 @@ export class LayerWriter {
       lsnEnd,
       ...(revision === undefined ? {} : { revision }),
     };
-    const [index] = this.#appendBlock(BLOCK_TYPE.index, encodeIndex(this.#history, this.#newest));
+    const index = this.#appendBlock(BLOCK_TYPE.index, encodeIndex(this.#history, this.#newest));
     const footer = encodeFooter({
       ...range,
       timelineId,
@@ -145,13 +148,13 @@ export class LayerWriter {
       entryCount: this.#entryCount,
       valueBytes: this.#valueBytes,
     });
-    this.#append(footer);
+    this.#toWrite.append(footer);
     await this.#write();
     await this.#file.sync();
     await this.#file.close();
     await rename(this.#partialPath, join(this.#directory, layerFileName(range)));
     await syncDirectory(this.#directory);
-    return { ...range, sizeBytes: this.#fileLength };
+    return { ...range, sizeBytes: this.#writtenBytes };
   }
 
   /** Gives the file up. */
@@ -160,28 +163,18 @@ export class LayerWriter {
     await rm(this.#partialPath, { force: true });
   }
 
-  #appendBlock(type: number, content: Buffer): [BlockLocation, boolean] {
-    const offset = this.#fileLength;
-    const [header, stored] = encodeBlock(type, content);
-    this.#append(header);
-    this.#append(stored);
-    return [{ offset, length: header.length + stored.length }, stored === content];
-  }
-
-  #append(bytes: Buffer): void {
-    this.#toWrite.push(bytes);
-    this.#toWriteBytes += bytes.length;
-    this.#fileLength += bytes.length;
+  #appendBlock(type: number, content: Buffer): BlockLocation {
+    assert(!this.#isWriting, 'nothing is added while what has gathered is written');
+    const offset = this.#writtenBytes + this.#toWrite.length;
+    return { offset, length: appendBlock(this.#toWrite, type, content) };
   }
 
   async #write(): Promise<void> {
-    const buffers = this.#toWrite;
-    const length = this.#toWriteBytes;
-    this.#toWrite = [];
-    this.#toWriteBytes = 0;
-    let { bytesWritten: at } = await this.#file.writev(buffers);
-    if (at === length) return;
-    const bytes = Buffer.concat(buffers, length);
-    while (at < length) at += (await this.#file.write(bytes, at)).bytesWritten;
+    const { bytes, length } = this.#toWrite;
+    this.#isWriting = true;
+    for (let at = 0; at < length;) at += (await this.#file.write(bytes, at, length - at)).bytesWritten;
+    this.#isWriting = false;
+    this.#writtenBytes += length;
+    this.#toWrite.length = 0;
   }
 }

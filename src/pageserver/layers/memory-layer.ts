@@ -1,9 +1,17 @@
 /**
  * The newest part of a timeline's history, in memory until it is flushed to a delta layer.
  *
- * A put costs two look-ups and a copy: fork, block, newest entry. Entries are rows of six words in one array, so that one costs one cache line;
- * each names the next older entry of its key. Their bytes lie in arenas; keys are rows too, found by an open hash table (KeyRows). So the garbage collector sees a few large
- * arrays, however many values there are. Puts come in the order of the log, so a key's LSNs never fall.
+ * A put costs two look-ups and a copy: fork, block, newest entry. Entries stand one after the other in arenas, each a head of four words and its
+ * value, so that a head and what it says of cost one look into memory; each names the next older entry of its key. Keys are rows of an array, found by an open
+ * hash table (KeyRows). So the garbage collector sees a few large arrays, however many values there are, and the arenas are used again by the next layer
+ * (arena.ts). Puts come in the order of the log, so a key's LSNs never fall.
+ *
+ * An entry is known by its place: the number of its arena times 2^20, plus the word in it where its head begins. Its head:
+ *
+ *   word 0  the place of the next older entry of its key, or -1
+ *   word 1  length of the value, in bytes
+ *   word 2  low half of the LSN
+ *   word 3  high half of the LSN
  *
  * Of each page it counts what has to be replayed since the last value that needs nothing before it; `takeHot` gives the pages for
  * which an image is due.
@@ -16,8 +24,10 @@ import { compareKeys, KEY_KIND } from '../key.ts';
 import type { Key, KeyRange } from '../key.ts';
 import { clearRecordLinks, needsNoPrior, RECORD_HEADER_BYTES, writeRecordHeader } from '../value.ts';
 import type { Chain, ValueSource } from './chain.ts';
-import { copyBytes, viewOf } from './copy-bytes.ts';
-import { KeyRows, NO_ROW } from './key-rows.ts';
+import { ARENA_BYTES_MAX, letGo, takeArena } from './arena.ts';
+import type { Arena } from './arena.ts';
+import { copyBytes } from './copy-bytes.ts';
+import { KEY_ROW_BYTES, KeyRows, NO_ROW } from './key-rows.ts';
 import type { ForkKey } from './key-rows.ts';
 import type { LayerWriter } from './layer-writer.ts';
 
@@ -29,46 +39,46 @@ export const HOT_CHANGES = 408;
 export const HOT_CHANGES_MAX = 512;
 const HOT_BYTES = 8192;
 
-const ARENA_BYTES_MIN = 16 * 1024;
-const ARENA_BYTES_MAX = 4 * 1024 * 1024;
-const ENTRIES_MIN = 16;
-/** A layer that has come to this many will become as large as the one before it. */
-const ENTRIES_EXPECTING = 4096;
-/** The words of an entry. */
+/** The words of an entry's head. */
 const OLDER = 0;
-const ARENA = 1;
-const OFFSET = 2;
-const LENGTH = 3;
-const LSN_LOW = 4;
-const LSN_HIGH = 5;
-const ENTRY_WORDS = 6;
-const ENTRY_BYTES = ENTRY_WORDS * 4;
+const LENGTH = 1;
+const LSN_LOW = 2;
+const LSN_HIGH = 3;
+const HEAD_WORDS = 4;
+/** An entry's place is its arena's number above these bits, and its word in the arena in them. */
+const WORD_BITS = 20;
+const WORD_MASK = 2 ** WORD_BITS - 1;
+const ARENA_COUNT_MAX = 2 ** (31 - WORD_BITS);
 const TWO_32 = 2 ** 32;
 const NONE = -1;
+/** Up to this many bytes are copied one by one more quickly than by a call out of JavaScript. */
+const BYTES_LOOP_MAX = 16;
 
 export class MemoryLayer implements ValueSource {
   /** Every entry's LSN is at or above this. */
   readonly lsnStart: Lsn;
   readonly createdAtMs: number;
-  readonly #keys = new KeyRows();
+  readonly #keys: KeyRows;
   #hot: number[] = [];
-  readonly #expectedCount: number;
+  /** Of the layer before this one. */
+  readonly #expectedBytes: number;
   #entryCount = 0;
   #discardedCount = 0;
-  #entries = new Int32Array(ENTRIES_MIN * ENTRY_WORDS);
-  readonly #arenaBytes: Buffer[] = [];
-  readonly #arenaViews: DataView[] = [];
-  #arena: Buffer = Buffer.alloc(0);
-  #arenaView = viewOf(this.#arena);
-  #arenaFree = 0;
+  #arenas: Arena[] = [];
+  #arena: Arena = NO_ARENA;
+  /** Words of the current arena that are taken. */
+  #arenaWords = 0;
   #newestLsn: Lsn = 0;
-  #valueBytes = 0;
+  #sizeBytes = 0;
+  /** How many go through the keys a step at a time; who gives it up on the way is counted for good. */
+  #walkers = 0;
 
   /** `before` is the layer before this one. */
   constructor(lsnStart: Lsn, nowMs: number, before?: MemoryLayer) {
     this.lsnStart = lsnStart;
     this.createdAtMs = nowMs;
-    this.#expectedCount = before === undefined ? 0 : before.#entryCount;
+    this.#expectedBytes = before === undefined ? 0 : before.#sizeBytes;
+    this.#keys = new KeyRows(before === undefined ? 0 : before.#keys.count);
   }
 
   get isEmpty(): boolean {
@@ -77,7 +87,7 @@ export class MemoryLayer implements ValueSource {
 
   /** Memory in use, near enough. */
   get sizeBytes(): number {
-    return this.#valueBytes + this.#entryCount * ENTRY_BYTES;
+    return this.#sizeBytes;
   }
 
   get newestLsn(): Lsn {
@@ -87,28 +97,30 @@ export class MemoryLayer implements ValueSource {
   /** By how much `sizeBytes` has grown. */
   put(key: Key, lsn: Lsn, value: Buffer): number {
     const { length } = value;
-    const row = this.#keys.rowOf(key.kind, key.spc, key.db, key.rel, key.fork, key.blk);
-    this.#addEntry(row, lsn, length);
-    this.#arena.set(value, this.#arenaFree - length);
+    const before = this.#sizeBytes;
+    const row = this.#rowOf(key.kind, key.spc, key.db, key.rel, key.fork, key.blk);
+    const offset = this.#addEntry(row, lsn, length);
+    if (length <= BYTES_LOOP_MAX) for (let i = 0; i < length; i++) this.#arena.bytes[offset + i] = value[i]!;
+    else this.#arena.bytes.set(value, offset);
     if (needsNoPrior(value[0]!)) this.#keys.restart(row);
     else if (holdsPages(key.kind)) this.#count(row, length);
-    return length + ENTRY_BYTES;
+    return this.#sizeBytes - before;
   }
 
   /** Puts a WAL record as a value of one of its blocks, as encodeRecord (value.ts) would make it, without making it first. By how much `sizeBytes` has grown. */
   putRecord(record: WalRecord, block: WalBlock, isBase: boolean): number {
     const { totalLength } = record;
     const length = RECORD_HEADER_BYTES + totalLength;
-    const row = this.#keys.rowOf(KEY_KIND.relationBlock, block.spc, block.db, block.rel, block.fork, block.blk);
-    this.#addEntry(row, record.endLsn, length);
-    const arena = this.#arena;
-    const offset = this.#arenaFree - length;
-    writeRecordHeader(arena, offset, record.startLsn, block.id, isBase);
-    copyBytes(record.sourceView, record.sourceOffset, this.#arenaView, offset + RECORD_HEADER_BYTES, totalLength);
-    clearRecordLinks(arena, offset + RECORD_HEADER_BYTES);
+    const before = this.#sizeBytes;
+    const row = this.#rowOf(KEY_KIND.relationBlock, block.spc, block.db, block.rel, block.fork, block.blk);
+    const offset = this.#addEntry(row, record.endLsn, length);
+    const { bytes, view } = this.#arena;
+    writeRecordHeader(bytes, offset, record.startLsn, block.id, isBase);
+    copyBytes(record.sourceView, record.sourceOffset, view, offset + RECORD_HEADER_BYTES, totalLength);
+    clearRecordLinks(bytes, offset + RECORD_HEADER_BYTES);
     if (isBase) this.#keys.restart(row);
     this.#count(row, length);
-    return length + ENTRY_BYTES;
+    return this.#sizeBytes - before;
   }
 
   /** Pages for which an image is due; each is given once, and again when as much has come as made it due. */
@@ -132,8 +144,8 @@ export class MemoryLayer implements ValueSource {
   collect(key: Key, lsn: Lsn, floor: Lsn, chain: Chain): boolean {
     const row = this.#keys.find(key.kind, key.spc, key.db, key.rel, key.fork, key.blk);
     if (row === NO_ROW) return false;
-    for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = this.#entries[entry + OLDER]!) {
-      const entryLsn = this.#lsnOf(entry);
+    for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = olderThan(this.#arenas, entry)) {
+      const entryLsn = lsnOf(this.#arenas, entry);
       if (entryLsn > lsn) continue;
       if (entryLsn <= floor) return chain.reachFloor();
       if (chain.push(this.#value(entry), entryLsn)) return true;
@@ -152,16 +164,23 @@ export class MemoryLayer implements ValueSource {
   }
 
   /** The keys of the range that have an entry with `floor < LSN <= lsn`, in order. Entries above `lsn` may come and go meanwhile. */
-  *keysWithin(range: KeyRange, floor: Lsn, lsn: Lsn): Generator<Key, undefined> {
+  keysWithin(range: KeyRange, floor: Lsn, lsn: Lsn): Generator<Key, undefined> {
+    this.#walkers++;
+    return this.#keysWithin(this.#arenas, range, floor, lsn);
+  }
+
+  /** Flushed meanwhile, the layer keeps its memory for whoever is on the way. */
+  *#keysWithin(arenas: readonly Arena[], range: KeyRange, floor: Lsn, lsn: Lsn): Generator<Key, undefined> {
     const isWanted = (fork: ForkKey): boolean =>
       compareKeys({ ...fork, blk: 0xffffffff }, range.start) >= 0 && compareKeys({ ...fork, blk: 0 }, range.end) < 0;
     for (const row of this.#keys.sorted(isWanted)) {
       let entry = this.#keys.newestOf(row);
-      while (entry !== NONE && this.#lsnOf(entry) > lsn) entry = this.#entries[entry + OLDER]!;
-      if (entry === NONE || this.#lsnOf(entry) <= floor) continue;
+      while (entry !== NONE && lsnOf(arenas, entry) > lsn) entry = olderThan(arenas, entry);
+      if (entry === NONE || lsnOf(arenas, entry) <= floor) continue;
       const key = this.#keys.keyOf(row);
       if (compareKeys(key, range.start) >= 0 && compareKeys(key, range.end) < 0) yield key;
     }
+    this.#walkers--;
     return undefined;
   }
 
@@ -170,7 +189,7 @@ export class MemoryLayer implements ValueSource {
     const entries: number[] = [];
     for (const row of this.#keys.sorted()) {
       entries.length = 0;
-      for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = this.#entries[entry + OLDER]!)
+      for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = olderThan(this.#arenas, entry))
         entries.push(entry);
       if (entries.length === 0) continue;
       yield { key: this.#keys.keyOf(row), entries: entries.reverse() };
@@ -179,34 +198,46 @@ export class MemoryLayer implements ValueSource {
 
   /** Adds an entry, which is one of `key`, to a layer file. */
   writeTo(writer: LayerWriter, key: Key, entry: number): void {
-    const entries = this.#entries;
-    const offset = entries[entry + OFFSET]!;
-    const from = this.#arenaViews[entries[entry + ARENA]!]!;
-    writer.addFrom(key, this.#lsnOf(entry), from, offset, offset + entries[entry + LENGTH]!);
+    const { words, view } = this.#arenas[entry >>> WORD_BITS]!;
+    const at = entry & WORD_MASK;
+    const start = (at + HEAD_WORDS) * 4;
+    const lsn = words[at + LSN_HIGH]! * TWO_32 + (words[at + LSN_LOW]! >>> 0);
+    writer.addFrom(key, lsn, view, start, start + words[at + LENGTH]!);
   }
 
-  /** A new entry, the newest of its key, whose value is to be written at the end of what is taken of the current arena. */
-  #addEntry(row: number, lsn: Lsn, length: number): void {
+  /** Gives its memory to others: nobody reads the layer any more, or has a view of a value of it. */
+  release(): void {
+    const arenas = this.#arenas;
+    this.#arenas = [];
+    this.#arena = NO_ARENA;
+    if (this.#walkers === 0) for (const arena of arenas) letGo(arena);
+  }
+
+  #rowOf(kind: number, spc: number, db: number, rel: number, fork: number, blk: number): number {
+    const keys = this.#keys;
+    const before = keys.count;
+    const row = keys.rowOf(kind, spc, db, rel, fork, blk);
+    this.#sizeBytes += (keys.count - before) * KEY_ROW_BYTES;
+    return row;
+  }
+
+  /** A new entry, the newest of its key. Where in the current arena its value is to be written. */
+  #addEntry(row: number, lsn: Lsn, length: number): number {
     assert(lsn >= this.#newestLsn && lsn >= this.lsnStart, 'puts come in the order of the log');
     this.#newestLsn = lsn;
-    const entry = this.#entryCount * ENTRY_WORDS;
-    if (entry === this.#entries.length) this.#growEntries();
-    if (this.#arena.length - this.#arenaFree < length) this.#addArena(length);
-    const entries = this.#entries;
-    entries[entry + OLDER] = this.#keys.newestOf(row);
-    entries[entry + ARENA] = this.#arenaBytes.length - 1;
-    entries[entry + OFFSET] = this.#arenaFree;
-    entries[entry + LENGTH] = length;
-    entries[entry + LSN_LOW] = lsn;
-    entries[entry + LSN_HIGH] = Math.floor(lsn / TWO_32);
-    this.#keys.setNewest(row, entry);
-    this.#arenaFree += length;
-    this.#valueBytes += length;
+    const neededWords = HEAD_WORDS + ((length + 3) >>> 2);
+    if (this.#arena.words.length - this.#arenaWords < neededWords) this.#addArena(neededWords * 4);
+    const { words } = this.#arena;
+    const at = this.#arenaWords;
+    words[at + OLDER] = this.#keys.newestOf(row);
+    words[at + LENGTH] = length;
+    words[at + LSN_LOW] = lsn;
+    words[at + LSN_HIGH] = lsn / TWO_32;
+    this.#keys.setNewest(row, ((this.#arenas.length - 1) << WORD_BITS) | at);
+    this.#arenaWords = at + neededWords;
+    this.#sizeBytes += neededWords * 4;
     this.#entryCount++;
-  }
-
-  #lsnOf(entry: number): Lsn {
-    return this.#entries[entry + LSN_HIGH]! * TWO_32 + (this.#entries[entry + LSN_LOW]! >>> 0);
+    return (at + HEAD_WORDS) * 4;
   }
 
   #count(row: number, length: number): void {
@@ -221,39 +252,41 @@ export class MemoryLayer implements ValueSource {
   /** The newest entry of a key that is not to be discarded. */
   #atOrBelow(newest: number, lsn: Lsn): number {
     let entry = newest;
-    while (entry !== NONE && this.#lsnOf(entry) > lsn) {
-      entry = this.#entries[entry + OLDER]!;
+    while (entry !== NONE && lsnOf(this.#arenas, entry) > lsn) {
+      entry = olderThan(this.#arenas, entry);
       this.#discardedCount++;
     }
     return entry;
   }
 
   #value(entry: number): Buffer {
-    const entries = this.#entries;
-    const offset = entries[entry + OFFSET]!;
-    return this.#arenaBytes[entries[entry + ARENA]!]!.subarray(offset, offset + entries[entry + LENGTH]!);
+    const { words, bytes } = this.#arenas[entry >>> WORD_BITS]!;
+    const at = entry & WORD_MASK;
+    const start = (at + HEAD_WORDS) * 4;
+    return bytes.subarray(start, start + words[at + LENGTH]!);
   }
 
   #addArena(bytesMin: number): void {
-    const size = Math.min(ARENA_BYTES_MAX, Math.max(ARENA_BYTES_MIN, this.#arena.length * 2));
-    this.#arena = Buffer.allocUnsafeSlow(Math.max(size, bytesMin));
-    this.#arenaView = viewOf(this.#arena);
-    this.#arenaBytes.push(this.#arena);
-    this.#arenaViews.push(this.#arenaView);
-    this.#arenaFree = 0;
-  }
-
-  #growEntries(): void {
-    const count = this.#entries.length / ENTRY_WORDS;
-    // Growing by doubling copies everything, and leaves as much again to the garbage collector.
-    const expected = count >= ENTRIES_EXPECTING ? Math.ceil(this.#expectedCount * 1.1) : 0;
-    const larger = new Int32Array(Math.max(count * 2, expected) * ENTRY_WORDS);
-    larger.set(this.#entries);
-    this.#entries = larger;
+    assert(this.#arenas.length < ARENA_COUNT_MAX, 'a memory layer is flushed long before it has so many arenas');
+    const wanted = this.#expectedBytes >= ARENA_BYTES_MAX ? ARENA_BYTES_MAX : this.#arena.bytes.length * 2;
+    this.#arena = takeArena(bytesMin, wanted);
+    this.#arenas.push(this.#arena);
+    this.#arenaWords = 0;
   }
 }
 
+const NO_ARENA: Arena = { bytes: Buffer.alloc(0), view: new DataView(new ArrayBuffer(0)), words: new Int32Array(0) };
 const NO_KEYS: readonly Key[] = [];
+
+function olderThan(arenas: readonly Arena[], entry: number): number {
+  return arenas[entry >>> WORD_BITS]!.words[(entry & WORD_MASK) + OLDER]!;
+}
+
+function lsnOf(arenas: readonly Arena[], entry: number): Lsn {
+  const { words } = arenas[entry >>> WORD_BITS]!;
+  const at = entry & WORD_MASK;
+  return words[at + LSN_HIGH]! * TWO_32 + (words[at + LSN_LOW]! >>> 0);
+}
 
 function holdsPages(kind: number): boolean {
   return kind === KEY_KIND.relationBlock || kind === KEY_KIND.slruPage;

@@ -9,8 +9,8 @@ import type { BlockLocation, KeyBlockLocation } from './layer-format.ts';
 
 const KEY_BLOCK_TARGET_BYTES = 16 * 1024;
 
-/** Appends a block to the file. True beside it: the content itself is going to be written, so it must not be changed. */
-export type AppendBlock = (type: number, content: Buffer) => [BlockLocation, boolean];
+/** Appends a block to the file. The content may be changed afterwards. */
+export type AppendBlock = (type: number, content: Buffer) => BlockLocation;
 
 export class SectionWriter {
   readonly keyBlocks: KeyBlockLocation[] = [];
@@ -65,9 +65,8 @@ export class SectionWriter {
   }
 
   #closeValueBlock(): void {
-    const [location, isKept] = this.#append(BLOCK_TYPE.values, this.#values.subarray(0, this.#valuesLength));
-    this.valueBlocks.push(location);
-    if (isKept || this.#values.length > this.#targetBytes * 2) this.#newValues(this.#targetBytes * 2);
+    this.valueBlocks.push(this.#append(BLOCK_TYPE.values, this.#values.subarray(0, this.#valuesLength)));
+    if (this.#values.length > this.#targetBytes * 2) this.#newValues(this.#targetBytes * 2);
     this.#valuesLength = 0;
   }
 
@@ -78,6 +77,6 @@ export class SectionWriter {
 
   #closeKeyBlock(): void {
     const { content, ...known } = this.#keys.finish();
-    this.keyBlocks.push({ ...known, ...this.#append(BLOCK_TYPE.keys, content)[0] });
+    this.keyBlocks.push({ ...known, ...this.#append(BLOCK_TYPE.keys, content) });
   }
 }
