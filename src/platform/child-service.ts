@@ -9,7 +9,7 @@ import { type ChildProcess, spawn } from 'node:child_process';
 import { closeSync, openSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { StrataError } from '../base/errors.ts';
+import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { ALIVE, ASKED, PING } from '../base/service-process.ts';
 
@@ -57,6 +57,22 @@ export class ChildService {
   static async start(options: ChildServiceOptions): Promise<ChildService> {
     const service = new ChildService(options);
     await service.#launch();
+    return service;
+  }
+
+  /** As `start`, but a first attempt that fails is told, and followed by others as after a death. */
+  static async startPersistently(
+    options: ChildServiceOptions,
+    onFailure: (error: StrataError) => void,
+  ): Promise<ChildService> {
+    const service = new ChildService(options);
+    try {
+      await service.#launch();
+    } catch (error) {
+      const failure = toStrataError(error);
+      onFailure(failure);
+      void service.#restart(failure.message, 0);
+    }
     return service;
   }
 

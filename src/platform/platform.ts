@@ -109,6 +109,7 @@ async function bringUp(
     settings,
     objectStoreUrl,
     wakeService.promise,
+    progress,
     log,
     cleanup,
   );
@@ -260,6 +261,7 @@ async function startServices(
   settings: Settings,
   objectStoreUrl: string,
   wakeService: Promise<WakeService>,
+  progress: (text: string) => void,
   log: Logger,
   cleanup: Cleanup,
 ): Promise<Services> {
@@ -280,9 +282,10 @@ async function startServices(
     name: string,
     command: string[],
     config: () => Record<string, unknown>,
+    onFailure?: (error: StrataError) => void,
   ): Promise<ChildService> => {
     const logFile = join(directory.logsDir, `${name}.log`);
-    const service = await ChildService.start({
+    const serviceOptions = {
       name,
       command,
       config: () => ({ ...config(), host: LOOPBACK, secret }),
@@ -291,7 +294,10 @@ async function startServices(
       // It makes much garbage when it has work: it gets Node's own defaults, which bin/strata lowers.
       nodeFlags: name === 'pageserver' ? ['--max-semi-space-size=16', '--parallel-scavenge'] : [],
       isPlatformStopping: () => cleanup.isRunning,
-    });
+    };
+    const service = await (onFailure === undefined
+      ? ChildService.start(serviceOptions)
+      : ChildService.startPersistently(serviceOptions, onFailure));
     started.push(service);
     return service;
   };
@@ -307,20 +313,23 @@ async function startServices(
     dataDir: directory.path,
     host: LOOPBACK,
     socketDir: directory.runDir,
-    startProcess: (nodeId, port, socketPath) =>
-      start(`safekeeper-${nodeId}`, ['safekeeper', String(nodeId)], () => ({
+    startProcess: (nodeId, port, socketPath, onFailure) => {
+      const config = () => ({
         nodeId,
         dataDir: directoryOf(directory.path, nodeId),
         port,
         socketPath,
         objectStore: objectStoreUrl,
         safekeeperCount: safekeepers.current.configuration.members.length,
-      })),
+      });
+      return start(`safekeeper-${nodeId}`, ['safekeeper', String(nodeId)], config, onFailure);
+    },
     identityOf: async (timelineId) => {
       const identity = await pageserver.timelineIdentity(timelineId).catch(unlessNotFound);
       return identity;
     },
     token,
+    progress,
     log,
   });
   const safekeepersStarted = safekeepers.start(new Map(nodes.map((nodeId) => [nodeId, safekeeperPorts[nodeId - 1]!])));

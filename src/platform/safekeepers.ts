@@ -28,10 +28,18 @@ export interface SafekeepersOptions {
   readonly host: string;
   /** For the Unix sockets of the safekeepers. */
   readonly socketDir: string;
-  readonly startProcess: (nodeId: number, port: number, socketPath: string) => Promise<ChildService>;
+  /** With `onFailure`, one that does not start is told, and tried again; without, it throws. */
+  readonly startProcess: (
+    nodeId: number,
+    port: number,
+    socketPath: string,
+    onFailure?: (error: StrataError) => void,
+  ) => Promise<ChildService>;
   readonly identityOf: ChangeWorld['identityOf'];
   /** Scope `platform`. */
   readonly token: string;
+  /** Is told what a person should know. */
+  readonly progress: (text: string) => void;
   readonly log: Logger;
 }
 
@@ -74,11 +82,23 @@ export class Safekeepers implements SafekeeperDirectory, SafekeeperAdmin {
     this.#settledVersions.set(timelineId, version);
   }
 
-  /** Starts the processes of the configuration at these ports; their addresses are there at once. */
+  /**
+   * Starts the processes of the configuration at these ports; their addresses are there at once. Who does not start, because its disk does not work for
+   * example, is tried again while the platform runs. Throws when none starts.
+   */
   async start(ports: ReadonlyMap<number, number>): Promise<void> {
     const nodes = nodesOf(this.#current.configuration);
     this.#removeStrangers();
-    await Promise.all(nodes.map(async (nodeId) => this.#startNode(nodeId, ports.get(nodeId)!)));
+    const failures: StrataError[] = [];
+    const start = async (nodeId: number): Promise<void> =>
+      this.#startNode(nodeId, ports.get(nodeId)!, (error) => failures.push(error));
+    await Promise.all(nodes.map(start));
+    if (failures.length === nodes.length) throw failures[0]!;
+    const { progress, log } = this.#options;
+    for (const { message } of failures) {
+      log.error({ reason: message }, 'a safekeeper does not start');
+      progress(`${message}; the platform goes on without it, and tries again`);
+    }
   }
 
   /** Goes on with a change that a crash has left behind, if there is one. Returns at once. */
@@ -249,12 +269,12 @@ export class Safekeepers implements SafekeeperDirectory, SafekeeperAdmin {
     }
   }
 
-  async #startNode(nodeId: number, port: number): Promise<void> {
+  async #startNode(nodeId: number, port: number, onFailure?: (error: StrataError) => void): Promise<void> {
     const { host, socketDir, startProcess } = this.#options;
     const socketPath = join(socketDir, `safekeeper-${nodeId}.sock`);
     this.#addresses.set(nodeId, { host, port, socketPath });
     this.#publish();
-    this.#processes.set(nodeId, await startProcess(nodeId, port, socketPath));
+    this.#processes.set(nodeId, await startProcess(nodeId, port, socketPath, onFailure));
   }
 
   /** Who is no member is stopped, and what it kept removed. */

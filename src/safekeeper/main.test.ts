@@ -2,145 +2,28 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
-import { cpSync, existsSync, readdirSync, readlinkSync } from 'node:fs';
-import { mkdir, mkdtemp, open, rm, rmdir, writeFile } from 'node:fs/promises';
+import { existsSync, readdirSync, readlinkSync } from 'node:fs';
+import { mkdir, rmdir, writeFile } from 'node:fs/promises';
 import { connect } from 'node:net';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { test, type TestContext } from 'node:test';
+import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import {
   greetingOf,
   readWal,
   SafekeeperClient,
   SafekeeperConnection,
-  type SafekeeperEndpoint,
-  type TimelineIdentity,
   type TimelineProgress,
   watchCommits,
 } from '../api/safekeeper.ts';
-import {
-  decodeAcceptorMessage,
-  decodeGreetingReply,
-  encodeAppendHead,
-  encodeHello,
-  encodeJson,
-  encodeProposerMessage,
-  FRAME,
-} from '../api/safekeeper-protocol.ts';
+import { encodeHello, encodeJson, FRAME } from '../api/safekeeper-protocol.ts';
 import type { StrataError } from '../base/errors.ts';
-import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
-import { blankState } from '../consensus/acceptor.ts';
 import { NO_CONFIGURATION } from '../consensus/configuration.ts';
-import type { AcceptorMessage, ProposerMessage } from '../consensus/messages.ts';
-import { type Lsn, segmentOffset } from '../postgres/lsn.ts';
-import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from './made-wal.test-data.ts';
-import { runSafekeeper, type Safekeeper } from './main.ts';
+import type { Lsn } from '../postgres/lsn.ts';
+import { makeWal, MID_SEGMENT_LSN } from './made-wal.test-data.ts';
+import { newTimeline, RawProposer, SECRET, serve } from './served.test-data.ts';
 import { segmentPath } from './wal-store.ts';
-
-const SECRET = randomBytes(32);
-const log = createLog({ name: 'test', level: process.env['STRATA_LOG_LEVEL'] ?? 'silent' });
-
-interface Served {
-  safekeeper: Safekeeper;
-  endpoint: SafekeeperEndpoint;
-  readonly dataDir: string;
-  restart(): Promise<void>;
-}
-
-async function serve(context: TestContext, existing?: string): Promise<Served> {
-  const dataDir = existing ?? (await mkdtemp(join(tmpdir(), 'strata-safekeeper-')));
-  const token = await signToken(SECRET, { scope: 'platform' });
-  const start = async (): Promise<void> => {
-    served.safekeeper = await runSafekeeper({ nodeId: 1, dataDir, host: '127.0.0.1', port: 0, secret: SECRET, log });
-    served.endpoint = { address: { host: '127.0.0.1', port: served.safekeeper.port }, token };
-  };
-  const served = {
-    dataDir,
-    restart: async () => {
-      await served.safekeeper.close();
-      await start();
-    },
-  } as Served;
-  await start();
-  context.after(async () => {
-    await served.safekeeper.close();
-    await rm(dataDir, { recursive: true });
-  });
-  return served;
-}
-
-function newTimeline(): TimelineIdentity {
-  return {
-    tenantId: randomBytes(16).toString('hex'),
-    timelineId: randomBytes(16).toString('hex'),
-    startLsn: MID_SEGMENT_LSN,
-    pgVersion: 17,
-    systemId: String(SYSTEM_ID),
-  };
-}
-
-/** Speaks the proposer's protocol by hand. */
-class RawProposer {
-  readonly #connection: SafekeeperConnection;
-  readonly #replies: (AcceptorMessage | 'greeted')[] = [];
-  readonly closed: Promise<StrataError>;
-  #wake: (() => void) | undefined;
-
-  constructor(endpoint: SafekeeperEndpoint, timeline: TimelineIdentity) {
-    let resolveClosed: (error: StrataError) => void;
-    this.closed = new Promise((resolve) => (resolveClosed = resolve));
-    this.#connection = new SafekeeperConnection(endpoint, {
-      onFrame: ({ type, payload }) => {
-        const greeting = type === FRAME.greetingReply ? decodeGreetingReply(payload) : undefined;
-        if (greeting?.kind === 'absent') {
-          const { incarnation } = greeting;
-          this.#connection.write(encodeJson(FRAME.create, { incarnation, state: blankState(timeline.startLsn) }));
-          return;
-        }
-        this.#replies.push(greeting === undefined ? decodeAcceptorMessage(type, payload)! : 'greeted');
-        this.#wake?.();
-      },
-      onClose: (error) => resolveClosed(error),
-    });
-    this.#connection.write(encodeJson(FRAME.greeting, greetingOf(timeline)));
-  }
-
-  send(message: ProposerMessage): void {
-    if (message.kind === 'append') this.#connection.write(encodeAppendHead(message), message.bytes);
-    else this.#connection.write(encodeProposerMessage(message));
-  }
-
-  async next(): Promise<AcceptorMessage | 'greeted'> {
-    while (this.#replies.length === 0) {
-      await new Promise<void>((resolve) => {
-        this.#wake = resolve;
-      });
-    }
-    return this.#replies.shift()!;
-  }
-
-  /** Greeting, vote and election under a term; the log begins where the timeline does. */
-  async lead(term: number): Promise<void> {
-    assert.equal(await this.next(), 'greeted');
-    this.send({ kind: 'vote', term, generation: 0, configuration: NO_CONFIGURATION });
-    const vote = await this.next();
-    assert(vote !== 'greeted' && vote.kind === 'vote-reply' && vote.granted);
-    this.send({
-      kind: 'elected',
-      term,
-      startLsn: vote.flushLsn,
-      history: [...vote.history, { term, startLsn: vote.flushLsn }],
-    });
-    const reply = await this.next();
-    assert(reply !== 'greeted' && reply.kind === 'append-reply');
-  }
-
-  close(): void {
-    this.#connection.close();
-  }
-}
 
 test('watchers see all timelines, then each commit', async (context) => {
   const served = await serve(context);
@@ -409,54 +292,6 @@ test('after a failed write the timeline is not served, others are, and it is aga
   appendAll(again, 2);
   while ((await client.status(broken.tenantId, broken.timelineId)).flushLsn !== wal.endLsn) await sleep(20);
   client.close();
-});
-
-test('a log that ends before what it had acknowledged gives no vote until it is healed; a torn tail costs nothing', async (context) => {
-  const served = await serve(context);
-  const timeline = newTimeline();
-  const proposer = new RawProposer(served.endpoint, timeline);
-  await proposer.lead(1);
-  const wal = makeWal(MID_SEGMENT_LSN, [500, 600, 700, 800]);
-  const bytes = wal.bytes.subarray(0, wal.bytes.length - 100); // The last record is not whole.
-  proposer.send({ kind: 'append', term: 1, beginLsn: MID_SEGMENT_LSN, commitLsn: MID_SEGMENT_LSN, bytes });
-  const acknowledged = wal.ends[2]!;
-  const client = new SafekeeperClient(served.endpoint);
-  while ((await client.status(timeline.tenantId, timeline.timelineId)).flushLsn !== acknowledged) await sleep(10);
-  client.close();
-  await sleep(500); // The mark is written.
-
-  // What a crash would leave, and the same with a byte of the third record changed.
-  for (const isDamaged of [false, true]) {
-    const dataDir = `${served.dataDir}-${isDamaged}`;
-    cpSync(served.dataDir, dataDir, { recursive: true });
-    if (isDamaged) {
-      const path = segmentPath(join(dataDir, timeline.tenantId, timeline.timelineId), MID_SEGMENT_LSN);
-      const file = await open(path, 'r+');
-      await file.write(Buffer.from([0xff]), 0, 1, segmentOffset(wal.ends[1]!) + 300);
-      await file.close();
-    }
-    const other = await serve(context, dataDir);
-    const asked = new SafekeeperClient(other.endpoint);
-    const status = await asked.status(timeline.tenantId, timeline.timelineId);
-    assert.equal(status.isVoter, !isDamaged);
-    assert.equal(status.flushLsn, isDamaged ? wal.ends[1] : acknowledged);
-    if (isDamaged) {
-      const leader = new RawProposer(other.endpoint, timeline);
-      assert.equal(await leader.next(), 'greeted');
-      leader.send({ kind: 'vote', term: 2, generation: 0, configuration: NO_CONFIGURATION });
-      const vote = await leader.next();
-      assert(vote !== 'greeted' && vote.kind === 'vote-reply' && !vote.granted && !vote.isVoter);
-      // Elected by others, who have it all.
-      const history = [...vote.history, { term: 2, startLsn: acknowledged }];
-      leader.send({ kind: 'elected', term: 2, startLsn: wal.ends[1]!, history });
-      assert.notEqual(await leader.next(), 'greeted'); // It follows.
-      const rest = wal.bytes.subarray(wal.ends[1]! - MID_SEGMENT_LSN);
-      leader.send({ kind: 'append', term: 2, beginLsn: wal.ends[1]!, commitLsn: 0, bytes: rest });
-      while ((await asked.status(timeline.tenantId, timeline.timelineId)).flushLsn !== wal.endLsn) await sleep(10);
-      assert((await asked.status(timeline.tenantId, timeline.timelineId)).isVoter, 'healed');
-    }
-    asked.close();
-  }
 });
 
 function openFiles(directory: string): string[] {

@@ -61,6 +61,7 @@ export class Timeline {
   #leader: ProposerLink | undefined;
   #opening: Promise<void> | undefined;
   #failure: StrataError | undefined;
+  #isDamaged = false;
   #reviveTimer: NodeJS.Timeout | undefined;
   #markedLsn: Lsn = 0;
 
@@ -120,6 +121,11 @@ export class Timeline {
 
   get isFailed(): boolean {
     return this.#failure !== undefined;
+  }
+
+  /** What is on the disk is not a log with which it can be opened. */
+  get isDamaged(): boolean {
+    return this.#isDamaged;
   }
 
   /** See Acceptor.leaderTerm. */
@@ -252,6 +258,7 @@ export class Timeline {
       await this.#writeControl();
       this.#opened(flushLsn);
     } catch (error) {
+      this.#isDamaged = (error as NodeJS.ErrnoException).code === undefined;
       this.#ioFailed(error);
     }
   }
@@ -364,7 +371,10 @@ export class Timeline {
     const { timelineId } = this.identity;
     if (code === undefined) {
       // Not the disk's refusal, but what is on it.
-      this.#log.error({ err: error }, 'the timeline is out of order until the safekeeper is restarted');
+      this.#log.error(
+        { err: error },
+        'the timeline is out of order until others have healed it, or the safekeeper is restarted',
+      );
       this.#fail(new StrataError('internal', `timeline ${timelineId} is out of order: ${reason}`, { cause: error }));
       return;
     }

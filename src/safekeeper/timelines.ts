@@ -3,6 +3,9 @@
  *
  * A timeline exists once its control file does; a folder without one is the rest of an unfinished creation and is removed at start. A deleted
  * timeline leaves a tombstone, so that a late proposer cannot bring it back empty.
+ *
+ * A timeline whose files are damaged (their checksums say so) is not served, and the others are. Its leader finds it absent and gives it anew, as after the loss
+ * of a disk; what is here is put aside then. Without a leader, whom others have elected, nothing happens to it: it may hold what nobody else has.
  */
 import { randomBytes } from 'node:crypto';
 import { mkdir, readdir, rename, rm } from 'node:fs/promises';
@@ -16,7 +19,7 @@ import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration
 import { formatLsn, type Lsn, segmentStart } from '../postgres/lsn.ts';
 import { toPgVersion } from '../postgres/version.ts';
 import { syncDirectory } from '../base/durable-file.ts';
-import { readControlFile, writeControlFile } from './control-file.ts';
+import { type ControlFile, readControlFile, writeControlFile } from './control-file.ts';
 import { FLUSH_MARK_NAME } from './flush-mark.ts';
 import { KeptWal } from './kept-wal.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
@@ -46,6 +49,8 @@ export class Timelines {
   readonly #timelines = new Map<string, Timeline>();
   readonly #byId = new Map<string, Timeline>();
   readonly #tombstones = new Set<string>();
+  /** What is wrong with the files of those that could not be loaded. */
+  readonly #damaged = new Map<string, string>();
   readonly #creations = new Map<string, Promise<Timeline>>();
   readonly #watchers = new Set<(timeline: Timeline) => void>();
   readonly #unsaved = new Set<Timeline>();
@@ -82,8 +87,10 @@ export class Timelines {
 
   /** Throws `not-found`. */
   get(tenantId: string, timelineId: string): Timeline {
-    const timeline = this.#timelines.get(keyOf(tenantId, timelineId));
+    const key = keyOf(tenantId, timelineId);
+    const timeline = this.#timelines.get(key);
     if (timeline !== undefined) return timeline;
+    this.#assertNotDamaged(key);
     throw new StrataError('not-found', `this safekeeper has no timeline ${timelineId} of tenant ${tenantId}`);
   }
 
@@ -91,17 +98,23 @@ export class Timelines {
   getById(timelineId: string): Timeline {
     const timeline = this.#byId.get(timelineId);
     if (timeline !== undefined) return timeline;
+    for (const key of this.#damaged.keys()) if (key.endsWith(`/${timelineId}`)) this.#assertNotDamaged(key);
     throw new StrataError('not-found', `this safekeeper has no timeline ${timelineId}`);
   }
 
-  /** Undefined when it is not here. Throws `not-found` when it was deleted, `conflict` when it is another than it is said to be. */
+  #assertNotDamaged(key: string): void {
+    const damage = this.#damaged.get(key);
+    if (damage !== undefined) throw new StrataError('unavailable', `the log of timeline ${key} is damaged: ${damage}`);
+  }
+
+  /** Undefined when it is not here, or damaged. Throws `not-found` when it was deleted, `conflict` when it is another than it is said to be. */
   async find(identity: TimelineIdentity): Promise<Timeline | undefined> {
     checkIdentity(identity);
     const key = keyOf(identity.tenantId, identity.timelineId);
     const known = this.#timelines.get(key) ?? (await this.#creations.get(key));
     if (known !== undefined) {
       assertSameIdentity(known.identity, identity);
-      return known;
+      return known.isDamaged ? undefined : known;
     }
     if (this.#tombstones.has(key)) throw new StrataError('not-found', `timeline ${identity.timelineId} was deleted`);
     return undefined;
@@ -118,14 +131,28 @@ export class Timelines {
       throw new StrataError('conflict', `this safekeeper knows configuration ${version}, newer than ${told}`);
     }
     const key = keyOf(identity.tenantId, identity.timelineId);
-    const other = this.#timelines.get(key) ?? this.#creations.get(key); // made meanwhile
+    const other = this.#creations.get(key); // made meanwhile
     if (other !== undefined) return other;
+    const here = this.#timelines.get(key);
+    if (here?.isDamaged === false) return here;
+    const isDamaged = here !== undefined || this.#damaged.has(key);
+    if (isDamaged && state.votesFrom === undefined) {
+      const { timelineId } = identity;
+      throw new StrataError(
+        'unavailable',
+        `what is here of the log of timeline ${timelineId} is damaged, and is given up only when others have elected a leader without it`,
+      );
+    }
     // One that was lost and begins later: nobody needs from it what is before.
     const makeWal = async (directory: string): Promise<WalExtent> => {
       await new WalStore(directory, identity, state.commitLsn).create();
       return wholeExtent(state.commitLsn);
     };
-    const creation = this.#create(identity, state, makeWal, true).finally(() => this.#creations.delete(key));
+    const create = async (): Promise<Timeline> => {
+      if (isDamaged) await this.#putAside(identity);
+      return this.#create(identity, state, makeWal, true);
+    };
+    const creation = create().finally(() => this.#creations.delete(key));
     this.#creations.set(key, creation);
     return creation;
   }
@@ -136,6 +163,7 @@ export class Timelines {
     const timeline = this.#timelines.get(key) ?? (await this.#creations.get(key));
     this.#tombstones.add(key);
     this.#timelines.delete(key);
+    this.#damaged.delete(key);
     this.#byId.delete(timelineId);
     if (timeline === undefined) {
       const directory = join(this.#dataDir, tenantId, timelineId);
@@ -179,8 +207,11 @@ export class Timelines {
     }));
   }
 
+  /** Without those that are damaged. */
   list(): TimelineProgress[] {
-    return Array.from(this.#timelines.values(), progressOf);
+    return Array.from(this.#timelines.values())
+      .filter((timeline) => !timeline.isDamaged)
+      .map(progressOf);
   }
 
   /** What a pageserver tells. Timelines that are not here are left out. */
@@ -207,18 +238,32 @@ export class Timelines {
 
   async #load(tenantId: string, timelineId: string): Promise<void> {
     const directory = join(this.#dataDir, tenantId, timelineId);
-    const control = await readControlFile(directory);
+    const key = keyOf(tenantId, timelineId);
+    let control: ControlFile | undefined;
+    let extent: WalExtent | undefined;
+    try {
+      control = await readControlFile(directory);
+      extent = await readWalExtent(directory);
+    } catch (error) {
+      const reason = error instanceof Error ? error.message : String(error);
+      this.#log.error(
+        { tenantId, timelineId, reason },
+        'a log is damaged: it is not served before others have healed it',
+      );
+      this.#damaged.set(key, reason);
+      return;
+    }
     if (control === undefined) {
       await rm(directory, { recursive: true });
     } else if (control.kind !== 'timeline') {
-      this.#tombstones.add(keyOf(tenantId, timelineId));
+      this.#tombstones.add(key);
       for (const name of await readdir(directory)) {
         if (/^[0-9A-F]{24}$/.test(name) || name === FLUSH_MARK_NAME || name.startsWith(EXTENT_FILE_NAME))
           await rm(join(directory, name)); // A deletion that did not finish.
       }
     } else {
-      const extent = (await readWalExtent(directory)) ?? wholeExtent(control.identity.startLsn);
-      const timeline = this.#add(directory, control.identity, control.acceptor, extent, false);
+      const { identity, acceptor } = control;
+      const timeline = this.#add(directory, identity, acceptor, extent ?? wholeExtent(identity.startLsn), false);
       this.#offloading?.offloader.notice(timeline);
     }
   }
@@ -244,10 +289,10 @@ export class Timelines {
     const known = await this.find(identity);
     const { tenantId, timelineId } = identity;
     const key = keyOf(tenantId, timelineId);
-    if (known !== undefined) {
-      if (!replace) throw new StrataError('conflict', `this safekeeper has timeline ${timelineId}`);
-      await this.#putAside(known);
+    if (known !== undefined && !replace) {
+      throw new StrataError('conflict', `this safekeeper has timeline ${timelineId}`);
     }
+    if (this.#timelines.has(key) || this.#damaged.has(key)) await this.#putAside(identity);
     const makeWal = (directory: string): Promise<WalExtent> =>
       source === undefined
         ? this.#fetchWal(directory, identity, logStartLsn, state.commitLsn)
@@ -260,13 +305,18 @@ export class Timelines {
     this.#log.warn({ timelineId, endLsn: formatLsn(state.commitLsn), term: state.term }, 'the log was rebuilt');
   }
 
-  async #putAside(timeline: Timeline): Promise<void> {
-    const { tenantId, timelineId } = timeline.identity;
-    this.#timelines.delete(keyOf(tenantId, timelineId));
+  /** Keeps its files, in a folder beside. */
+  async #putAside({ tenantId, timelineId }: TimelineIdentity): Promise<void> {
+    const key = keyOf(tenantId, timelineId);
+    const timeline = this.#timelines.get(key);
+    this.#timelines.delete(key);
+    this.#damaged.delete(key);
     this.#byId.delete(timelineId);
-    this.#unsaved.delete(timeline);
-    this.#offloading?.offloader.forget(timeline);
-    await timeline.retire();
+    if (timeline !== undefined) {
+      this.#unsaved.delete(timeline);
+      this.#offloading?.offloader.forget(timeline);
+      await timeline.retire();
+    }
     const directory = join(this.#dataDir, tenantId, timelineId);
     await rename(directory, `${directory}.aside-${Date.now()}`);
     await syncDirectory(join(this.#dataDir, tenantId));
