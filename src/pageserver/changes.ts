@@ -115,6 +115,16 @@ export class ChangeScan {
     }
   }
 
+  /** The next size that was set in the window, in the order of forks; undefined at the end. For who wants sizes alone: not to be mixed with `next`. */
+  async nextSize(): Promise<NonNullable<ForkChanges['size']> | undefined> {
+    const sizes = this.#sizes;
+    if (!sizes.isReady) await sizes.prepare();
+    const key = sizes.current;
+    if (key === undefined) return undefined;
+    sizes.advance();
+    return { before: this.#sizeAt(key, this.#fromLsn), after: this.#sizeAt(key, this.#toLsn) };
+  }
+
   /** How many pages of transaction status and the like (SLRUs) have values in the window. */
   async slruPageCount(): Promise<number> {
     const pages = new ChangedKeys(this.#windows, SLRU_PAGES, this.#clock);

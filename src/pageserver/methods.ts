@@ -1,6 +1,7 @@
 /** The calls of api/pageserver.ts, as the pageserver answers them. */
 
 import { basename } from 'node:path';
+import { setImmediate as yieldToOthers } from 'node:timers/promises';
 import type {
   ChangesRequest,
   CreateTimelineRequest,
@@ -35,7 +36,7 @@ import { Indexed } from './indexed-timeline.ts';
 import { CONTROL_FILE_KEY } from './key.ts';
 import { LayerDamagedError } from './layers/block.ts';
 import { timeGone } from './retention.ts';
-import { sizesOf } from './storage-sizes.ts';
+import { StorageSizes } from './storage-sizes.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
 import type { Remote } from './remote/remote.ts';
 import type { Timeline } from './timeline.ts';
@@ -55,6 +56,7 @@ export interface MethodsOptions {
 const ANCESTOR_WAIT_MS = 30_000;
 const UNIX_TO_POSTGRES_EPOCH_US = 946_684_800_000_000;
 const PAGES_MAX = 1024;
+const SLICE_MS = 5;
 
 interface TimelineParams {
   readonly timelineId: string;
@@ -74,6 +76,7 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
   /** Reads; what is damaged or not here on the way is brought back first. */
   const repairing = <T>(read: () => T): Promise<T> => readWhole(read, timelines.repair);
   const imports = new Map<string, RunningImport>();
+  const sizes = new StorageSizes();
   const indexed = (timeline: Timeline): IndexedTimeline => new Indexed(timeline);
 
   return {
@@ -311,12 +314,22 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       return { result: { lsn: common.lsn } };
     },
 
-    async storageSizes({ timelineIds }: { timelineIds: readonly string[] }): Promise<RpcReply> {
+    async storageSizes({ timelineIds }: { timelineIds: readonly string[] }, { signal }: RpcContext): Promise<RpcReply> {
       const result: TimelineSizes[] = [];
+      let sliceStartMs = performance.now();
       for (const timelineId of timelineIds) {
+        if (performance.now() - sliceStartMs > SLICE_MS) {
+          await yieldToOthers();
+          sliceStartMs = performance.now();
+        }
+        if (signal.aborted) break;
         const timeline = timelines.find(timelineId);
         if (timeline === undefined) continue;
-        result.push(await repairing(() => sizesOf(timeline, timelines.childCount(timelineId))));
+        try {
+          result.push(await repairing(() => sizes.of(timeline, timelines.childCount(timelineId))));
+        } catch (error) {
+          if (!timeline.isStopped) throw error; // Deleted meanwhile.
+        }
       }
       return { result };
     },

@@ -260,10 +260,7 @@ export class HistoryReader {
   /** The keys of the range that exist at `lsn`, sorted. */
   scan(lineage: Lineage, range: KeyRange, lsn: Lsn, pgVersion: PgVersion): KeyImage[] {
     const found: KeyImage[] = [];
-    let previous: Key | undefined;
     for (const key of candidateKeys(lineage, range, lsn)) {
-      if (previous !== undefined && compareKeys(previous, key) === 0) continue;
-      previous = key;
       const image = this.read(lineage, key, lsn, pgVersion);
       if (image !== undefined) found.push([key, image]);
     }
@@ -287,8 +284,8 @@ function collect(history: History, key: Key, lsn: Lsn, floor: Lsn, chain: Chain)
   return history.layerMap.collect(key, lsn, floor, chain);
 }
 
-/** Every key of the range that may exist at `lsn`, sorted; some more than once, some that do not exist there. */
-function candidateKeys(lineage: Lineage, range: KeyRange, lsn: Lsn): Key[] {
+/** Every key of the range that may exist at `lsn`, sorted, each once; some do not exist there. */
+export function candidateKeys(lineage: Lineage, range: KeyRange, lsn: Lsn): Key[] {
   const keys: Key[] = [];
   let sourceCount = 0;
   for (const { history, endLsn } of lineage) {
@@ -300,5 +297,7 @@ function candidateKeys(lineage: Lineage, range: KeyRange, lsn: Lsn): Key[] {
     for (const source of sources) source.forEachKey(range, (key) => keys.push(key));
     sourceCount += sources.length;
   }
-  return sourceCount > 1 ? keys.sort(compareKeys) : keys;
+  if (sourceCount <= 1) return keys;
+  keys.sort(compareKeys);
+  return keys.filter((key, i) => i === 0 || compareKeys(keys[i - 1]!, key) !== 0);
 }

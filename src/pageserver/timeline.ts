@@ -35,6 +35,7 @@ import { LayerMap } from './layers/layer-map.ts';
 import { MemoryLayer } from './layers/memory-layer.ts';
 import { makeLineage } from './lineage.ts';
 import { LsnWaiters } from './lsn-waiters.ts';
+import { candidateKeys } from './read.ts';
 import type { History, HistoryReader, KeyImage, Lineage } from './read.ts';
 import { historyGone } from './retention.ts';
 import type { Horizon } from './retention.ts';
@@ -58,6 +59,10 @@ export interface TimelineOptions {
   readonly retainedLsns: (timeline: Timeline) => readonly Lsn[];
   /** Called after each change of the index. */
   readonly onIndex?: (timeline: Timeline) => void;
+  /** Called when the object store has more of it for good. */
+  readonly onRemote?: (timeline: Timeline) => void;
+  /** Called when the horizon has moved. */
+  readonly onHorizon?: (timeline: Timeline) => void;
   readonly onStep?: OnStep;
 }
 
@@ -173,7 +178,9 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   }
 
   setRemoteConsistentLsn(lsn: Lsn): void {
-    this.#remoteConsistentLsn = Math.max(this.#remoteConsistentLsn, lsn);
+    if (lsn <= this.#remoteConsistentLsn) return;
+    this.#remoteConsistentLsn = lsn;
+    this.#options.onRemote?.(this);
   }
 
   get memoryLayers(): readonly MemoryLayer[] {
@@ -261,6 +268,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     assert(horizon.lsn >= (this.#horizon?.lsn ?? 0), 'the horizon never goes back');
     assert(horizon.lsn <= this.diskConsistentLsn, 'the horizon is in layers');
     this.#horizon = horizon;
+    this.#options.onHorizon?.(this);
     await this.#writeIndex((index) => {
       if (this.#stopped !== undefined) throw this.#stoppedError();
       return { ...index, horizon };
@@ -360,6 +368,12 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   scan(range: KeyRange, lsn: Lsn = UNCOMMITTED_LSN): KeyImage[] {
     this.assertReadable(lsn);
     return this.#options.reader.scan(this.lineage, range, lsn, this.pgVersion);
+  }
+
+  /** The keys of the range that may exist at `lsn`, in order. */
+  keys(range: KeyRange, lsn: Lsn): Key[] {
+    this.assertReadable(lsn);
+    return candidateKeys(this.lineage, range, lsn);
   }
 
   /** Whether `lsn` can be read now: ingested, here and in the ancestors. */

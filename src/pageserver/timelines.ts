@@ -132,6 +132,8 @@ export class Timelines {
   /** By timeline, the points where its children branch off. */
   readonly #children = new Map<string, Map<string, Lsn>>();
   readonly leases: Leases;
+  /** Of which safekeepers have to be told something. */
+  #moved = new Set<Timeline>();
   readonly #flushFailing = new Set<Timeline>();
   readonly #compactor: Compactor;
   readonly compaction: Compaction;
@@ -163,7 +165,12 @@ export class Timelines {
         ...this.leases.lsnsOf(timelineId),
       ],
       onFlush: (timeline, error) => this.#flushed(timeline, error),
-      onIndex: (timeline) => this.#remote?.changed(timeline),
+      onIndex: (timeline) => {
+        this.moved(timeline);
+        this.#remote?.changed(timeline);
+      },
+      onRemote: (timeline) => this.moved(timeline),
+      onHorizon: (timeline) => this.#horizonMoved(timeline),
       ...(options.onStep === undefined ? {} : { onStep: options.onStep }),
     };
     const steadyNow = options.now ?? ((): number => performance.now());
@@ -214,6 +221,18 @@ export class Timelines {
 
   all(): IterableIterator<Timeline> {
     return this.#timelines.values();
+  }
+
+  /** To be called when WAL of the timeline was ingested. */
+  moved(timeline: Timeline): void {
+    this.#moved.add(timeline);
+  }
+
+  /** Those of which since the last call something has changed that safekeepers are told. */
+  takeMoved(): ReadonlySet<Timeline> {
+    const moved = this.#moved;
+    if (moved.size > 0) this.#moved = new Set();
+    return moved;
   }
 
   childCount(timelineId: string): number {
@@ -502,6 +521,18 @@ export class Timelines {
     ]);
     this.#options.onStep?.('timeline created');
     this.#timelines.set(timelineId, timeline);
+  }
+
+  /** What descendants inherit has moved with it, as far as they have no horizon of their own. */
+  #horizonMoved(timeline: Timeline): void {
+    const left = [timeline];
+    for (let next = left.pop(); next !== undefined; next = left.pop()) {
+      this.moved(next);
+      for (const childId of this.#children.get(next.timelineId)?.keys() ?? []) {
+        const child = this.#timelines.get(childId);
+        if (child !== undefined && child.horizon === undefined) left.push(child);
+      }
+    }
   }
 
   #addChild(timelineId: string, childId: string, lsn: Lsn): void {

@@ -69,7 +69,8 @@ interface Reception {
 /** A safekeeper that is told how far timelines have got. */
 interface Told {
   readonly tell: (entries: readonly PageserverFeedback[]) => void;
-  readonly last: Map<string, PageserverFeedback>;
+  /** It was just connected: it has to be told everything. */
+  isNew: boolean;
 }
 
 export class WalReceiver {
@@ -139,7 +140,6 @@ export class WalReceiver {
   timelineRemoved(timelineId: string): void {
     this.#receptions.get(timelineId)?.stream?.aborter.abort();
     this.#receptions.delete(timelineId);
-    for (const told of this.#told) told?.last.delete(timelineId);
   }
 
   async #watch(safekeeper: number): Promise<void> {
@@ -151,7 +151,7 @@ export class WalReceiver {
     while (!signal.aborted) {
       try {
         const onConnected = (tell: Told['tell']): void => {
-          this.#told[safekeeper] = { tell, last: new Map() };
+          this.#told[safekeeper] = { tell, isNew: true };
         };
         for await (const batch of watchCommits({ address, token, signal, onConnected })) {
           if (wasLost) log.info({ safekeeper: address }, 'safekeeper is back');
@@ -271,7 +271,8 @@ export class WalReceiver {
         if (chunk.bytes.length === 0) continue;
         idle.refresh();
         reader.push(chunk.lsn, chunk.bytes);
-        if (!(await this.#ingestAll(reader, reception, timeline, aborter.signal))) return;
+        const ingested = this.#ingestAll(reader, reception, timeline, aborter.signal);
+        if (!(await ingested.finally(() => timelines.moved(timeline)))) return;
         reception.receivedLsn = reader.pushLsn;
         reception.damagedAt.clear();
         timelines.relieveMemory();
@@ -321,29 +322,19 @@ export class WalReceiver {
     return true;
   }
 
-  /** Tells every safekeeper that is connected what it was not told yet. */
+  /** Tells every safekeeper that is connected what it was not told yet: in the time of what has moved, however many timelines there are. */
   async #tellAll(): Promise<void> {
     const { signal } = this.#stopped;
+    const { timelines } = this.#options;
     while (!signal.aborted) {
       await pause(FEEDBACK_MS, signal);
-      for (const told of this.#told) if (told !== undefined) this.#tell(told);
+      const moved = timelines.takeMoved();
+      for (const told of this.#told) {
+        if (told === undefined) continue;
+        tellOf(told, told.isNew ? timelines.all() : moved);
+        told.isNew = false;
+      }
     }
-  }
-
-  #tell({ tell, last }: Told): void {
-    let batch: PageserverFeedback[] = [];
-    for (const timeline of this.#options.timelines.all()) {
-      const { timelineId } = timeline;
-      const before = last.get(timelineId);
-      const now = feedbackOf(timeline);
-      if (before !== undefined && isSame(before, now)) continue;
-      last.set(timelineId, now);
-      batch.push(now);
-      if (batch.length < FEEDBACK_BATCH) continue;
-      tell(batch);
-      batch = [];
-    }
-    if (batch.length > 0) tell(batch);
   }
 
   /** Breaks off streams that bring nothing although another safekeeper has committed more. */
@@ -411,13 +402,15 @@ function feedbackOf(timeline: Timeline): PageserverFeedback {
   };
 }
 
-function isSame(a: PageserverFeedback, b: PageserverFeedback): boolean {
-  return (
-    a.ingestedLsn === b.ingestedLsn &&
-    a.flushedLsn === b.flushedLsn &&
-    a.remoteLsn === b.remoteLsn &&
-    a.oldestLsn === b.oldestLsn
-  );
+function tellOf({ tell }: Told, timelines: Iterable<Timeline>): void {
+  let batch: PageserverFeedback[] = [];
+  for (const timeline of timelines) {
+    batch.push(feedbackOf(timeline));
+    if (batch.length < FEEDBACK_BATCH) continue;
+    tell(batch);
+    batch = [];
+  }
+  if (batch.length > 0) tell(batch);
 }
 
 function highestCommit(reception: Reception): Lsn {
