@@ -170,7 +170,9 @@ export class FileSystemStore implements ObjectStore {
     return withDeadline(what, options, this.#timeoutMs, async (signal) => {
       const objects: ListedObject[] = [];
       try {
-        for await (const name of this.#walk('', prefix, options.after ?? '')) {
+        // Nothing above the prefix's own folder is looked at: there may be many beside it.
+        const folder = prefix.slice(0, prefix.lastIndexOf('/') + 1);
+        for await (const name of this.#walk(folder, prefix, options.after ?? '')) {
           signal.throwIfAborted();
           const found = await stat(join(this.#root, name)).catch(ignoreAbsent);
           if (found === undefined || !found.isFile()) continue;

@@ -190,6 +190,11 @@ export class LogRebuild {
     });
   }
 
+  /** Ids of timelines that a log can be rebuilt of although the pageserver has no WAL of them. */
+  offloadedTimelineIds(): Promise<ReadonlySet<string>> {
+    return this.#options.wal.timelineIds();
+  }
+
   /**
    * Rebuilds the timeline's log when a quorum has lost it; undefined when it has not. Throws `unavailable` when it cannot be told, naming who is silent.
    */

@@ -110,11 +110,21 @@ export class WalHealer {
     const quorum = Math.floor(lists.length / 2) + 1;
     const known = lists.map((list) => new Set(list.map(({ timelineId }) => timelineId)));
     let failedCount = 0;
+    let offloaded: ReadonlySet<string> | undefined;
     for (const timeline of await pageserver.listTimelines()) {
       if (timeline.kind !== 'loaded' || timeline.ancestorTimelineId === undefined) continue; // A template has no log.
-      const { timelineId } = timeline;
+      const { timelineId, lastRecordLsn, startLsn } = timeline;
       if (known.filter((ids) => !ids.has(timelineId)).length < quorum) continue;
       if (this.#closing.signal.aborted) return;
+      // Most branches were never written to: there may be thousands of them, and nothing of each is to be asked.
+      if (lastRecordLsn === startLsn) {
+        offloaded ??= await rebuild.offloadedTimelineIds().catch((error: unknown) => {
+          failedCount++;
+          log.error({ reason: toStrataError(error).message }, 'what WAL the object store has could not be listed');
+          return new Set<string>();
+        });
+        if (!offloaded.has(timelineId)) continue;
+      }
       try {
         const rebuilt = await rebuild.rebuild(timelineId);
         if (rebuilt !== undefined) onRebuilt?.(rebuilt);

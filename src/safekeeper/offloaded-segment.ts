@@ -51,8 +51,10 @@ const SEGMENT_DIGITS = 10;
 const compress = promisify(zstdCompress);
 const decompress = promisify(zstdDecompress);
 
+export const OFFLOADED_PREFIX = 'wal/';
+
 export function offloadedPrefix(tenantId: string, timelineId: string): string {
-  return `wal/${tenantId}/${timelineId}/`;
+  return `${OFFLOADED_PREFIX}${tenantId}/${timelineId}/`;
 }
 
 /** The beginning of the names of all objects of the segment that holds `lsn`. */

@@ -4,6 +4,7 @@ import type { TimelineIdentity } from '../api/safekeeper.ts';
 import { isObjectError, listAll, type ObjectStore } from '../object-store/object-store.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import {
+  OFFLOADED_PREFIX,
   decodeOffloaded,
   offloadedName,
   type OffloadedName,
@@ -17,6 +18,8 @@ import {
 type Ids = Pick<TimelineIdentity, 'tenantId' | 'timelineId'>;
 
 const CACHED_SEGMENTS = 3;
+/** Sorts behind all names of a timeline's objects. */
+const AFTER_NAMES = '~';
 /** A name that was just listed may be superseded and removed before it is read. */
 const FIND_ATTEMPTS = 3;
 
@@ -62,6 +65,20 @@ export class OffloadedWal {
   /** Whether there is any WAL of the timeline. */
   async hasAny({ tenantId, timelineId }: Ids): Promise<boolean> {
     return (await this.#store.list(offloadedPrefix(tenantId, timelineId), { limit: 1 })).objects.length > 0;
+  }
+
+  /** Ids of the timelines of which there is any. A list's page may be of many; one that is larger than a page costs no second. */
+  async timelineIds(): Promise<Set<string>> {
+    const found = new Set<string>();
+    for (let after = ''; ;) {
+      const { objects, next } = await this.#store.list(OFFLOADED_PREFIX, after === '' ? {} : { after });
+      for (const { name } of objects) {
+        const [, tenantId = '', timelineId = ''] = name.split('/');
+        found.add(timelineId);
+        after = `${offloadedPrefix(tenantId, timelineId)}${AFTER_NAMES}`;
+      }
+      if (next === undefined) return found;
+    }
   }
 
   /** All objects of a timeline, in order. */
