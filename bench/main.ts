@@ -16,6 +16,7 @@ import { decode } from './decode.ts';
 import { durableCommits } from './durable-commits.ts';
 import { failover } from './failover.ts';
 import { getPage } from './get-page.ts';
+import { growth } from './growth.ts';
 import { idleMemory } from './idle-memory.ts';
 import { ingest } from './ingest.ts';
 import { formatTable, type Row } from './measure.ts';
@@ -64,6 +65,7 @@ const PART_QUESTIONS: Readonly<Record<string, (options: { readonly quick: boolea
   'nested-branches': nestedBranches,
   changes,
   scale: sizes,
+  growth,
   space,
 };
 

@@ -4,6 +4,7 @@
 import assert from 'node:assert/strict';
 import { existsSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { Client } from 'pg';
 import { TestPlatform, withoutVerification } from '../test/end-to-end/platform.ts';
 import { elapsedMs } from './measure.ts';
@@ -107,12 +108,31 @@ export class BenchedPlatform {
 
   /** Milliseconds of the statement alone, without connecting. */
   async timedQuery(connectionString: string, sql: string): Promise<number> {
+    return (await this.timedQueries(connectionString, [sql]))[0]!;
+  }
+
+  /** Of each statement, one after the other in one session. */
+  async timedQueries(connectionString: string, statements: readonly string[]): Promise<number[]> {
     const client = new Client({ connectionString: withoutVerification(connectionString) });
     await client.connect();
     try {
-      return await elapsedMs(() => client.query(sql));
+      const times: number[] = [];
+      for (const sql of statements) times.push(await elapsedMs(() => client.query(sql)));
+      return times;
     } finally {
       await client.end();
+    }
+  }
+
+  /** Resolves when all WAL is in pages and all pages that were flushed are in the object store. */
+  async caughtUp(): Promise<void> {
+    for (;;) {
+      const { wal, object_store: store } = await this.#platform.cliJson<{
+        readonly wal: readonly { readonly not_in_pages_size: number }[];
+        readonly object_store?: { readonly pending_size: number };
+      }>(['status']);
+      if (wal.every((lag) => lag.not_in_pages_size === 0) && (store?.pending_size ?? 0) === 0) return;
+      await sleep(500);
     }
   }
 
