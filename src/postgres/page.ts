@@ -230,6 +230,13 @@ export function pageInit(page: Buffer, specialSize: number): void {
  * past the last; without, the line pointers from `offset` on move up. PAI_IS_HEAP limits the number of line pointers.
  */
 export function pageAddItem(page: Buffer, item: Uint8Array, offset: number, flags: number): number {
+  const at = pageReserveItem(page, item.length, offset, flags);
+  if (at !== 0) page.set(item, pageUpper(page));
+  return at;
+}
+
+/** As pageAddItem, for an item of which the caller writes all `length` bytes, from the page's upper end on. */
+export function pageReserveItem(page: Buffer, length: number, offset: number, flags: number): number {
   checkHeader(page, false);
   const limit = pageMaxOffset(page) + 1;
   let at = offset;
@@ -250,13 +257,12 @@ export function pageAddItem(page: Buffer, item: Uint8Array, offset: number, flag
   if ((flags & PAI_IS_HEAP) !== 0 && at > MAX_HEAP_TUPLES_PER_PAGE) return 0;
 
   const lower = at === limit || shuffle ? pageLower(page) + ITEM_ID_SIZE : pageLower(page);
-  const upper = pageUpper(page) - maxAlign(item.length);
+  const upper = pageUpper(page) - maxAlign(length);
   if (lower > upper) return 0;
 
   const pointer = PAGE_HEADER_SIZE + (at - 1) * ITEM_ID_SIZE;
   if (shuffle) page.copyWithin(pointer + ITEM_ID_SIZE, pointer, pointer + (limit - at) * ITEM_ID_SIZE);
-  setItemNormal(page, at, upper, item.length);
-  page.set(item, upper);
+  setItemNormal(page, at, upper, length);
   put16(page, 12, lower);
   put16(page, 14, upper);
   return at;

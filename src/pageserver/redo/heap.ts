@@ -20,14 +20,16 @@
  */
 
 import {
+  BLOCK_SIZE,
   PAI_IS_HEAP,
   PAI_OVERWRITE,
   PD_ALL_VISIBLE,
   PageError,
   itemLength,
-  pageAddItem,
   pageInit,
   pageMaxOffset,
+  pageReserveItem,
+  pageUpper,
   setPageFlag,
   setPagePrunable,
 } from '../../postgres/page.ts';
@@ -214,7 +216,7 @@ function addTupleFromOld(
   ) {
     throw new PageError(`new tuple with prefix ${prefix} and suffix ${suffix} of an old tuple of ${oldLength} bytes`);
   }
-  startTuple(record, blk, getU16(bytes, main + 12), at, main + 8);
+  startTuple(scratch, scratchView, 0, record, blk, getU16(bytes, main + 12), at, main + 8);
   let to = TUPLE_HEADER_SIZE;
   let from = body;
   if (prefix > 0) {
@@ -224,7 +226,7 @@ function addTupleFromOld(
   }
   to += bytes.copy(scratch, to, from, end);
   page.copy(scratch, to, old + oldLength - suffix, old + oldLength);
-  placeTuple(page, getU16(bytes, main + 12), length);
+  scratch.copy(page, reserveTuple(page, getU16(bytes, main + 12), length), 0, length);
 }
 
 function redoLock(page: Buffer, record: WalRecord, block: WalBlock): void {
@@ -253,10 +255,19 @@ function redoInplace(page: Buffer, record: WalRecord, block: WalBlock): void {
   record.bytes.copy(page, tuple + hoff, block.dataOffset, block.dataOffset + length);
 }
 
-const scratch = Buffer.alloc(8192);
+const scratch: Buffer = Buffer.alloc(BLOCK_SIZE);
 const scratchView = viewOf(scratch);
-/** The first bytes of the scratch area, by their number, so that no view is made for each tuple. */
-const scratchStarts: (Buffer | undefined)[] = Array.from({ length: scratch.length + 1 }, () => undefined);
+let viewedPage = scratch;
+let pageView = scratchView;
+
+/** A view of the page; records of one page come one after the other, and a multi-insert has many tuples. */
+function viewOfPage(page: Buffer): DataView {
+  if (viewedPage !== page) {
+    viewedPage = page;
+    pageView = viewOf(page);
+  }
+  return pageView;
+}
 
 /**
  * Makes a tuple of the header and body in `record.bytes[at, end)` and adds it at `offset`. `xmaxAt` is where the record has the new
@@ -272,33 +283,44 @@ export function addTuple(
   xmaxAt?: number,
 ): void {
   const length = TUPLE_HEADER_SIZE + end - at - WAL_TUPLE_HEADER_SIZE;
-  if (length < TUPLE_HEADER_SIZE || length > scratch.length) throw new PageError(`a tuple of ${length} bytes`);
-  startTuple(record, blk, offset, at, xmaxAt);
+  if (length < TUPLE_HEADER_SIZE || length > BLOCK_SIZE) throw new PageError(`a tuple of ${length} bytes`);
+  const view = viewOfPage(page);
+  const tuple = reserveTuple(page, offset, length);
+  startTuple(page, view, tuple, record, blk, offset, at, xmaxAt);
   const from = record.sourceOffset + at + WAL_TUPLE_HEADER_SIZE;
-  copyBytes(record.sourceView, from, scratchView, TUPLE_HEADER_SIZE, length - TUPLE_HEADER_SIZE);
-  placeTuple(page, offset, length);
+  copyBytes(record.sourceView, from, view, tuple + TUPLE_HEADER_SIZE, length - TUPLE_HEADER_SIZE);
 }
 
-/** Writes the fixed part of a new tuple to the scratch area; `at` is where the record has infomask2, infomask and hoff. */
-function startTuple(record: WalRecord, blk: number, offset: number, at: number, xmaxAt: number | undefined): void {
+/** Writes the fixed part of a new tuple; `at` is where the record has infomask2, infomask and hoff. */
+function startTuple(
+  to: Buffer,
+  view: DataView,
+  tuple: number,
+  record: WalRecord,
+  blk: number,
+  offset: number,
+  at: number,
+  xmaxAt: number | undefined,
+): void {
   const { bytes } = record;
-  scratchView.setUint32(XMIN, record.xid, true);
-  scratchView.setUint32(XMAX, xmaxAt === undefined ? 0 : bytes.readUInt32LE(xmaxAt), true);
-  scratchView.setUint32(CID, 0, true);
-  putCtid(scratch, 0, blk, offset);
-  putU16(scratch, getU16(bytes, at), INFOMASK2);
-  putU16(scratch, getU16(bytes, at + 2) & ~COMBOCID, INFOMASK);
-  scratch[HOFF] = bytes[at + 4]!;
+  view.setUint32(tuple + XMIN, record.xid, true);
+  view.setUint32(tuple + XMAX, xmaxAt === undefined ? 0 : bytes.readUInt32LE(xmaxAt), true);
+  view.setUint32(tuple + CID, 0, true);
+  putCtid(to, tuple, blk, offset);
+  putU16(to, getU16(bytes, at), tuple + INFOMASK2);
+  putU16(to, getU16(bytes, at + 2) & ~COMBOCID, tuple + INFOMASK);
+  to[tuple + HOFF] = bytes[at + 4]!;
 }
 
-function placeTuple(page: Buffer, offset: number, length: number): void {
+/** Where the tuple is to be written. */
+function reserveTuple(page: Buffer, offset: number, length: number): number {
   if (offset < 1 || offset > pageMaxOffset(page) + 1) {
     throw new PageError(`a tuple for item ${offset} where ${pageMaxOffset(page)} are`);
   }
-  const tuple = (scratchStarts[length] ??= scratch.subarray(0, length));
-  if (pageAddItem(page, tuple, offset, PAI_OVERWRITE | PAI_IS_HEAP) === 0) {
+  if (pageReserveItem(page, length, offset, PAI_OVERWRITE | PAI_IS_HEAP) === 0) {
     throw new PageError(`a tuple of ${length} bytes does not fit at item ${offset}`);
   }
+  return pageUpper(page);
 }
 
 /** The main data of a record must hold what its type reads. */
