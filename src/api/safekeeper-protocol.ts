@@ -23,6 +23,7 @@
  *
  *     20  read            c → s      JSON ReadRequest; makes the connection a reader's
  *     21  wal             s → c      u64 LSN of the first byte, u64 commit LSN, WAL bytes (none: only the commit LSN is news)
+ *     22  hurry           c → s      u64 LSN; from a reader: somebody waits for the WAL before it, send it as it is committed
  *
  *     30  watch           c → s      nothing; makes the connection a watcher's
  *     31  progress        s → c      count × {16 tenant id, 16 timeline id, u64 commit LSN, u64 flush LSN}
@@ -67,6 +68,7 @@ export const FRAME = {
   renew: 19,
   read: 20,
   wal: 21,
+  hurry: 22,
   watch: 30,
   progress: 31,
   feedback: 32,
@@ -408,6 +410,17 @@ export function encodeWalHead(lsn: Lsn, commitLsn: Lsn, walBytes: number): Buffe
 export function decodeWal(payload: Buffer): WalChunk {
   need(payload, WAL_FIXED_BYTES, 'wal');
   return { lsn: readLsn(payload, 0), commitLsn: readLsn(payload, 8), bytes: payload.subarray(WAL_FIXED_BYTES) };
+}
+
+export function encodeHurry(lsn: Lsn): Buffer {
+  const payload = Buffer.alloc(8);
+  writeLsn(payload, lsn, 0);
+  return encodeFrame(FRAME.hurry, payload);
+}
+
+export function decodeHurry(payload: Buffer): Lsn {
+  need(payload, 8, 'hurry');
+  return readLsn(payload, 0);
 }
 
 export function encodeProgress(entries: readonly TimelineProgress[]): Buffer {

@@ -22,6 +22,7 @@ import {
   type ErrorBody,
   encodeFeedback,
   encodeHello,
+  encodeHurry,
   encodeJson,
   FRAME,
   type GiveRequest,
@@ -99,6 +100,8 @@ export interface SafekeeperEndpoint {
 
 export interface ReadWalOptions extends SafekeeperEndpoint, ReadRequest {
   readonly signal?: AbortSignal;
+  /** Is given what tells the safekeeper that somebody waits for the WAL before an LSN; otherwise what is new comes several times a second. */
+  readonly onConnected?: (hurry: (lsn: Lsn) => void) => void;
 }
 
 /**
@@ -106,7 +109,7 @@ export interface ReadWalOptions extends SafekeeperEndpoint, ReadRequest {
  * brings a newer commit LSN. Ends by the signal; rejects with `not-found`, `bad-request` (before the timeline's start), `unavailable`.
  */
 export async function* readWal(options: ReadWalOptions): AsyncGenerator<WalChunk, void, void> {
-  const { tenantId, timelineId, fromLsn, term, isRebuild } = options;
+  const { tenantId, timelineId, fromLsn, term, isRebuild, onConnected, signal } = options;
   const request: ReadRequest = {
     tenantId,
     timelineId,
@@ -114,7 +117,10 @@ export async function* readWal(options: ReadWalOptions): AsyncGenerator<WalChunk
     ...(term === undefined ? {} : { term }),
     ...(isRebuild === undefined ? {} : { isRebuild }),
   };
-  for await (const frame of streamFrames(options, encodeJson(FRAME.read, request), options.signal)) {
+  const onOpen = (connection: SafekeeperConnection): void => {
+    onConnected?.((lsn) => connection.write(encodeHurry(lsn)));
+  };
+  for await (const frame of streamFrames(options, encodeJson(FRAME.read, request), signal, onOpen)) {
     if (frame.type === FRAME.wal) yield decodeWal(frame.payload);
   }
 }

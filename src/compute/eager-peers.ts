@@ -1,9 +1,9 @@
 /**
  * Which safekeepers get small appends at once: as many as make a quorum. A commit needs no more, and an append costs each safekeeper a message, a write
- * and an answer whatever its size; so the others get the same WAL at the end of a pause of a few milliseconds, in fewer, larger appends.
+ * and an answer whatever its size; so the others get the same WAL a few times a second only, in larger appends (proposer.ts).
  *
- * A commit that an eager one holds up therefore waits for the end of the pause and no longer. One that has been silent for several pauses gives
- * its place to one that waits, so a safekeeper that hangs does so to a few commits only.
+ * A commit that an eager one holds up waits until the next pause of a few milliseconds ends, when the others get what it needs. One that has been silent for
+ * several pauses gives its place to one that waits, so a safekeeper that hangs holds up a few commits only.
  *
  * This chooses only when WAL is sent. What is committed is decided by consensus/proposer.ts from what was acknowledged, by whomever.
  */

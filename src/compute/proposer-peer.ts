@@ -51,8 +51,8 @@ export interface ProposerPeerOptions {
   readonly yieldsToLeader: boolean;
   readonly state: ProposerState;
   readonly buffer: () => WalBuffer;
-  /** Small appends go to it at once; otherwise only by `catchUp`. */
-  readonly isEager: () => boolean;
+  /** A small append may go to it now; otherwise only by `catchUp`. */
+  readonly mayBegin: () => boolean;
   readonly perform: (actions: readonly ProposerAction[]) => void;
   readonly addressOf: (peer: number) => SafekeeperAddress;
   readonly onAcknowledged: () => void;
@@ -150,7 +150,7 @@ export class ProposerPeer {
 
   /** Sends what may be sent now. */
   pump(isPauseOver = false): void {
-    const { state, index, isEager } = this.#options;
+    const { state, index, mayBegin } = this.#options;
     const buffer = this.#options.buffer();
     const peer = state.peer(index);
     while (peer.state === 'streaming' && this.#recovery === undefined && peer.sendLsn < buffer.endLsn) {
@@ -160,7 +160,7 @@ export class ProposerPeer {
         return;
       }
       const isSmall = buffer.endLsn - peer.sendLsn < SMALL_APPEND_BYTES;
-      if (isSmall && (this.#unacknowledged.length >= MAX_SMALL_APPENDS || !(isPauseOver || isEager()))) return;
+      if (isSmall && (this.#unacknowledged.length >= MAX_SMALL_APPENDS || !(isPauseOver || mayBegin()))) return;
       this.#append(peer.sendLsn, buffer.view(peer.sendLsn));
     }
   }
@@ -171,15 +171,16 @@ export class ProposerPeer {
     return peer.state === 'streaming' && this.#recovery === undefined && peer.writtenLsn >= this.#sentLsn;
   }
 
-  /** A pause is over: sends what was held back. True when it may have to be told of a commit LSN after another one. */
-  catchUp(): boolean {
-    this.pump(true);
+  /** A pause is over: sends what was held back, if it may, and when no WAL came the commit LSN. True when it may have to be told of a commit LSN after another one. */
+  catchUp(maySend: boolean, isQuiet: boolean): boolean {
+    this.pump(maySend);
     const { state, index } = this.#options;
     const peer = state.peer(index);
     // As long as WAL flows, the next append carries the commit LSN.
-    if (peer.sendLsn === this.#sentLsn || state.commitLsn >= this.#options.buffer().endLsn) this.tellCommit();
+    if (isQuiet) this.tellCommit();
     this.#sentLsn = peer.sendLsn;
-    return peer.state === 'streaming' && (peer.sentCommitLsn < state.commitLsn || peer.writtenLsn < peer.sendLsn);
+    const isBehind = peer.sendLsn < this.#options.buffer().endLsn || peer.writtenLsn < peer.sendLsn;
+    return peer.state === 'streaming' && (isBehind || peer.sentCommitLsn < state.commitLsn);
   }
 
   /** An append without WAL, if the safekeeper does not know the commit LSN yet. */
@@ -288,10 +289,14 @@ export class ProposerPeer {
     }
     const message = decodeAcceptorMessage(frame.type, frame.payload);
     if (message === undefined) throw new StrataError('bad-request', `frame type ${frame.type} from a safekeeper`);
+    if (message.kind !== 'append-reply') {
+      perform(state.receive(index, message));
+      return;
+    }
+    while (this.#unacknowledged.length > 0 && this.#unacknowledged[0]! <= message.writeLsn)
+      this.#unacknowledged.shift();
     perform(state.receive(index, message));
-    if (message.kind !== 'append-reply') return;
     this.#reconnectDelayMs = RECONNECT_MIN_MS;
-    this.#unacknowledged = this.#unacknowledged.filter((endLsn) => endLsn > message.writeLsn);
     this.#roomWaiter?.();
     this.#options.onAcknowledged();
     this.pump();
@@ -335,7 +340,7 @@ export class ProposerPeer {
       })
       .finally(() => {
         this.#recovery = undefined;
-        this.pump();
+        this.#options.onAcknowledged();
       });
   }
 

@@ -56,8 +56,12 @@ export interface ProposerEvents {
 
 const MAX_PENDING_BYTES = 32 * 1024 * 1024;
 const RETAINED_BYTES = 8 * 1024 * 1024;
-/** How long WAL is held back from safekeepers that are not needed for a quorum, and how long a new commit LSN when no WAL follows that would carry it. */
+/** How often it is looked whether a round of appends is late; and how long a new commit LSN is held back when no WAL follows that would carry it. */
 const PAUSE_MS = 5;
+/** A round that takes so long is not waited for at the end of a pause. */
+const LATE_ROUND_MS = 2;
+/** How long WAL is held back from safekeepers that are not needed for a quorum, as long as more comes. */
+const HOLD_BACK_MS = 20;
 const RETRY_MIN_MS = 20;
 /** Doubled with each election that fails: of several candidates one gets the time to bring the others' logs on. */
 const RETRY_SPREAD_MS = 180;
@@ -102,6 +106,14 @@ export class Proposer extends EventEmitter<ProposerEvents> {
   #settleElection: { resolve(): void; reject(error: Error): void } | undefined;
   #buffer = new WalBuffer(0);
   #pumpScheduled = false;
+  #isBeginning = false;
+  #roundBeganAtMs = 0;
+  /** What a quorum has to take in before the next round. */
+  #roundEndLsn: Lsn = 0;
+  /** When the last of what was held back was sent. */
+  #heldBackAtMs = 0;
+  /** endLsn when the last pause ended. */
+  #pauseEndLsn: Lsn = 0;
   #full = false;
   #feedback: { readonly ingestedLsn: Lsn; readonly remoteLsn: Lsn } | undefined;
   #retryCount = 0;
@@ -310,7 +322,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
       yieldsToLeader: yieldsToLeader ?? false,
       state: this.#state,
       buffer: () => this.#buffer,
-      isEager: () => this.#isEager(index),
+      mayBegin: () => this.#isBeginning && this.#isEager(index),
       perform: (actions) => this.#perform(actions),
       addressOf: (peer) => this.#addressOf(peer),
       onAcknowledged: () => this.#acknowledged(),
@@ -348,19 +360,47 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     return this.#state.configuration.newMembers !== undefined || this.#eager.has(this.#active.indexOf(index));
   }
 
+  /**
+   * Small appends go to the eager safekeepers in rounds: the next one begins when a quorum has the last. A commit needs them all anyway, and one that was
+   * ahead would only make more messages, writes and commits of the same WAL.
+   */
   #pump(): void {
+    this.#isBeginning = !this.#isRoundUnderWay;
+    if (this.#isBeginning) {
+      this.#roundBeganAtMs = performance.now();
+      this.#roundEndLsn = this.endLsn;
+    }
     for (const peer of this.#peers) peer.pump();
+    this.#isBeginning = false;
     this.#startPause();
+  }
+
+  get #isRoundUnderWay(): boolean {
+    return this.#state.quorumWrittenLsn < this.#roundEndLsn;
   }
 
   #startPause(): void {
     this.#pauseTimer ??= setTimeout(() => {
       this.#pauseTimer = undefined;
-      this.#eager.choose((place) => this.#peers[this.#active[place]!]!.isPrompt);
-      let isMoreToSay = false;
-      for (const peer of this.#peers) if (peer.catchUp()) isMoreToSay = true;
-      if (isMoreToSay && this.#closing === undefined && !this.fenced) this.#startPause();
+      this.#pauseOver();
     }, PAUSE_MS);
+  }
+
+  /** Who is not eager gets what came since, when it is time, when nothing more comes, or when a commit needs it. */
+  #pauseOver(): void {
+    const nowMs = performance.now();
+    const isLate = this.#isRoundUnderWay && nowMs - this.#roundBeganAtMs >= LATE_ROUND_MS;
+    const isQuiet = this.endLsn === this.#pauseEndLsn;
+    const isDue = isQuiet || isLate || nowMs - this.#heldBackAtMs >= HOLD_BACK_MS;
+    if (isDue) this.#heldBackAtMs = nowMs;
+    this.#pauseEndLsn = this.endLsn;
+    this.#eager.choose((place) => this.#peers[this.#active[place]!]!.isPrompt);
+    let isMoreToSay = false;
+    for (const peer of this.#peers) {
+      const maySend = isLate || (isDue && !this.#isEager(peer.index));
+      if (peer.catchUp(maySend, isQuiet)) isMoreToSay = true;
+    }
+    if (isMoreToSay && this.#closing === undefined && !this.fenced) this.#startPause();
   }
 
   #committed(lsn: Lsn): void {
@@ -382,6 +422,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
 
   /** A safekeeper has taken WAL in. */
   #acknowledged(): void {
+    this.#pump();
     if (!this.#full || this.#pendingBytes() >= this.#maxPendingBytes / 2) return;
     this.#full = false;
     this.emit('drain');

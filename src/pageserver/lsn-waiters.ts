@@ -15,6 +15,8 @@ export class LsnWaiters {
   readonly #name: string;
   readonly #waiters = new Set<Waiter>();
   #lowestLsn: Lsn = Infinity;
+  /** Called with the LSN when somebody begins to wait. */
+  onWait: ((lsn: Lsn) => void) | undefined;
 
   constructor(name: string) {
     this.#name = name;
@@ -46,9 +48,17 @@ export class LsnWaiters {
       const timer = setTimeout(onTimeout, Math.max(0, timeoutMs));
       this.#waiters.add(waiter);
       this.#lowestLsn = Math.min(this.#lowestLsn, lsn);
+      this.onWait?.(lsn);
       signal?.addEventListener('abort', onAbort, { once: true });
       if (signal?.aborted) onAbort();
     });
+  }
+
+  /** The highest LSN that is waited for; 0 when none is. */
+  get highestLsn(): Lsn {
+    let highest = 0;
+    for (const { lsn } of this.#waiters) highest = Math.max(highest, lsn);
+    return highest;
   }
 
   /** To be called with every new LSN; costs nothing while nobody waits for it. */

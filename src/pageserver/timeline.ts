@@ -104,7 +104,8 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   #memoryLayers: MemoryLayer[];
   #lineage: Lineage | undefined;
   #areAncestorsVisible = false;
-  readonly #waiters: LsnWaiters;
+  /** For the LSN that ingest has reached. */
+  readonly waiters: LsnWaiters;
   #flushing: Promise<void> | undefined;
   /** Resolves when a failed flush is tried again. */
   #flushRetry: Promise<void> | undefined;
@@ -130,7 +131,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#options = options;
     this.#index = index;
     this.#horizon = index.horizon;
-    this.#waiters = new LsnWaiters(`timeline ${index.timelineId}`);
+    this.waiters = new LsnWaiters(`timeline ${index.timelineId}`);
     this.#remoteConsistentLsn = index.startLsn;
     this.#lastRecordLsn = index.diskConsistentLsn;
     this.#lastRecordStartLsn = index.diskConsistentRecordLsn;
@@ -325,7 +326,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#lastRecordStartLsn = recordStartLsn;
     const hot = this.#open.takeHot();
     if (hot.length > 0) this.#putImages(hot);
-    this.#waiters.reached(endLsn);
+    this.waiters.reached(endLsn);
   }
 
   /** Freezes the open layer when it is large enough, or when much WAL has come. To be called between two records. */
@@ -405,7 +406,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   /** Stops ingest of this timeline: its waiters are told why. Undefined: it goes on. */
   setIngestError(error: Error | undefined): void {
     this.#ingestError = error;
-    if (error !== undefined) this.#waiters.fail(this.#stoppedError());
+    if (error !== undefined) this.waiters.fail(this.#stoppedError());
   }
 
   /** Starts a new open layer and has the old one flushed. To be called between two records. */
@@ -492,7 +493,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   async #stop(how: 'closed' | 'deleted'): Promise<void> {
     this.#stopped = how;
-    this.#waiters.fail(this.#stoppedError());
+    this.waiters.fail(this.#stoppedError());
     this.#background?.cancel();
     await this.#background?.done;
     await this.#flushing;
@@ -614,7 +615,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     if (this.#stopped !== undefined) return Promise.reject(this.#stoppedError());
     if (lsn <= this.#lastRecordLsn) return Promise.resolve();
     if (this.#ingestError !== undefined) return Promise.reject(this.#stoppedError());
-    return this.#waiters.wait(lsn, timeoutMs, signal);
+    return this.waiters.wait(lsn, timeoutMs, signal);
   }
 
   #stoppedError(): StrataError {

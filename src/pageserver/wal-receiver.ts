@@ -264,20 +264,26 @@ export class WalReceiver {
     const idleMs = this.#options.idleMs ?? IDLE_MS;
     const idle = setTimeout(() => aborter.abort(), idleMs);
     const reader = new WalReader(fromLsn, timeline.pgVersion, { prevLsn: timeline.lastRecordStartLsn });
+    const { waiters } = timeline;
+    const onConnected = (hurry: (lsn: Lsn) => void): void => {
+      waiters.onWait = hurry;
+      if (waiters.highestLsn > 0) hurry(waiters.highestLsn);
+    };
+    const { signal } = aborter;
     try {
       log.debug({ timelineId, safekeeper: address, fromLsn: formatLsn(fromLsn) }, 'WAL stream begins');
-      for await (const chunk of readWal({ address, token, tenantId, timelineId, fromLsn, signal: aborter.signal })) {
+      for await (const chunk of readWal({ address, token, tenantId, timelineId, fromLsn, signal, onConnected })) {
         stream.lastChunkMs = performance.now();
         if (chunk.bytes.length === 0) continue;
         idle.refresh();
         reader.push(chunk.lsn, chunk.bytes);
-        const ingested = this.#ingestAll(reader, reception, timeline, aborter.signal);
+        const ingested = this.#ingestAll(reader, reception, timeline, signal);
         if (!(await ingested.finally(() => timelines.moved(timeline)))) return;
         reception.receivedLsn = reader.pushLsn;
         reception.damagedAt.clear();
         timelines.relieveMemory();
         await timeline.writable();
-        await timelines.memoryRoom(aborter.signal);
+        await timelines.memoryRoom(signal);
       }
     } catch (error) {
       if (!(error instanceof WalError)) throw error;
@@ -287,6 +293,7 @@ export class WalReceiver {
       throw new StrataError('internal', error.message, { cause: error });
     } finally {
       clearTimeout(idle);
+      waiters.onWait = undefined;
       this.#stopped.signal.removeEventListener('abort', onStop);
       reception.stream = undefined;
     }

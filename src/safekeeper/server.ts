@@ -14,6 +14,7 @@ import {
   APPEND_FIXED_BYTES,
   decodeFeedback,
   decodeHello,
+  decodeHurry,
   decodeJson,
   decodeProposerMessage,
   encodeAcceptorMessage,
@@ -36,7 +37,7 @@ import { serveReplication } from './replication.ts';
 import type { ProposerLink, Timeline } from './timeline.ts';
 import { progressOf, type Timelines } from './timelines.ts';
 import { resumePoint } from './wal-cursor.ts';
-import { streamWal } from './wal-stream.ts';
+import { Hurry, streamWal } from './wal-stream.ts';
 
 const HELLO_TIMEOUT_MS = 10_000;
 /** How often progress is sent to watchers, the first after a silence at once: whoever follows a timeline closely reads its WAL. */
@@ -86,6 +87,8 @@ class Connection implements ProposerLink {
   /** The piece of a large append that was taken last, and how much of it is still to come. */
   #append: (Append & { readonly leftBytes: number }) | undefined;
   #busy = false;
+  /** Of a reader. */
+  readonly #hurry = new Hurry();
 
   constructor(socket: Socket, context: ServerContext) {
     this.#socket = socket;
@@ -109,7 +112,8 @@ class Connection implements ProposerLink {
         this.#reader.push(chunk);
         this.#readAppend();
         for (let frame = this.#reader.next(); frame !== undefined; frame = this.#reader.next()) {
-          if (this.#busy) this.#frames.push(frame);
+          if (frame.type === FRAME.hurry && this.#timeline === undefined) this.#hurry.raise(decodeHurry(frame.payload));
+          else if (this.#busy) this.#frames.push(frame);
           else this.#handle(frame);
         }
         if (this.#timeline !== undefined && this.#frames.length === 0) this.#beginAppend(this.#timeline);
@@ -268,7 +272,7 @@ class Connection implements ProposerLink {
     const timeline = this.#context.timelines.get(request.tenantId, request.timelineId);
     if (request.isRebuild === true) this.#requirePlatform();
     if (request.term !== undefined || request.isRebuild === true) await timeline.open();
-    await streamWal(this.#socket, timeline, request, this.#gone.signal);
+    await streamWal(this.#socket, timeline, request, this.#hurry, this.#gone.signal);
   }
 
   #watch(): void {

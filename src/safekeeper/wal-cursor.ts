@@ -30,9 +30,13 @@ export class WalCursor {
   readonly #files: WalFileReader;
   readonly #stopListening: () => void;
   readonly #letGo: () => void;
-  readonly #poke = (): void => this.#wake?.();
+  readonly #poke = (): void => {
+    if (this.#isEnough === undefined || this.#isEnough()) this.#wake?.();
+  };
+  readonly #onAbort = (): void => this.#wake?.();
   #lsn: Lsn;
   #wake: (() => void) | undefined;
+  #isEnough: (() => boolean) | undefined;
 
   constructor(options: WalCursorOptions) {
     const { timeline, fromLsn, signal, term, isRebuild } = options;
@@ -44,7 +48,7 @@ export class WalCursor {
     this.#files = new WalFileReader(timeline.directory);
     this.#stopListening = timeline.listen(this.#poke);
     this.#letGo = timeline.kept.hold(this);
-    signal.addEventListener('abort', this.#poke, { once: true });
+    signal.addEventListener('abort', this.#onAbort, { once: true });
   }
 
   /** Where the next bytes begin. */
@@ -62,16 +66,18 @@ export class WalCursor {
     return bytes;
   }
 
-  /** Resolves when the timeline has moved, `poke` was called, the signal aborted or the time is over. */
-  async arrival(timeoutMs?: number): Promise<void> {
+  /** Resolves when the timeline has moved or `poke` was called, and that is enough; when the signal aborted; or the time is over. */
+  async arrival(timeoutMs?: number, isEnough?: () => boolean): Promise<void> {
     if (this.#signal.aborted) return;
     let timer: NodeJS.Timeout | undefined;
+    this.#isEnough = isEnough;
     await new Promise<void>((resolve) => {
       this.#wake = resolve;
       if (timeoutMs !== undefined) timer = setTimeout(resolve, timeoutMs);
     });
     clearTimeout(timer);
     this.#wake = undefined;
+    this.#isEnough = undefined;
   }
 
   poke(): void {
@@ -81,7 +87,7 @@ export class WalCursor {
   async close(): Promise<void> {
     this.#stopListening();
     this.#letGo();
-    this.#signal.removeEventListener('abort', this.#poke);
+    this.#signal.removeEventListener('abort', this.#onAbort);
     await this.#files.close();
   }
 

@@ -1,7 +1,6 @@
 /** Sends a timeline's WAL to one reader in frames of api/safekeeper-protocol.ts: what is there, then what comes (wal-cursor.ts). */
 import { once } from 'node:events';
 import type { Socket } from 'node:net';
-import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError } from '../base/errors.ts';
 import { encodeWalHead, MAX_WAL_BYTES, type ReadRequest } from '../api/safekeeper-protocol.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
@@ -10,15 +9,34 @@ import { WalCursor } from './wal-cursor.ts';
 
 /**
  * How often a reader that has caught up gets new WAL, the first after a silence at once: a message for each commit would cost more than the
- * commit, here and at the reader.
+ * commit, here and at the reader. Sooner when there is much, or when somebody waits for it.
  */
-const GATHER_MS = 10;
+export const GATHER_MS = 50;
+const GATHER_BYTES = 256 * 1024;
+
+/** Up to where somebody waits for the WAL that a reader gets. */
+export class Hurry {
+  #lsn: Lsn = 0;
+  /** Called when it is raised. */
+  onRaised: (() => void) | undefined;
+
+  get lsn(): Lsn {
+    return this.#lsn;
+  }
+
+  raise(lsn: Lsn): void {
+    if (lsn <= this.#lsn) return;
+    this.#lsn = lsn;
+    this.onRaised?.();
+  }
+}
 
 /** Streams until the signal aborts; throws when there is nothing to stream. */
 export async function streamWal(
   socket: Socket,
   timeline: Timeline,
   request: ReadRequest,
+  hurry: Hurry,
   signal: AbortSignal,
 ): Promise<void> {
   const { startLsn } = timeline.identity;
@@ -30,6 +48,9 @@ export async function streamWal(
     );
   }
   const cursor = new WalCursor({ timeline, fromLsn, signal, term, isRebuild });
+  hurry.onRaised = () => cursor.poke();
+  const isEnough = (): boolean =>
+    timeline.isFailed || cursor.lsn < hurry.lsn || timeline.commitLsn - cursor.lsn >= GATHER_BYTES;
   let sentCommitLsn = -1;
   let sentAtMs = 0;
   try {
@@ -43,8 +64,7 @@ export async function streamWal(
       }
       await cursor.arrival();
       const leftMs = sentAtMs + GATHER_MS - performance.now();
-      if (term === undefined && leftMs > 0 && !signal.aborted)
-        await sleep(leftMs, undefined, { signal }).catch(() => {});
+      if (term === undefined && leftMs > 0 && !isEnough()) await cursor.arrival(leftMs, isEnough);
       sentAtMs = performance.now();
     }
   } finally {
