@@ -306,7 +306,7 @@ export class Timeline {
     for (const action of actions) {
       switch (action.kind) {
         case 'write':
-          this.#io(this.#store.write(action.beginLsn, action.chunks));
+          this.#write(action.beginLsn, action.chunks);
           break;
         case 'send':
           action.to.send(action.message);
@@ -332,17 +332,31 @@ export class Timeline {
     }
   }
 
+  #write(lsn: Lsn, chunks: readonly Buffer[]): void {
+    let writing: Promise<void> | undefined;
+    try {
+      writing = this.#store.write(lsn, chunks);
+    } catch (error) {
+      this.#ioFailed(error);
+      return;
+    }
+    if (writing === undefined) this.#ioDone();
+    else this.#io(writing);
+  }
+
   #io(operation: Promise<void>): void {
     operation.then(
-      () => {
-        if (this.#failure !== undefined) return;
-        const acceptor = this.#acceptor!;
-        this.#perform(acceptor.completed());
-        if (acceptor.unwrittenBytes < MAX_UNWRITTEN_BYTES) this.#wake(this.#writableWaiters);
-        if (acceptor.isIdle) this.#wake(this.#idleWaiters);
-      },
+      () => this.#ioDone(),
       (error: unknown) => this.#ioFailed(error),
     );
+  }
+
+  #ioDone(): void {
+    if (this.#failure !== undefined) return;
+    const acceptor = this.#acceptor!;
+    this.#perform(acceptor.completed());
+    if (acceptor.unwrittenBytes < MAX_UNWRITTEN_BYTES) this.#wake(this.#writableWaiters);
+    if (acceptor.isIdle) this.#wake(this.#idleWaiters);
   }
 
   async #cut(lsn: Lsn): Promise<void> {

@@ -112,8 +112,19 @@ export class WalStore {
     return endLsn;
   }
 
-  /** Writes the chunks one after the other from `lsn` on; durable when it resolves. */
-  async write(lsn: Lsn, chunks: readonly Buffer[]): Promise<void> {
+  /** Writes the chunks one after the other from `lsn` on; durable when it resolves, or when it returns nothing to wait for. */
+  write(lsn: Lsn, chunks: readonly Buffer[]): Promise<void> | undefined {
+    let bytes = 0;
+    for (const chunk of chunks) bytes += chunk.length;
+    const isHere = this.#file !== undefined && this.#fileStart === segmentStart(lsn);
+    if (!isHere || bytes > this.#fileStart + WAL_SEGMENT_SIZE - lsn || !this.#mayBlock(chunks, bytes)) {
+      return this.#writeParts(lsn, chunks);
+    }
+    this.#writeNow(lsn, chunks, bytes);
+    return undefined;
+  }
+
+  async #writeParts(lsn: Lsn, chunks: readonly Buffer[]): Promise<void> {
     let at = lsn;
     let part: Buffer[] = [];
     let partBytes = 0;
@@ -171,25 +182,40 @@ export class WalStore {
   }
 
   /** Within one segment. */
-  async #writePart(lsn: Lsn, buffers: Buffer[], bytes: number): Promise<void> {
+  async #writePart(lsn: Lsn, buffers: readonly Buffer[], bytes: number): Promise<void> {
     const file =
       this.#file !== undefined && this.#fileStart === segmentStart(lsn) ? this.#file : await this.#segment(lsn);
-    const endLsn = lsn + bytes;
-    if (endLsn > this.#zeroedLsn && bytes < LARGE_WRITE_BYTES) {
-      const zeroes = ZERO_AHEAD.subarray(0, Math.min(ZERO_AHEAD.length, this.#fileStart + WAL_SEGMENT_SIZE - endLsn));
-      if (zeroes.length > 0) buffers.push(zeroes);
-      this.#zeroedLsn = endLsn + zeroes.length;
+    if (this.#mayBlock(buffers, bytes)) {
+      this.#writeNow(lsn, buffers, bytes);
+      return;
     }
-    const isAlone = lastWriter === this.#directory;
     lastWriter = this.#directory;
     const startedAtMs = performance.now();
-    if (isAlone && !this.#isDiskSlow && bytes < LARGE_WRITE_BYTES && buffers.length <= MAX_BUFFERS) {
-      const written = writevSync(file, buffers, segmentOffset(lsn));
-      if (written < bytes) throw new Error(`only ${written} of ${bytes} bytes were written at ${formatLsn(lsn)}`);
-    } else {
-      await writeFully(file, buffers, segmentOffset(lsn));
-    }
+    await writeFully(file, this.#withZeroes(lsn, buffers, bytes), segmentOffset(lsn));
     this.#isDiskSlow = performance.now() - startedAtMs > SLOW_WRITE_MS;
+  }
+
+  /** Whether the write is small and nobody else is kept waiting by it. */
+  #mayBlock(buffers: readonly Buffer[], bytes: number): boolean {
+    const isAlone = lastWriter === this.#directory;
+    return isAlone && !this.#isDiskSlow && bytes < LARGE_WRITE_BYTES && buffers.length < MAX_BUFFERS;
+  }
+
+  /** To the segment that is open. */
+  #writeNow(lsn: Lsn, buffers: readonly Buffer[], bytes: number): void {
+    const startedAtMs = performance.now();
+    const written = writevSync(this.#file!, this.#withZeroes(lsn, buffers, bytes), segmentOffset(lsn));
+    if (written < bytes) throw new Error(`only ${written} of ${bytes} bytes were written at ${formatLsn(lsn)}`);
+    this.#isDiskSlow = performance.now() - startedAtMs > SLOW_WRITE_MS;
+  }
+
+  /** What is to be written there, with zeroes after it when there are none yet. */
+  #withZeroes(lsn: Lsn, buffers: readonly Buffer[], bytes: number): readonly Buffer[] {
+    const endLsn = lsn + bytes;
+    if (endLsn <= this.#zeroedLsn || bytes >= LARGE_WRITE_BYTES) return buffers;
+    const zeroes = ZERO_AHEAD.subarray(0, Math.min(ZERO_AHEAD.length, this.#fileStart + WAL_SEGMENT_SIZE - endLsn));
+    this.#zeroedLsn = endLsn + zeroes.length;
+    return zeroes.length > 0 ? [...buffers, zeroes] : buffers;
   }
 
   /** The file of the segment that holds `lsn`, made when it does not exist. */
