@@ -3,6 +3,7 @@
 import type { Lsn } from '../postgres/lsn.ts';
 import type { PgVersion } from '../postgres/version.ts';
 import { decodeWalRecordAt } from '../postgres/wal/record.ts';
+import { viewOf } from './layers/copy-bytes.ts';
 import { applyDerived } from './redo/derived.ts';
 import { applyRecord } from './redo/redo.ts';
 import { decodeValue, RECORD_HEADER_BYTES, VALUE_KIND } from './value.ts';
@@ -14,7 +15,7 @@ export function replayValue(page: Buffer, value: Buffer, lsn: Lsn, pgVersion: Pg
     // As decodeValue, without the views that it makes: a page may have hundreds of records.
     const length = value.length - RECORD_HEADER_BYTES;
     const startLsn = length < 0 ? 0 : value.readUIntLE(2, 6);
-    const record = decodeWalRecordAt(value, undefined, RECORD_HEADER_BYTES, length, startLsn, lsn);
+    const record = decodeWalRecordAt(value, viewOf(value), RECORD_HEADER_BYTES, length, startLsn, lsn);
     applyRecord(page, record, value[1]!, pgVersion);
     return;
   }

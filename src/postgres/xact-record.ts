@@ -18,6 +18,7 @@ import { crc32c } from '../base/crc32c.ts';
 import { maxAlign } from './lsn.ts';
 import type { Lsn } from './lsn.ts';
 import type { RelationKey } from './relation.ts';
+import { RM_XACT } from './rmgr.ts';
 import { versionFacts } from './version.ts';
 import type { PgVersion } from './version.ts';
 import { WalError } from './wal/error.ts';
@@ -119,13 +120,13 @@ export function parseXactRecord(record: WalRecord, version: PgVersion): XactEnd 
 /** A commit without any of the optional parts: its main data is its time. */
 export function isPlainCommit(record: WalRecord): boolean {
   const mask = XLOG_XACT_OPMASK | XLOG_XACT_HAS_INFO;
-  return (record.info & mask) === XLOG_XACT_COMMIT && record.mainLength === 8;
+  return record.rmid === RM_XACT && (record.info & mask) === XLOG_XACT_COMMIT && record.mainLength === 8;
 }
 
 /** Microseconds since 2000-01-01, of a plain commit. Makes no view of its bytes. */
-export function plainCommitTimeUs({ source, sourceOffset, mainOffset }: WalRecord): number {
+export function plainCommitTimeUs({ sourceView, sourceOffset, mainOffset }: WalRecord): number {
   const at = sourceOffset + mainOffset;
-  return source.readInt32LE(at + 4) * 0x100000000 + source.readUInt32LE(at);
+  return sourceView.getInt32(at + 4, true) * 0x100000000 + sourceView.getUint32(at, true);
 }
 
 /** The bytes of a prepared transaction's file in pg_twophase: the prepare record's main data and its CRC. */

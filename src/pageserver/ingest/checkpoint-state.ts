@@ -134,7 +134,7 @@ export class CheckpointTracker {
   /** Makes sure that nextXid is past `xid`, which is within 2^31 of it (AdvanceNextFullTransactionIdPastXid). */
   sawXid(xid: number): void {
     const { nextXid } = this.#checkPoint;
-    if (xid < FIRST_NORMAL_XID || idPrecedes(xid, nextXid % TWO_32)) return;
+    if (xid < FIRST_NORMAL_XID || idPrecedes(xid, nextXid)) return;
     const rounded = Math.ceil((fullXid(xid, nextXid) + 1) / XID_ROUNDING) * XID_ROUNDING;
     this.#set('nextXid', rounded % TWO_32 < FIRST_NORMAL_XID ? rounded + FIRST_NORMAL_XID : rounded);
   }

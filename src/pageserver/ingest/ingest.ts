@@ -25,6 +25,7 @@ import { toPgVersion } from '../../postgres/version.ts';
 import type { PgVersion } from '../../postgres/version.ts';
 import type { Lsn } from '../../postgres/lsn.ts';
 import type { WalBlock, WalRecord } from '../../postgres/wal/record.ts';
+import { isPlainCommit, plainCommitTimeUs } from '../../postgres/xact-record.ts';
 import { CHECKPOINT_STATE_KEY, KEY_KIND, relationBlockKey } from '../key.ts';
 import type { Key } from '../key.ts';
 import { clearVisibilityChanges, truncateFreeSpace, truncateVisibility } from '../redo/derived.ts';
@@ -99,17 +100,33 @@ export class Ingest {
     const { blocks, endLsn } = record;
     for (let i = 0; i < blocks.length; i++) this.#takeBlock(record, blocks[i]!);
     if (record.xid !== 0) this.#checkpoint.sawXid(record.xid);
-    const changes = impliedChanges(record, this.#version);
-    let commitTimeUs: number | undefined;
-    for (const change of changes) {
-      if (change.kind === 'commit') commitTimeUs = change.timeUs;
-      else this.#apply(change, record);
-    }
+    const commitTimeUs = isPlainCommit(record) ? this.#takePlainCommit(record) : this.#takeChanges(record);
     if (this.#checkpoint.changed) {
       this.#writer.put(CHECKPOINT_STATE_KEY, endLsn, encodeImage(encodeCheckpointState(this.#checkpoint.state)));
       this.#checkpoint.changed = false;
     }
     this.#index.append(record.startLsn, endLsn, commitTimeUs);
+  }
+
+  /** A commit of one transaction that says nothing but its time, which is returned: most of them. */
+  #takePlainCommit(record: WalRecord): number {
+    const { xid, originId, endLsn } = record;
+    const timeUs = plainCommitTimeUs(record);
+    if (this.#checkpoint.trackCommitTimestamp) this.#slrus.setCommitTimestamps(timeUs, originId, [xid], endLsn);
+    this.#slrus.setCommitted(xid, endLsn);
+    return timeUs;
+  }
+
+  /** What the record implies. The time when it is a commit. */
+  #takeChanges(record: WalRecord): number | undefined {
+    const changes = impliedChanges(record, this.#version);
+    let commitTimeUs: number | undefined;
+    for (let i = 0; i < changes.length; i++) {
+      const change = changes[i]!;
+      if (change.kind === 'commit') commitTimeUs = change.timeUs;
+      else this.#apply(change, record);
+    }
+    return commitTimeUs;
   }
 
   #takeBlock(record: WalRecord, block: WalBlock): void {

@@ -7,7 +7,13 @@
 import { BLOCK_SIZE } from '../../postgres/page-size.ts';
 import type { Lsn } from '../../postgres/lsn.ts';
 import { KEY_KIND, SLRU, prefixRange, slruPageKey, slruSizeKey } from '../key.ts';
-import { COMMIT_TIMESTAMPS_PER_PAGE, commitTimestampChanges } from '../redo/derived.ts';
+import {
+  COMMIT_TIMESTAMPS_PER_PAGE,
+  commitTimestampChanges,
+  TRANSACTION_COMMITTED,
+  transactionStatusChanges,
+  TRANSACTIONS_PER_CLOG_PAGE,
+} from '../redo/derived.ts';
 import type { DerivedChange } from '../redo/derived.ts';
 import type { TimelineWriter } from '../timeline-access.ts';
 import { encodeCountImage, encodeDerived, encodeImage, encodeTombstone } from '../value.ts';
@@ -20,9 +26,13 @@ export class SlruStore {
   readonly #writer: TimelineWriter;
   /** Pages of the segments seen so far, by slru * 2^24 + segment; 0 for one that does not exist. */
   readonly #sizes = new Map<number, number>();
+  /** The value that says so of a transaction whose id is its last four bytes. */
+  readonly #committed: Buffer;
 
   constructor(writer: TimelineWriter) {
     this.#writer = writer;
+    const { subtype, payload } = transactionStatusChanges(TRANSACTION_COMMITTED, [0])[0]!;
+    this.#committed = encodeDerived(subtype, payload);
   }
 
   zeroPage(slru: number, page: number, lsn: Lsn): void {
@@ -35,9 +45,14 @@ export class SlruStore {
   }
 
   change(slru: number, change: DerivedChange, lsn: Lsn): void {
-    const { segment, index } = locate(change.page);
-    if (index >= this.#size(slru, segment)) this.zeroPage(slru, change.page, lsn);
-    this.#writer.put(slruPageKey(slru, segment, index), lsn, encodeDerived(change.subtype, change.payload));
+    this.#put(slru, change.page, lsn, encodeDerived(change.subtype, change.payload));
+  }
+
+  /** One transaction has committed: most commits are this change and no other. */
+  setCommitted(xid: number, lsn: Lsn): void {
+    const value = this.#committed;
+    value.writeUInt32LE(xid, value.length - 4);
+    this.#put(SLRU.clog, Math.floor(xid / TRANSACTIONS_PER_CLOG_PAGE), lsn, value);
   }
 
   setCommitTimestamps(timeUs: number, origin: number, xids: readonly number[], lsn: Lsn): void {
@@ -68,6 +83,13 @@ export class SlruStore {
     for (let page = 0; page < size; page++) this.#writer.put(slruPageKey(slru, segment, page), lsn, TOMBSTONE);
     this.#writer.put(slruSizeKey(slru, segment), lsn, TOMBSTONE);
     this.#sizes.set(cacheId(slru, segment), 0);
+  }
+
+  #put(slru: number, page: number, lsn: Lsn, value: Buffer): void {
+    const segment = Math.floor(page / PAGES_PER_SLRU_SEGMENT);
+    const index = page % PAGES_PER_SLRU_SEGMENT;
+    if (index >= this.#size(slru, segment)) this.zeroPage(slru, page, lsn);
+    this.#writer.put(slruPageKey(slru, segment, index), lsn, value);
   }
 
   #segments(slru: number): number[] {

@@ -3,38 +3,25 @@
  *
  * A commit or abort sets the status of the transaction and its subtransactions, a commit their timestamps where those are tracked;
  * either removes the files of the relations that it dropped or had created, and the state file of a transaction that had been
- * prepared.
+ * prepared. (Commits of one transaction that say nothing but their time, which are most, Ingest takes without asking here.)
  */
 
 import { TRANSACTION_ABORTED, TRANSACTION_COMMITTED, transactionStatusChanges } from '../redo/derived.ts';
 import type { PgVersion } from '../../postgres/version.ts';
 import type { WalRecord } from '../../postgres/wal/record.ts';
-import { isPlainCommit, parseXactRecord, plainCommitTimeUs, twoPhaseFileBytes } from '../../postgres/xact-record.ts';
+import { parseXactRecord, twoPhaseFileBytes } from '../../postgres/xact-record.ts';
 import type { XactEnd } from '../../postgres/xact-record.ts';
 import { SLRU } from '../key.ts';
 import { NO_CHANGES } from './change.ts';
 import type { Change } from './change.ts';
 
 export function transactionChanges(record: WalRecord, version: PgVersion): readonly Change[] {
-  if (isPlainCommit(record)) return plainCommitChanges(record);
   const parsed = parseXactRecord(record, version);
   if (parsed === undefined) return NO_CHANGES;
   if (parsed.kind !== 'prepare') return endChanges(parsed, record.originId);
   return [
     { kind: 'xids', xids: [parsed.xid, ...parsed.subxacts] },
     { kind: 'prepare', xid: parsed.xid, file: twoPhaseFileBytes(record) },
-  ];
-}
-
-/** A commit of one transaction that says nothing but its time: most of them. */
-function plainCommitChanges(record: WalRecord): readonly Change[] {
-  const timeUs = plainCommitTimeUs(record);
-  const xids = [record.xid];
-  const status = transactionStatusChanges(TRANSACTION_COMMITTED, xids);
-  return [
-    { kind: 'commit', timeUs },
-    { kind: 'commit-timestamps', timeUs, origin: record.originId, xids },
-    { kind: 'change-slru-page', slru: SLRU.clog, change: status[0]! },
   ];
 }
 

@@ -35,10 +35,9 @@ export class WalIndexWriter {
 
   /** Stores the tail as it is, under the last record's LSN, which is visible already: so is the chunk at once. */
   flush(): void {
-    const tail = this.#tail.chunk;
-    const part = this.#tail.encode();
-    if (!this.#unwritten || tail === undefined || part === undefined) return;
-    const endLsn = tail.ends.at(-1)!;
+    const endLsn = this.#tail.lastEnd;
+    const part = this.#unwritten ? this.#tail.encode() : undefined;
+    if (endLsn === undefined || part === undefined) return;
     this.#writer.put(walIndexChunkKey(part.bucket), endLsn, encodeImage(part.bytes));
     this.#unwritten = false;
   }

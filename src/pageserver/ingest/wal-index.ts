@@ -124,23 +124,19 @@ export function chunkUpTo(chunk: WalIndexChunk, lsn: Lsn): WalIndexChunk | undef
   };
 }
 
-/** Collects the records of the last bucket. */
+/** Collects the records of the last bucket, as the bytes that they are in its chunk: one or two for most of them. */
 export class WalIndexTail {
   #before: ClockState;
   #now: ClockState;
   #bucketEnd: Lsn = 0;
-  #starts: Lsn[] = [];
-  #ends: Lsn[] = [];
-  #commits: { record: number; timeUs: number }[] = [];
+  readonly #chunk = new ChunkEncoder();
 
   /** Goes on where `chunk`, the last that was written, ends. */
   constructor(chunk: WalIndexChunk | undefined) {
     this.#before = { latestUs: chunk?.timeBefore ?? NO_TIME, setBackLsn: chunk?.setBackLsn ?? 0 };
     this.#now = chunk === undefined ? this.#before : clockAfter(chunk);
     if (chunk !== undefined) {
-      this.#starts = [...chunk.starts];
-      this.#ends = [...chunk.ends];
-      this.#commits = [...chunk.commits];
+      this.#chunk.addAll(chunk);
       this.#bucketEnd = (walIndexBucket(chunk.starts[0]!) + 1) * BUCKET_SIZE;
     }
   }
@@ -148,74 +144,120 @@ export class WalIndexTail {
   /** Adds a record; `commitTimeUs` when it is a commit. Returns the chunk before it, with its key's bucket, when the record begins another. */
   append(startLsn: Lsn, endLsn: Lsn, commitTimeUs?: number): { bucket: number; bytes: Buffer } | undefined {
     let complete: { bucket: number; bytes: Buffer } | undefined;
-    const first = this.#starts[0];
-    if (first !== undefined) {
-      assert(startLsn >= this.#ends[this.#ends.length - 1]!, 'records enter the index in the order of the log');
-      if (startLsn >= this.#bucketEnd) {
-        complete = this.encode();
-        this.#before = this.#now;
-        this.#starts = [];
-        this.#ends = [];
-        this.#commits = [];
-      }
+    const chunk = this.#chunk;
+    assert(chunk.count === 0 || startLsn >= chunk.lastEnd, 'records enter the index in the order of the log');
+    if (startLsn >= this.#bucketEnd) {
+      complete = this.encode();
+      this.#before = this.#now;
+      this.#bucketEnd = (walIndexBucket(startLsn) + 1) * BUCKET_SIZE;
+      chunk.begin();
     }
     if (commitTimeUs !== undefined) {
-      this.#commits.push({ record: this.#starts.length, timeUs: commitTimeUs });
+      chunk.addCommit(commitTimeUs, this.#before.latestUs);
       const { latestUs, setBackLsn } = this.#now;
       if (isSetBack(latestUs, commitTimeUs)) this.#now = { latestUs: commitTimeUs, setBackLsn: startLsn };
       else if (commitTimeUs > latestUs) this.#now = { latestUs: commitTimeUs, setBackLsn };
     }
-    if (this.#starts.length === 0) this.#bucketEnd = (walIndexBucket(startLsn) + 1) * BUCKET_SIZE;
-    this.#starts.push(startLsn);
-    this.#ends.push(endLsn);
+    chunk.add(startLsn, endLsn);
     return complete;
   }
 
-  /** What a chunk of the records so far would decode to; undefined when there are none. To be read before the next `append`. */
+  /** Where the last record ends; undefined when there is none. */
+  get lastEnd(): Lsn | undefined {
+    return this.#chunk.count === 0 ? undefined : this.#chunk.lastEnd;
+  }
+
+  /** What a chunk of the records so far decodes to; undefined when there are none. */
   get chunk(): WalIndexChunk | undefined {
-    if (this.#starts.length === 0) return undefined;
-    const { latestUs: timeBefore, setBackLsn } = this.#before;
-    return { timeBefore, setBackLsn, starts: this.#starts, ends: this.#ends, commits: this.#commits };
+    const encoded = this.encode();
+    return encoded && decodeChunk(encoded.bytes);
   }
 
   /** The chunk of the records so far. */
   encode(): { bucket: number; bytes: Buffer } | undefined {
-    const chunk = this.chunk;
-    return chunk && { bucket: walIndexBucket(chunk.starts[0]!), bytes: encodeChunk(chunk) };
+    if (this.#chunk.count === 0) return undefined;
+    const { latestUs, setBackLsn } = this.#before;
+    return { bucket: walIndexBucket(this.#chunk.firstStart), bytes: this.#chunk.encode(latestUs, setBackLsn) };
   }
 }
 
 export function encodeChunk(chunk: WalIndexChunk): Buffer {
-  const { starts, ends, commits } = chunk;
-  const out = new VarintWriter(CHUNK_HEADER_SIZE + starts.length * 2 + commits.length * 6);
-  out.bytes[0] = CHUNK_VERSION;
-  out.bytes.writeUIntLE(starts[0]!, 1, 6);
-  out.bytes.writeDoubleLE(chunk.timeBefore === NO_TIME ? NaN : chunk.timeBefore, 7);
-  out.bytes.writeUIntLE(chunk.setBackLsn, 15, 6);
-  out.at = CHUNK_HEADER_SIZE;
-  out.put(starts.length);
-  out.put(commits.length);
-  let previousEnd = starts[0]!;
-  for (let i = 0; i < starts.length; i++) {
-    const start = starts[i]!;
-    if (i > 0 && start !== skipPageHeader(previousEnd)) {
-      out.put(0);
-      out.put((start - previousEnd) / 8);
-      previousEnd = start;
+  const encoder = new ChunkEncoder();
+  encoder.addAll(chunk);
+  return encoder.encode(chunk.timeBefore, chunk.setBackLsn);
+}
+
+/** Makes the bytes of a chunk, a record at a time. */
+class ChunkEncoder {
+  count = 0;
+  firstStart: Lsn = 0;
+  lastEnd: Lsn = 0;
+  readonly #records = new VarintWriter();
+  readonly #commits = new VarintWriter();
+  #commitCount = 0;
+  #lastCommit = 0;
+  #lastTimeUs = 0;
+
+  /** Forgets everything, for the next chunk. */
+  begin(): void {
+    this.count = 0;
+    this.#records.at = 0;
+    this.#commits.at = 0;
+    this.#commitCount = 0;
+  }
+
+  add(startLsn: Lsn, endLsn: Lsn): void {
+    let lastEnd = this.lastEnd;
+    if (this.count === 0) {
+      this.firstStart = lastEnd = startLsn;
+    } else if (startLsn !== lastEnd && startLsn !== skipPageHeader(lastEnd)) {
+      this.#records.put(0);
+      this.#records.put((startLsn - lastEnd) / 8);
+      lastEnd = startLsn;
     }
-    out.put((ends[i]! - previousEnd) / 8);
-    previousEnd = ends[i]!;
+    this.#records.put((endLsn - lastEnd) / 8);
+    this.lastEnd = endLsn;
+    this.count++;
   }
-  let previousRecord = 0;
-  let previousTime = chunk.timeBefore === NO_TIME ? 0 : chunk.timeBefore;
-  for (const { record, timeUs } of commits) {
-    const delta = timeUs - previousTime;
-    out.put(record - previousRecord);
-    out.put(delta < 0 ? -delta * 2 - 1 : delta * 2);
-    previousRecord = record;
-    previousTime = timeUs;
+
+  /** The record that is added next is a commit. `timeBefore` is that of the chunk. */
+  addCommit(timeUs: number, timeBefore: number): void {
+    if (this.#commitCount === 0) {
+      this.#lastCommit = 0;
+      this.#lastTimeUs = timeBefore === NO_TIME ? 0 : timeBefore;
+    }
+    const delta = timeUs - this.#lastTimeUs;
+    this.#commits.put(this.count - this.#lastCommit);
+    this.#commits.put(delta < 0 ? -delta * 2 - 1 : delta * 2);
+    this.#commitCount++;
+    this.#lastCommit = this.count;
+    this.#lastTimeUs = timeUs;
   }
-  return out.bytes.subarray(0, out.at);
+
+  addAll({ starts, ends, commits, timeBefore }: WalIndexChunk): void {
+    let commit = 0;
+    for (let record = 0; record < starts.length; record++) {
+      if (commits[commit]?.record === record) this.addCommit(commits[commit++]!.timeUs, timeBefore);
+      this.add(starts[record]!, ends[record]!);
+    }
+  }
+
+  encode(timeBefore: number, setBackLsn: Lsn): Buffer {
+    const counts = new VarintWriter();
+    counts.put(this.count);
+    counts.put(this.#commitCount);
+    const recordsAt = CHUNK_HEADER_SIZE + counts.at;
+    const commitsAt = recordsAt + this.#records.at;
+    const bytes = Buffer.allocUnsafe(commitsAt + this.#commits.at);
+    bytes[0] = CHUNK_VERSION;
+    bytes.writeUIntLE(this.firstStart, 1, 6);
+    bytes.writeDoubleLE(timeBefore === NO_TIME ? NaN : timeBefore, 7);
+    bytes.writeUIntLE(setBackLsn, 15, 6);
+    counts.bytes.copy(bytes, CHUNK_HEADER_SIZE, 0, counts.at);
+    this.#records.bytes.copy(bytes, recordsAt, 0, this.#records.at);
+    this.#commits.bytes.copy(bytes, commitsAt, 0, this.#commits.at);
+    return bytes;
+  }
 }
 
 export function decodeChunk(bytes: Buffer): WalIndexChunk {
@@ -260,21 +302,17 @@ export function decodeChunk(bytes: Buffer): WalIndexChunk {
 
 /** LEB128, exact up to 2^53: bit operators would stop at 2^32. */
 class VarintWriter {
-  bytes: Buffer;
+  bytes: Buffer = Buffer.alloc(64);
   at = 0;
-
-  constructor(sizeBytes: number) {
-    this.bytes = Buffer.alloc(sizeBytes + 64);
-  }
 
   put(value: number): void {
     if (this.at + 8 > this.bytes.length) this.bytes = Buffer.concat([this.bytes, Buffer.alloc(this.bytes.length)]);
+    const { bytes } = this;
     let rest = value;
-    while (rest >= 0x80) {
-      this.bytes[this.at++] = (rest % 0x80) | 0x80;
-      rest = Math.floor(rest / 0x80);
-    }
-    this.bytes[this.at++] = rest;
+    for (; rest >= 2 ** 31; rest = Math.floor(rest / 0x80)) bytes[this.at++] = (rest & 0x7f) | 0x80;
+    let small = rest | 0;
+    for (; small >= 0x80; small >>>= 7) bytes[this.at++] = (small & 0x7f) | 0x80;
+    bytes[this.at++] = small;
   }
 }
 

@@ -142,10 +142,10 @@ export class WalReader {
         continue;
       }
       if (bytes.length - at < 4) return undefined;
-      const total = (bytes[at]! | (bytes[at + 1]! << 8) | (bytes[at + 2]! << 16) | (bytes[at + 3]! << 24)) >>> 0;
+      const total = this.#view.getUint32(at, true);
       if (total < RECORD_HEADER_SIZE || total > MAX_RECORD_SIZE) throw new WalError(lsn, `record length ${total}`);
       if (total <= WAL_PAGE_SIZE - inPage && maxAlign(total) <= bytes.length - at) {
-        this.#checkHeader(bytes, at, lsn);
+        this.#checkHeader(this.#view, at, lsn);
         const record = this.#finish(bytes, this.#view, at, total, lsn, maxAlign(lsn + total));
         if (record !== undefined) return record;
       } else {
@@ -203,7 +203,7 @@ export class WalReader {
     this.#partialLength += take;
     this.#at += take;
     if (!this.#partialHeaderChecked && this.#partialLength >= RECORD_HEADER_SIZE) {
-      this.#checkHeader(partial, 0, this.#partialStart);
+      this.#checkHeader(viewOf(partial), 0, this.#partialStart);
       this.#partialHeaderChecked = true;
     }
     if (this.#partialLength < this.#partialTotal) return undefined;
@@ -212,10 +212,10 @@ export class WalReader {
   }
 
   /** Checks of a record header that need no more than the header. */
-  #checkHeader(bytes: Buffer, at: number, startLsn: Lsn): void {
-    const rmid = bytes[at + 17]!;
+  #checkHeader(view: DataView, at: number, startLsn: Lsn): void {
+    const rmid = view.getUint8(at + 17);
     if (!isValidRmgr(rmid)) throw new WalError(startLsn, `record of resource manager ${rmid}, which does not exist`);
-    const prev = readLsn(bytes, at + 8);
+    const prev = view.getUint32(at + 12, true) * 2 ** 32 + view.getUint32(at + 8, true);
     const expected = this.#previousStart;
     if (expected === undefined ? prev >= startLsn : prev !== expected) {
       throw new WalError(

@@ -108,20 +108,24 @@ const NO_BLOCKS: readonly WalBlock[] = [];
 
 /** Decodes one whole record. `bytes` is exactly the record, without WAL page headers; throws WalError when it does not add up. */
 export function decodeWalRecord(bytes: Buffer, startLsn: Lsn, endLsn: Lsn): WalRecord {
-  return decodeWalRecordAt(bytes, undefined, 0, bytes.length, startLsn, endLsn);
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  return decodeWalRecordAt(bytes, view, 0, bytes.length, startLsn, endLsn);
 }
 
-/** Decodes the record of `length` bytes at `base` of `bytes`, of which `view` is a view. Views of the record alone are made when somebody first asks for them. */
+/**
+ * Decodes the record of `length` bytes at `base` of `bytes`, all of which `view` shows: it makes one load of a number of four bytes. Views of the record
+ * alone are made when somebody first asks for them.
+ */
 export function decodeWalRecordAt(
   bytes: Buffer,
-  view: DataView | undefined,
+  view: DataView,
   base: number,
   length: number,
   startLsn: Lsn,
   endLsn: Lsn,
 ): WalRecord {
   if (length < RECORD_HEADER_SIZE) throw new WalError(startLsn, `record of ${length} bytes is shorter than its header`);
-  const totalLength = u32(bytes, base);
+  const totalLength = view.getUint32(base, true);
   if (totalLength !== length)
     throw new WalError(startLsn, `record says it has ${totalLength} bytes, ${length} are here`);
 
@@ -137,7 +141,7 @@ export function decodeWalRecordAt(
   while (end - at > dataTotal) {
     const id = bytes[at]!;
     if (id <= MAX_BLOCK_ID) {
-      const block = decodeBlockHeader(bytes, at, end, previous, startLsn);
+      const block = decodeBlockHeader(view, at, end, previous, startLsn);
       at = block.imageOffset;
       dataTotal += block.imageLength + block.dataLength;
       if (blocks === undefined) blocks = [block];
@@ -151,17 +155,17 @@ export function decodeWalRecordAt(
       break;
     } else if (id === ID_DATA_LONG) {
       need(at, 5, end, startLsn);
-      mainLength = u32(bytes, at + 1);
+      mainLength = view.getUint32(at + 1, true);
       at += 5;
       dataTotal += mainLength;
       break;
     } else if (id === ID_ORIGIN) {
       need(at, 3, end, startLsn);
-      originId = u16(bytes, at + 1);
+      originId = view.getUint16(at + 1, true);
       at += 3;
     } else if (id === ID_TOP_LEVEL_XID) {
       need(at, 5, end, startLsn);
-      topLevelXid = u32(bytes, at + 1);
+      topLevelXid = view.getUint32(at + 1, true);
       at += 5;
     } else {
       throw new WalError(startLsn, `unknown fragment ${id} at byte ${at - base} of the record`);
@@ -199,13 +203,12 @@ export function decodeWalRecordAt(
 /** A record as a place in the bytes that it came in: most of those who look at records need no view of them. */
 class DecodedRecord implements WalRecord {
   readonly source: Buffer;
+  readonly sourceView: DataView;
   readonly sourceOffset: number;
-  #sourceView: DataView | undefined;
   #bytes: Buffer | undefined;
   readonly totalLength: number;
   readonly startLsn: Lsn;
   readonly endLsn: Lsn;
-  readonly prevLsn: Lsn;
   readonly xid: number;
   readonly info: number;
   readonly rmid: number;
@@ -217,7 +220,7 @@ class DecodedRecord implements WalRecord {
 
   constructor(
     source: Buffer,
-    sourceView: DataView | undefined,
+    sourceView: DataView,
     base: number,
     totalLength: number,
     startLsn: Lsn,
@@ -229,14 +232,13 @@ class DecodedRecord implements WalRecord {
     topLevelXid: number,
   ) {
     this.source = source;
+    this.sourceView = sourceView;
     this.sourceOffset = base;
-    this.#sourceView = sourceView;
     this.#bytes = undefined;
     this.totalLength = totalLength;
     this.startLsn = startLsn;
     this.endLsn = endLsn;
-    this.prevLsn = readLsn(source, base + 8);
-    this.xid = u32(source, base + 4);
+    this.xid = sourceView.getUint32(base + 4, true);
     this.info = source[base + 16]!;
     this.rmid = source[base + 17]!;
     this.blocks = blocks;
@@ -246,9 +248,8 @@ class DecodedRecord implements WalRecord {
     this.topLevelXid = topLevelXid;
   }
 
-  get sourceView(): DataView {
-    const { buffer, byteOffset, byteLength } = this.source;
-    return (this.#sourceView ??= new DataView(buffer, byteOffset, byteLength));
+  get prevLsn(): Lsn {
+    return readLsn(this.source, this.sourceOffset + 8);
   }
 
   get bytes(): Buffer {
@@ -280,16 +281,16 @@ interface MutableBlock extends WalBlock {
 
 /** Decodes the block reference at `start`; for the time being its imageOffset holds where the header ends. */
 function decodeBlockHeader(
-  bytes: Buffer,
+  view: DataView,
   start: number,
   end: number,
   previous: MutableBlock | undefined,
   lsn: Lsn,
 ): MutableBlock {
   need(start, 4, end, lsn);
-  const id = bytes[start]!;
-  const flags = bytes[start + 1]!;
-  const dataLength = u16(bytes, start + 2);
+  const id = view.getUint8(start);
+  const flags = view.getUint8(start + 1);
+  const dataLength = view.getUint16(start + 2, true);
   let at = start + 4;
   if (previous !== undefined && id <= previous.id)
     throw new WalError(lsn, `block ${id} comes after block ${previous.id}`);
@@ -306,15 +307,15 @@ function decodeBlockHeader(
   const hasImage = (flags & BKPBLOCK_HAS_IMAGE) !== 0;
   if (hasImage) {
     need(at, 5, end, lsn);
-    imageLength = u16(bytes, at);
-    holeOffset = u16(bytes, at + 2);
-    imageInfo = bytes[at + 4]!;
+    imageLength = view.getUint16(at, true);
+    holeOffset = view.getUint16(at + 2, true);
+    imageInfo = view.getUint8(at + 4);
     at += 5;
     if ((imageInfo & BKPIMAGE_COMPRESSED) === 0) {
       holeLength = BLOCK_SIZE - imageLength;
     } else if ((imageInfo & BKPIMAGE_HAS_HOLE) !== 0) {
       need(at, 2, end, lsn);
-      holeLength = u16(bytes, at);
+      holeLength = view.getUint16(at, true);
       at += 2;
     }
     checkImage(id, imageLength, holeOffset, holeLength, imageInfo, lsn);
@@ -325,9 +326,9 @@ function decodeBlockHeader(
   let rel: number;
   if ((flags & BKPBLOCK_SAME_REL) === 0) {
     need(at, 12, end, lsn);
-    spc = u32(bytes, at);
-    db = u32(bytes, at + 4);
-    rel = u32(bytes, at + 8);
+    spc = view.getUint32(at, true);
+    db = view.getUint32(at + 4, true);
+    rel = view.getUint32(at + 8, true);
     at += 12;
   } else {
     if (previous === undefined)
@@ -337,7 +338,7 @@ function decodeBlockHeader(
     rel = previous.rel;
   }
   need(at, 4, end, lsn);
-  const blk = u32(bytes, at);
+  const blk = view.getUint32(at, true);
   return {
     id,
     spc,
@@ -376,12 +377,4 @@ function checkImage(id: number, length: number, holeOffset: number, holeLength: 
 
 function need(at: number, count: number, end: number, lsn: Lsn): void {
   if (at + count > end) throw new WalError(lsn, `record ends inside a header, ${end - at} bytes before its end`);
-}
-
-function u16(bytes: Buffer, at: number): number {
-  return bytes[at]! | (bytes[at + 1]! << 8);
-}
-
-function u32(bytes: Buffer, at: number): number {
-  return (bytes[at]! | (bytes[at + 1]! << 8) | (bytes[at + 2]! << 16) | (bytes[at + 3]! << 24)) >>> 0;
 }
