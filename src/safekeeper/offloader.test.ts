@@ -27,7 +27,7 @@ import { type LedTimeline, startLedTimeline } from './led-timeline.test-data.ts'
 import { runSafekeeper } from './main.ts';
 import { makeWal, MID_SEGMENT_LSN } from './made-wal.test-data.ts';
 import { decodeOffloaded, encodeOffloaded, offloadedName, parseOffloadedName } from './offloaded-segment.ts';
-import { decodeWalExtent, encodeWalExtent, readWalExtent } from './wal-extent.ts';
+import { decodeWalExtent, encodeWalExtent, EXTENT_FILE_NAME, readWalExtent } from './wal-extent.ts';
 
 const QUICK = { quietMs: 100, busyMs: 60_000, turnMs: 50, keptSegments: 0, lookMs: 20 };
 const FIRST_SEGMENT = segmentStart(MID_SEGMENT_LSN);
@@ -203,6 +203,40 @@ test('a restart goes on from what was offloaded and removed, and damaged WAL is 
   );
 });
 
+test('whose turn is later passes over what is there, and stands in for who is away', async (context) => {
+  const root = mkdtempSync(join(tmpdir(), 'strata-offload-'));
+  const store = join(root, 'store');
+  context.after(() => rmSync(root, { recursive: true, force: true }));
+  const log = createLog({ name: 'test', level: 'silent' });
+  const led = await startLedTimeline(context, { pgVersion: 17 });
+  const wal = makeWal(
+    MID_SEGMENT_LSN,
+    Array.from({ length: 500 }, () => 100_000),
+  );
+  led.append(wal.bytes, MID_SEGMENT_LSN, wal.endLsn, wal.endLsn);
+  await led.flushed(wal.endLsn);
+  await led.safekeeper.close();
+  const count = (segmentStart(wal.endLsn) - FIRST_SEGMENT) / WAL_SEGMENT_SIZE + 1;
+  assert(count > 2);
+
+  const parity = parseInt(led.timeline.timelineId.slice(-6), 16) % 2;
+  const config = { dataDir: join(led.root, 'sk'), host: '127.0.0.1', port: 0, secret: led.secret, log };
+  const offloading = { ...config, safekeeperCount: 2, objectStore: store, offload: { ...QUICK, turnMs: 1_000 } };
+  const first = await runSafekeeper({ ...offloading, nodeId: 2 + parity });
+  await eventually(async () => (await objectsOf(store)).length === count, 'all of it');
+  await first.close();
+  rmSync(join(directoryOf(led), EXTENT_FILE_NAME), { force: true });
+  const [removed, kept] = [(await objectsOf(store)).slice(1), (await objectsOf(store)).slice(0, 1)];
+  const timesOf = (): number[] => kept.map((name) => statSync(join(store, name)).mtimeMs);
+  const before = timesOf();
+  for (const name of removed) rmSync(join(store, name));
+
+  const second = await runSafekeeper({ ...offloading, nodeId: 1 + parity });
+  context.after(() => second.close());
+  await eventually(async () => (await objectsOf(store)).length === count, 'what was missing');
+  assert.deepEqual(timesOf(), before, 'what was there was not put again');
+});
+
 function hex(lsn: Lsn): string {
   return lsn.toString(16).toUpperCase().padStart(16, '0');
 }
@@ -245,7 +279,7 @@ async function readAll(led: LedTimeline, fromLsn: Lsn, endLsn: Lsn): Promise<Buf
 }
 
 async function eventually(condition: () => boolean | Promise<boolean>, what: string): Promise<void> {
-  for (const deadline = Date.now() + 15_000; !(await condition()); await sleep(20)) {
+  for (const deadline = Date.now() + 60_000; !(await condition()); await sleep(20)) {
     assert(Date.now() < deadline, `waited in vain for ${what}`);
   }
 }

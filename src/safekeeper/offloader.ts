@@ -4,7 +4,8 @@
  * Whole segments go when they are complete; the last, unfinished one when its timeline has been quiet for a while, or is never quiet for long enough.
  * Every safekeeper does this for all of its timelines, but each waits longer than those before it in an order that is another for each timeline,
  * and looks first whether the object is there. So one does the work as a rule, and another when that one is away; who is slow or stale only
- * repeats what is there. What is put is checked record by record before, so that a damaged disk does not spread.
+ * repeats what is there. A wait is for one segment: behind it all that are there are passed over at once, and who had to stand in for another goes on
+ * without waiting until it finds that other's work again. So no disk fills because its turn comes last, however fast WAL comes. What is put is checked record by record before, so that a damaged disk does not spread.
  *
  * Only timelines with something to do are looked at: an idle one costs nothing. A failure is told once, and tried again.
  */
@@ -68,6 +69,15 @@ interface Pending {
   partialAtMs: number;
   notBeforeMs: number;
   isFailing: boolean;
+  /** Whose turn is before ours seems to be away: the last object was ours. */
+  isStandIn: boolean;
+}
+
+/** What is to be offloaded next, within one segment. */
+interface Due {
+  readonly endLsn: Lsn;
+  /** Who has not waited for its turn may look, and no more. */
+  readonly isOurTurn: boolean;
 }
 
 export class Offloader {
@@ -98,6 +108,7 @@ export class Offloader {
         partialAtMs: nowMs,
         notBeforeMs: 0,
         isFailing: false,
+        isStandIn: false,
       });
     }
     this.#toTrim.add(timeline);
@@ -162,22 +173,22 @@ export class Offloader {
   }
 
   async #offloadDue(timeline: Timeline, pending: Pending): Promise<void> {
-    for (;;) {
-      const { kept } = timeline;
-      const endLsn = this.#due(timeline, pending);
-      if (endLsn === undefined || this.#closing.signal.aborted) return;
-      const isWhole = segmentOffset(endLsn) === 0;
-      await this.#offload(timeline, endLsn);
+    const { kept } = timeline;
+    for (let hasMoved = false; ; hasMoved = true) {
+      const due = this.#due(timeline, pending);
+      if (due === undefined || this.#closing.signal.aborted) return;
+      if (!due.isOurTurn && !hasMoved) return;
+      if (!(await this.#offload(timeline, due, pending))) return;
       pending.isFailing = false;
       pending.partialAtMs = performance.now();
-      if (!isWhole || endLsn === timeline.commitLsn) await kept.save();
+      const isWhole = segmentOffset(due.endLsn) === 0;
+      if (!isWhole || due.endLsn === timeline.commitLsn) await kept.save();
       if (kept.offloadedLsn >= timeline.commitLsn) this.#pending.delete(timeline);
       this.#toTrim.add(timeline);
     }
   }
 
-  /** Up to where WAL is to be offloaded now, within one segment. */
-  #due(timeline: Timeline, pending: Pending): Lsn | undefined {
+  #due(timeline: Timeline, pending: Pending): Due | undefined {
     const nowMs = performance.now();
     const { commitLsn, kept } = timeline;
     const { quietMs, busyMs, turnMs } = this.#limits;
@@ -197,8 +208,8 @@ export class Offloader {
     }
     const sinceMs = isWhole ? nowMs - pending.dueAtMs : nowMs - pending.movedAtMs - quietMs;
     const busyForMs = nowMs - pending.partialAtMs - busyMs;
-    if (Math.max(sinceMs, isWhole ? 0 : busyForMs) < this.#turn(timeline) * turnMs) return undefined;
-    return endLsn;
+    const waitedMs = Math.max(sinceMs, isWhole ? 0 : busyForMs);
+    return { endLsn, isOurTurn: pending.isStandIn || waitedMs >= this.#turn(timeline) * turnMs };
   }
 
   #turn(timeline: Timeline): number {
@@ -206,12 +217,16 @@ export class Offloader {
     return (nodeId + parseInt(timeline.identity.timelineId.slice(-6), 16)) % safekeeperCount;
   }
 
-  async #offload(timeline: Timeline, endLsn: Lsn): Promise<void> {
+  /** False when it is not there, and not ours to bring there yet. */
+  async #offload(timeline: Timeline, { endLsn, isOurTurn }: Due, pending: Pending): Promise<boolean> {
     const { identity, kept } = timeline;
     const { wal, log } = this.#options;
     const fromLsn = Math.max(segmentStart(kept.offloadedLsn), kept.logStartLsn);
     const segment = { ...identity, fromLsn, endLsn };
-    if (!(await wal.covers(identity, fromLsn, endLsn))) {
+    const isThere = await wal.covers(identity, fromLsn, endLsn);
+    if (!isThere && !isOurTurn) return false;
+    pending.isStandIn = !isThere && this.#turn(timeline) > 0;
+    if (!isThere) {
       const bytes = await readWhole(timeline, fromLsn, endLsn);
       await checkRecords(timeline, fromLsn, bytes);
       const history = historyUpTo(timeline.history, endLsn - 1);
@@ -221,6 +236,7 @@ export class Offloader {
       log.debug({ timelineId: identity.timelineId, range }, 'WAL offloaded');
     }
     kept.offloaded(endLsn);
+    return true;
   }
 
   async #trim(timeline: Timeline): Promise<void> {
