@@ -123,6 +123,12 @@ export interface TimelineSizes {
 }
 
 /** How uploads to the object store are doing. */
+/** An object that nothing can bring back, and why. */
+export interface LostObject {
+  readonly name: string;
+  readonly reason: string;
+}
+
 export interface ObjectStoreStatus {
   /** Where it is, without secrets. */
   readonly store: string;
@@ -360,6 +366,15 @@ export class PageserverClient {
   /** Has a layer that is damaged at `offset` brought back. Rejects with why that cannot be. */
   async repairLayer(timelineId: string, file: string, offset: number): Promise<void> {
     await this.#rpc.call('repairLayer', { timelineId, file, offset }, { timeoutMs: REPAIR_TIMEOUT_MS });
+  }
+
+  /**
+   * Has the object store given again what it has lost of a timeline; `names`: objects of which it is known that they cannot be used. Resolves, when the store has all that
+   * could be had, to what could not, and why.
+   */
+  async restoreObjects(timelineId: string, names: readonly string[]): Promise<LostObject[]> {
+    const options = { timeoutMs: REPAIR_TIMEOUT_MS };
+    return (await this.#rpc.call('restoreObjects', { timelineId, names }, options)).result as LostObject[];
   }
 
   /** Makes what is ingested durable in layers. */

@@ -380,6 +380,7 @@ test('start has the documented defaults and checks what it is given', async () =
     pgVersion: undefined,
     pgBinDir: undefined,
     suspendTimeoutSeconds: 300,
+    refillObjectStore: false,
   });
   await terminal.ok(
     'start',
@@ -397,8 +398,9 @@ test('start has the documented defaults and checks what it is given', async () =
     '/b',
     '--suspend-timeout',
     '-1',
+    '--refill-object-store',
   );
-  assert.deepEqual(Object.values(terminal.started), ['/d', 1, 2, 1, 16, '/b', -1]);
+  assert.deepEqual(Object.values(terminal.started), ['/d', 1, 2, 1, 16, '/b', -1, true]);
   await terminal.fails(2, ['--pg-port', 'x'], 'start', '--pg-port', 'x');
   await terminal.fails(2, ['1, 3, 5, 7'], 'start', '--safekeepers', '2');
   await terminal.fails(2, ['65535'], 'start', '--http-port', '65536');

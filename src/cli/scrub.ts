@@ -30,6 +30,7 @@ export interface ScrubReport {
   readonly repaired: readonly ScrubFinding[];
   readonly orphans: readonly { readonly name: string; readonly sizeBytes: number }[];
   readonly orphansDeleted: number;
+  readonly unfinishedRemoved: number;
   readonly replays: readonly {
     readonly branch: string;
     readonly fromLsn?: Lsn;
@@ -84,7 +85,7 @@ sample of each branch's pages anew from the branch's WAL alone, and compares the
 priority, and past its caches.
 
 Exit code 1 when something is damaged, missing or different. Orphans (objects that no index names) are not wrong, they take space.
-A layer that is damaged here is also brought back when it is next read; --repair has it done now.
+A layer that is damaged here is also brought back when it is next read; --repair has it done now, and gives the object store again what it has lost.
 
 Examples:
   $ strata scrub
@@ -98,7 +99,7 @@ export function scrubCommand(context: CliContext, tool: ScrubTool, setExitCode: 
     .option('--seed <number>', 'which pages; a seed gives the same ones again (default: by chance)', wholeNumber)
     .option('--wal-mb <megabytes>', 'WAL of each branch to replay, at most', wholeNumber, WAL_MB)
     .option('--delete-orphans', 'delete objects that nobody needs', false)
-    .option('--repair', 'have damaged layers brought back now, from the object store or from WAL', false)
+    .option('--repair', 'have damaged layers and objects brought back now, from what else has them or from WAL', false)
     .addHelpText('after', NOTES)
     .action(async (options: ScrubOptions) => {
       const platform = openPlatform(context, options);
@@ -160,7 +161,9 @@ function adviceFor(
   }
   if (left.some(({ where }) => where === 'object store')) {
     advice.push(
-      'strata: of a damaged object there may be a whole file in the pageserver’s folder or a copy of the store: put it in its place under the same name, and scrub again',
+      options.repair
+        ? 'strata: what is left of the objects is nowhere else; logs/pageserver.log says more. A copy of the store may have it: put it in its place under the same name, and scrub again'
+        : 'strata: "strata scrub --repair" gives the object store again what the pageserver’s disk or WAL still has',
     );
   }
   if (differences.length > 0) {
@@ -241,6 +244,7 @@ function toJson(report: ScrubReport): object {
     repaired: report.repaired.map(finding),
     orphans: report.orphans.map(({ name, sizeBytes }) => ({ name, bytes: sizeBytes })),
     orphans_deleted: report.orphansDeleted,
+    unfinished_uploads_removed: report.unfinishedRemoved,
     branches: report.replays.map((replay) => ({
       branch: replay.branch,
       from_lsn: replay.fromLsn === undefined ? null : formatLsn(replay.fromLsn),

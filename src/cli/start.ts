@@ -20,6 +20,8 @@ export interface StartOptions {
   readonly suspendTimeoutSeconds: number;
   /** Path or URL; undefined: the one that was used before, else in the data directory. */
   readonly objectStore?: string;
+  /** An empty object store takes the place of one whose content is lost. */
+  readonly refillObjectStore: boolean;
   /** How much of the object store the pageserver keeps on the local disk; undefined: its default. */
   readonly cacheBytes?: number;
   /** How much WAL of one branch may wait on safekeepers' disks before its commits do; undefined: the default. */
@@ -40,6 +42,7 @@ interface GivenOptions {
   readonly pgBinDir?: string;
   readonly suspendTimeout: number;
   readonly objectStore?: string;
+  readonly refillObjectStore: boolean;
   readonly cacheSize?: number;
   readonly walLimit?: number;
 }
@@ -72,6 +75,11 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
       'where history is kept for good: a directory, or s3://bucket/prefix?endpoint=… (default: the one used before, else in the data directory)',
     )
     .option(
+      '--refill-object-store',
+      'the object store’s content is lost: take the empty one that is there, and fill it with what the local disk still has',
+      false,
+    )
+    .option(
       '--cache-size <size>',
       'local disk for what is in the object store, for example 20GB (default: 64GB)',
       sizeInBytes,
@@ -92,6 +100,7 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
         pgBinDir: given.pgBinDir,
         suspendTimeoutSeconds: given.suspendTimeout,
         ...(given.objectStore === undefined ? {} : { objectStore: given.objectStore }),
+        refillObjectStore: given.refillObjectStore,
         ...(given.cacheSize === undefined ? {} : { cacheBytes: given.cacheSize }),
         ...(given.walLimit === undefined ? {} : { walLimitBytes: given.walLimit }),
       });

@@ -139,6 +139,10 @@ export class FaultyStore implements ObjectStore {
     return this.#call('deleteMany', names.join(','), options, () => this.#inner.deleteMany(names, options));
   }
 
+  removeUnfinished(olderThanMs: number, options: CallOptions = {}): Promise<number> {
+    return this.#inner.removeUnfinished(olderThanMs, options);
+  }
+
   async #call<T>(
     operation: StoreOperation,
     name: string,

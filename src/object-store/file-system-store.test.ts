@@ -6,6 +6,7 @@ import {
   readdirSync,
   readFileSync,
   rmSync,
+  linkSync,
   utimesSync,
   writeFileSync,
 } from 'node:fs';
@@ -60,14 +61,19 @@ describe('file system store', () => {
     }
   });
 
-  test('what a crash left unfinished is removed a day later, not sooner: it may be another process’ work', async () => {
-    await FileSystemStore.open(directory);
-    const [young, old] = [join(directory, '.partial', 'young'), join(directory, '.partial', 'old')];
-    for (const path of [young, old]) writeFileSync(path, 'x');
+  test('what a crash left unfinished is removed when it is old, not sooner: it may be another process’ work', async () => {
+    const store = await FileSystemStore.open(directory);
+    const [copied, shared] = [join(directory, '.partial', 'copied'), join(directory, '.partial', 'shared')];
+    writeFileSync(copied, 'x');
+    const file = join(directory, 'file');
+    writeFileSync(file, 'its bytes are old, its name there is not');
     const twoDaysAgo = Date.now() / 1000 - 2 * 86_400;
-    utimesSync(old, twoDaysAgo, twoDaysAgo);
-    await FileSystemStore.open(directory);
-    assert.deepEqual([existsSync(young), existsSync(old)], [true, false]);
+    utimesSync(file, twoDaysAgo, twoDaysAgo);
+    linkSync(file, shared);
+    assert.equal(await store.removeUnfinished(60_000), 0);
+    assert.equal(await store.removeUnfinished(-60_000), 2);
+    assert.equal(await store.removeUnfinished(-60_000), 0);
+    assert.deepEqual([existsSync(copied), existsSync(shared), existsSync(file)], [false, false, true]);
   });
 
   test('a failed put leaves nothing behind', async () => {

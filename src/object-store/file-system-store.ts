@@ -6,7 +6,7 @@
  *   <root>/.partial/<random>      objects that are being written
  *
  * A put writes a file in `.partial`, fsyncs it, renames it to its place (with `ifAbsent`: links it there), and fsyncs the folders. A crash
- * leaves at most a file in `.partial`; those older than a day are removed when a store is opened (younger ones may be another process' work).
+ * leaves at most a file in `.partial`; old ones are removed (`removeUnfinished`; younger ones may be another process' work).
  *
  * Names cannot leave the root: their segments begin with a letter, a digit or `_`, so none is `.`, `..` or `.partial` (checkName). Symbolic links in
  * the directory are followed: they are the operator's own.
@@ -58,7 +58,6 @@ export interface FileSystemStoreOptions {
 export type PutStep = 'created' | 'written' | 'synced' | 'named' | 'folder-synced';
 
 const PARTIAL = '.partial';
-const PARTIAL_AGE_MAX_MS = 24 * 60 * 60 * 1000;
 const TIMEOUT_MS = 300_000;
 const CHUNK_BYTES = 1024 * 1024;
 const RENAME_ATTEMPTS = 10;
@@ -86,7 +85,6 @@ export class FileSystemStore implements ObjectStore {
     const store = new FileSystemStore(root, options);
     const partials = join(root, PARTIAL);
     await store.#makeDurable(partials, await store.#makeFolder(partials));
-    await store.#removeOldPartials();
     return store;
   }
 
@@ -208,6 +206,27 @@ export class FileSystemStore implements ObjectStore {
     });
   }
 
+  async removeUnfinished(olderThanMs: number, options: CallOptions = {}): Promise<number> {
+    const folder = join(this.#root, PARTIAL);
+    const what = `remove unfinished puts (${this.description})`;
+    return withDeadline(what, options, this.#timeoutMs, async (signal) => {
+      let count = 0;
+      try {
+        for (const entry of await readdir(folder)) {
+          signal.throwIfAborted();
+          const path = join(folder, entry);
+          const found = await stat(path).catch(ignoreAbsent);
+          // Of a shared file the age is that of its bytes; when its name was made, the change time tells.
+          if (found === undefined || Date.now() - found.ctimeMs <= olderThanMs) continue;
+          if (await removeFile(path)) count++;
+        }
+      } catch (error) {
+        throw toObjectError(error, what);
+      }
+      return count;
+    });
+  }
+
   async #put(
     name: string,
     options: PutOptions,
@@ -326,15 +345,6 @@ export class FileSystemStore implements ObjectStore {
       } else if ((name.startsWith(prefix) || prefix.startsWith(name)) && (name > after || after.startsWith(name))) {
         yield* this.#walk(name, prefix, after);
       }
-    }
-  }
-
-  async #removeOldPartials(): Promise<void> {
-    const folder = join(this.#root, PARTIAL);
-    for (const entry of await readdir(folder)) {
-      const path = join(folder, entry);
-      const found = await stat(path).catch(ignoreAbsent);
-      if (found !== undefined && Date.now() - found.mtimeMs > PARTIAL_AGE_MAX_MS) await removeFile(path);
     }
   }
 

@@ -94,6 +94,8 @@ export interface ObjectStore {
   delete(name: string, options?: CallOptions): Promise<void>;
   /** Removes any number of objects, in no order; after an error some may be left, and the call may be repeated. */
   deleteMany(names: readonly string[], options?: CallOptions): Promise<void>;
+  /** Removes what puts that began more than `olderThanMs` ago, and never ended, have left behind; nobody else sees it. Tells how many. */
+  removeUnfinished(olderThanMs: number, options?: CallOptions): Promise<number>;
 }
 
 /**

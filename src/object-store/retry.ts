@@ -198,6 +198,12 @@ export class RetryingStore implements ObjectStore {
     return this.#retry(what, options, (attempt) => this.#inner.deleteMany(names, attempt));
   }
 
+  removeUnfinished(olderThanMs: number, options: CallOptions = {}): Promise<number> {
+    return this.#retry('remove unfinished uploads', options, (attempt) =>
+      this.#inner.removeUnfinished(olderThanMs, attempt),
+    );
+  }
+
   #retry<T>(what: string, options: CallOptions, operation: (attempt: Required<CallOptions>) => Promise<T>): Promise<T> {
     return retry(`${what} (${this.description})`, this.#policy, this.#environment, options, operation);
   }

@@ -202,7 +202,7 @@ function testFaults(server: S3Server): void {
       assert.ok(uploadRequests(/^DELETE .*uploadId=/).length > 0);
       await rejectsWith(store.head('aborted/object'), 'not-found');
       proxy.chooseFault = () => undefined;
-      if (server.knows.abortUpload) assert.equal(await store.abortStaleUploads(-60_000), 0);
+      if (server.knows.abortUpload) assert.equal(await store.removeUnfinished(-60_000), 0);
     });
 
     test('an upload that a crash left is aborted when it is old', async (context) => {
@@ -210,9 +210,9 @@ function testFaults(server: S3Server): void {
       proxy.chooseFault = (line) => (/^DELETE |partNumber=3/.test(line) ? { kind: 'refuse' } : undefined);
       await rejectsWith(store.putFile('left/object', file), 'transient');
       proxy.chooseFault = () => undefined;
-      if (server.name !== 'moto') assert.equal(await store.abortStaleUploads(60 * 60 * 1000), 0); // moto knows no times
-      assert.equal(await store.abortStaleUploads(-60_000), 1);
-      assert.equal(await store.abortStaleUploads(-60_000), 0);
+      if (server.name !== 'moto') assert.equal(await store.removeUnfinished(60 * 60 * 1000), 0); // moto knows no times
+      assert.equal(await store.removeUnfinished(-60_000), 1);
+      assert.equal(await store.removeUnfinished(-60_000), 0);
     });
 
     test('a lost reply to the end of an upload does not lose the object', async (context) => {

@@ -3,7 +3,7 @@
  *
  * - *Requests:* every one (each part of a multipart upload too) is tried again by our own policy (retry.ts); the client's own retries are off.
  * - *Uploads:* a file up to one part's size is one PUT. A larger one is a multipart upload of parts that are read one after the other and sent
- *   a few at a time; memory is `partConcurrency` parts. A failed one is aborted; what a crash leaves, `abortStaleUploads` removes. Bodies are always
+ *   a few at a time; memory is `partConcurrency` parts. A failed one is aborted; what a crash leaves, `removeUnfinished` does. Bodies are always
  *   buffers of known length, so nothing is sent "aws-chunked", which many servers do not understand.
  * - *Checksums:* `crc32` (default) sends each body's CRC32 in a header and asks for the stored one when reading. A server that knows them refuses
  *   a body that changed on the way, and a read is checked to the end; a server that does not ignores them. `none` leaves them out, and
@@ -266,11 +266,14 @@ export class S3Store implements ObjectStore {
     });
   }
 
-  /** Removes multipart uploads that began more than `olderThanMs` ago and never ended, below our prefix. Tells how many. */
-  async abortStaleUploads(olderThanMs: number, options: CallOptions = {}): Promise<number> {
+  /** Multipart uploads. A server that cannot list them leaves no choice but its own rules for them. */
+  async removeUnfinished(olderThanMs: number, options: CallOptions = {}): Promise<number> {
     const what = `abort stale uploads (${this.description})`;
     return withDeadline(what, options, Infinity, (signal) =>
-      abortStaleUploads(this.#connection(), Date.now() - olderThanMs, signal),
+      abortStaleUploads(this.#connection(), Date.now() - olderThanMs, signal).catch((error: unknown) => {
+        if (isObjectError(error, 'unsupported')) return 0;
+        throw error;
+      }),
     );
   }
 

@@ -3,7 +3,7 @@
  * one again fetches it (repair.ts).
  *
  * What was used since the last look stays, whatever the limit: a read needs all of its layers at once. So does what a merge reads: nothing is evicted while one is under way.
- * A file that shares its bytes with the object store (a hard link) takes no space of its own, and stays.
+ * The store is asked before a file goes, as it may be the last copy. A file that shares its bytes with the object store (a hard link) takes no space of its own, and stays.
  */
 
 import { statSync, unlinkSync } from 'node:fs';
@@ -17,6 +17,8 @@ export interface EvictionOptions {
   readonly timelines: Timelines;
   readonly remote: Remote;
   readonly limitBytes: number;
+  /** Told of a timeline of which the store has lost something. */
+  readonly restore: (timeline: Timeline) => Promise<unknown>;
   readonly log: Logger;
   /** Between two looks. */
   readonly periodMs?: number;
@@ -57,7 +59,7 @@ export class Eviction {
       for (const { timeline, layer } of this.#candidates(tick)) {
         if (localBytes <= limitBytes * LOW_WATER) break;
         const bytes = localBytesOf(layer);
-        if (!this.#evict(timeline, layer)) continue;
+        if (!(await this.#evict(timeline, layer, tick))) continue;
         localBytes -= bytes;
         evictedBytes += bytes;
       }
@@ -86,7 +88,7 @@ export class Eviction {
   }
 
   /** False when the layer stays and takes space. */
-  #evict(timeline: Timeline, layer: LayerFile): boolean {
+  async #evict(timeline: Timeline, layer: LayerFile, tick: number): Promise<boolean> {
     const { remote, log } = this.#options;
     if (!remote.isStored(timeline, layer.description)) return false;
     try {
@@ -98,6 +100,13 @@ export class Eviction {
       }
       layer.isShared = statSync(layer.path).nlink > 1;
       if (layer.isShared) return true;
+      // It may be the last copy: a store can lose what it had.
+      if (!(await remote.isThere(timeline, layer.description))) {
+        await this.#options.restore(timeline);
+        return false;
+      }
+      const isWanted = !layer.isLocal || layer.usedAtTick >= tick || timeline.findLayer(layer.path) !== layer;
+      if (isWanted) return false;
       layer.close();
       unlinkSync(layer.path);
       layer.isLocal = false;

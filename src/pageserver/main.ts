@@ -16,6 +16,7 @@ import type { ObjectStore } from '../object-store/object-store.ts';
 import type { Generations } from '../api/generations.ts';
 import { takeGeneration } from './remote/first-look.ts';
 import { Remote } from './remote/remote.ts';
+import { restoreAtStart, restoreTimeline } from './remote/restore.ts';
 import { Timelines } from './timelines.ts';
 import type { StoreLimits } from './timelines.ts';
 import { readWalOfAny, WalReceiver } from './wal-receiver.ts';
@@ -98,10 +99,17 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
     timelines.repair = (damage) => repairs.repair(damage);
     timelines.fetch = (damage) => repairs.fetch(damage);
     if (remote !== undefined) remote.onLost = (lost) => void repairs.repair(lost).catch(() => {});
+    const restoring = { repair: timelines.repair, log };
     const eviction =
       remote === undefined
         ? undefined
-        : new Eviction({ timelines, remote, limitBytes: config.remote?.cacheBytes ?? CACHE_BYTES, log });
+        : new Eviction({
+            timelines,
+            remote,
+            limitBytes: config.remote?.cacheBytes ?? CACHE_BYTES,
+            restore: (timeline) => restoreTimeline({ ...restoring, remote }, timeline),
+            log,
+          });
     const rpc = await serveRpc({
       host,
       port: config.rpcPort,
@@ -120,7 +128,13 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
       repair: timelines.repair,
     });
     receiver.start();
-    eviction?.start();
+    const looked =
+      config.remote === undefined || remote === undefined
+        ? Promise.resolve(false)
+        : restoreAtStart({ ...restoring, remote, store: config.remote.store, timelines: () => timelines.all() });
+    // What the store has lost may be here alone.
+    let isClosing = false;
+    void looked.then((isDone) => (isDone && !isClosing ? eviction?.start() : undefined));
     const flushTimer = setInterval(() => timelines.flushAged(), FLUSH_CHECK_MS);
     const garbageTimer = setInterval(() => void timelines.garbage.run(timelines.all()), GARBAGE_PERIOD_MS);
     const timelineCount = [...timelines.all()].length;
@@ -130,6 +144,7 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
       rpcPort: rpc.port,
       pagePort: pages.port,
       close: async () => {
+        isClosing = true;
         clearInterval(flushTimer);
         clearInterval(garbageTimer);
         await Promise.all([rpc.close(), pages.close()]);
@@ -138,6 +153,7 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
         await timelines.close();
         if (remote?.isWorking === true) await remote.settled(CLOSE_UPLOADS_MS);
         await remote?.close();
+        await looked;
         lock.release();
       },
     };

@@ -12,6 +12,7 @@ import type {
   LsnForTimestamp,
   LsnLease,
   LogIdentity,
+  LostObject,
   ObjectStoreStatus,
   PageserverTimelineStatus,
   ResolvedLsn,
@@ -39,6 +40,7 @@ import { timeGone } from './retention.ts';
 import { StorageSizes } from './storage-sizes.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
 import type { Remote } from './remote/remote.ts';
+import { restoreTimeline } from './remote/restore.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
 import type { WalReceiver } from './wal-receiver.ts';
@@ -350,6 +352,16 @@ export function pageserverMethods(options: MethodsOptions): Record<string, RpcMe
       if (layer === undefined) return { result: {} }; // It was replaced meanwhile.
       await timelines.repair(new LayerDamagedError(layer.path, offset, 'it was found by scrub'));
       return { result: {} };
+    },
+
+    async restoreObjects({ timelineId, names }: TimelineParams & { names: readonly string[] }): Promise<RpcReply> {
+      const { remote } = options;
+      const timeline = timelines.get(timelineId);
+      if (remote === undefined) return { result: [] };
+      const restoring = { remote, repair: timelines.repair, log };
+      const result: LostObject[] = await restoreTimeline(restoring, timeline, new Set(names));
+      await timelines.stored(timeline);
+      return { result };
     },
 
     async flush({ timelineId }: TimelineParams): Promise<RpcReply> {

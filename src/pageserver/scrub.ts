@@ -19,6 +19,7 @@ import { LayerDamagedError } from './layers/block.ts';
 import { layerFileName } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import {
+  compareIndexes,
   indexesOf,
   INDEXES_PREFIX,
   indexObjectName,
@@ -28,7 +29,7 @@ import {
 } from './remote/object-names.ts';
 import { objectNameOf } from './remote/remote-index.ts';
 import type { RemoteIndex } from './remote/remote-index.ts';
-import { listTimelineObjects, newestIndex, orphansOf, readIndex } from './remote/timeline-objects.ts';
+import { listTimelineObjects, newestIndex, ORPHAN_AGE_MS, orphansOf, readIndex } from './remote/timeline-objects.ts';
 import type { TimelineObjects } from './remote/timeline-objects.ts';
 import { verifyLayer } from './scrub-layer.ts';
 import type { Damage, LayerBytes } from './scrub-layer.ts';
@@ -72,6 +73,8 @@ export interface StoreScrub {
   readonly findings: Finding[];
   readonly orphans: ListedObject[];
   orphansDeleted: number;
+  /** Remains of uploads that never ended. */
+  unfinishedRemoved: number;
   timelines: number;
   readonly local: { layers: number; bytes: number };
   readonly remote: { layers: number; bytes: number };
@@ -98,6 +101,7 @@ class Scrub {
     findings: [],
     orphans: [],
     orphansDeleted: 0,
+    unfinishedRemoved: 0,
     timelines: 0,
     local: { layers: 0, bytes: 0 },
     remote: { layers: 0, bytes: 0 },
@@ -137,6 +141,7 @@ class Scrub {
       }
     }
     for (const [timelineId, tenantId] of timelines) await this.#remoteTimeline(store, tenantId, timelineId, latest);
+    if (this.#options.deleteOrphans) this.result.unfinishedRemoved = await store.removeUnfinished(ORPHAN_AGE_MS);
     this.reportAbsent();
   }
 
@@ -296,11 +301,7 @@ class Scrub {
     }
     if (found.length > 0 && attempt < ATTEMPTS) {
       const again = await this.#newest(store, tenantId, timelineId, attempt);
-      const isNewer =
-        again !== 'damaged' &&
-        again !== undefined &&
-        again.sequence + again.generation > newest.sequence + newest.generation;
-      if (isNewer) return false;
+      if (again !== 'damaged' && again !== undefined && compareIndexes(again, newest) > 0) return false;
     }
     this.result.findings.push(...found);
     return true;

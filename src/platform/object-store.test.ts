@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { cpSync, mkdtempSync, rmSync } from 'node:fs';
+import { cpSync, mkdirSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, test } from 'node:test';
@@ -47,6 +47,22 @@ test('an empty directory in the place of the store is noticed', async () => {
   const own = await chooseObjectStore(undefined, directory, settings);
   rmSync(own, { recursive: true });
   await assert.rejects(chooseObjectStore(undefined, directory, settings), { code: 'conflict', message: /not mounted/ });
+});
+
+test('a store whose content is lost is taken empty when that is said, and only when there is something to fill it with', async () => {
+  const own = await chooseObjectStore(undefined, directory, settings);
+  rmSync(own, { recursive: true });
+  const next = /bring its content back, and start again; if that is lost for good, --refill-object-store/;
+  await assert.rejects(chooseObjectStore(undefined, directory, settings), { code: 'conflict', message: next });
+  const nothing = /cannot be refilled: .*pageserver\/timelines has nothing either/;
+  await assert.rejects(chooseObjectStore(undefined, directory, settings, true), { message: nothing });
+  mkdirSync(join(directory, 'pageserver', 'timelines', 'a'.repeat(32)), { recursive: true });
+  assert.equal(await chooseObjectStore(undefined, directory, settings, true), own);
+  assert.equal(await chooseObjectStore(undefined, directory, settings), own, 'it is ours now');
+  assert.equal(await chooseObjectStore(undefined, directory, settings, true), own, 'nothing is to be done');
+  const elsewhere = join(directory, 'elsewhere');
+  assert.equal(await chooseObjectStore(elsewhere, directory, settings, true), elsewhere);
+  assert.equal(await chooseObjectStore(undefined, directory, settings), elsewhere);
 });
 
 test('a store belongs to one platform', async () => {

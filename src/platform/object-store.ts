@@ -3,9 +3,11 @@
  *
  * The store knows whose it is by an object of its own, `platform`: `strata-object-store 1 <id>\n`. The id is in the control plane's settings as well. So a store
  * that is empty because a disk is not mounted, or another platform's, is refused before anything is lost or mixed; and one that was copied elsewhere is accepted
- * there.
+ * there. Whoever says that the content is lost for good (`--refill-object-store`) has an empty one taken, which the pageserver then fills with what it has
+ * (pageserver/remote/restore.ts).
  */
 import { randomBytes } from 'node:crypto';
+import { existsSync, readdirSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { StrataError } from '../base/errors.ts';
 import type { Settings } from '../control/settings.ts';
@@ -27,13 +29,14 @@ const START_RETRY: RetryPolicy = {
 };
 
 /**
- * The URL of the store, which is there and ours. `given` is the option's, undefined when there is none: then the one that was used before. Throws
- * `bad-request`, `unavailable`, `forbidden` or `conflict` with what to do next.
+ * The URL of the store, which is there and ours. `given` is the option's, undefined when there is none: then the one that was used before. `isRefill`: one that is
+ * empty takes the place of the one that was used before. Throws `bad-request`, `unavailable`, `forbidden` or `conflict` with what to do next.
  */
 export async function chooseObjectStore(
   given: string | undefined,
   dataDirectory: string,
   settings: Settings,
+  isRefill = false,
 ): Promise<string> {
   const recorded = settings.get('object-store-url');
   const isUrl = given !== undefined && /^[a-z][a-z0-9+.-]*:/i.test(given);
@@ -57,14 +60,17 @@ export async function chooseObjectStore(
     throw new StrataError('conflict', `the object store ${url} belongs to another platform (${why}): ${next}`);
   }
   if (foundId === undefined) {
-    if (id !== undefined && recorded !== undefined) {
+    if (id !== undefined && recorded !== undefined && isRefill) {
+      assertCanRefill(dataDirectory, url);
+    } else if (id !== undefined && recorded !== undefined) {
       const before = shown(recorded, dataDirectory);
       const what = recorded === chosen ? 'is empty or is not mounted' : `does not have what is in ${before}`;
       const next =
         recorded === chosen
           ? 'bring its content back, and start again'
           : `start with --object-store ${before}, or copy everything from there first`;
-      throw new StrataError('conflict', `the object store ${url} ${what}: ${next}`);
+      const lost = 'if that is lost for good, --refill-object-store fills this one with what the local disk still has';
+      throw new StrataError('conflict', `the object store ${url} ${what}: ${next}; ${lost}`);
     }
     id ??= randomBytes(16).toString('hex');
     settings.set('object-store-id', id);
@@ -74,6 +80,15 @@ export async function chooseObjectStore(
   }
   if (recorded !== chosen) settings.set('object-store-url', chosen);
   return url;
+}
+
+function assertCanRefill(dataDirectory: string, url: string): void {
+  const timelines = join(dataDirectory, 'pageserver', 'timelines');
+  if (existsSync(timelines) && readdirSync(timelines).length > 0) return;
+  throw new StrataError(
+    'conflict',
+    `the object store ${url} cannot be refilled: ${timelines} has nothing either; bring back a copy of one of them`,
+  );
 }
 
 async function readIdentity(store: ObjectStore): Promise<string | undefined> {

@@ -98,7 +98,12 @@ async function bringUp(
 
   const settings = Settings.open(directory.path);
   cleanup.add(() => settings.close());
-  const objectStoreUrl = await chooseObjectStore(options.objectStore, directory.path, settings);
+  const objectStoreUrl = await chooseObjectStore(
+    options.objectStore,
+    directory.path,
+    settings,
+    options.refillObjectStore,
+  );
 
   progress('starting storage');
   const wakeService = Promise.withResolvers<WakeService>();

@@ -133,8 +133,27 @@ async function flush(pageserver: PageserverClient, timelineId: string): Promise<
   }
 }
 
-/** Has the pageserver bring back what is damaged here. */
+/** Has the pageserver bring back what is damaged here, then what the object store has lost. */
 async function repair(pageserver: PageserverClient, findings: readonly Finding[]): Promise<Finding[]> {
+  return [...(await repairFiles(pageserver, findings)), ...(await restoreObjects(pageserver, findings))];
+}
+
+async function restoreObjects(pageserver: PageserverClient, findings: readonly Finding[]): Promise<Finding[]> {
+  const lost = findings.filter(({ where }) => where === 'object store');
+  const restored: Finding[] = [];
+  for (const timelineId of new Set(lost.map((finding) => finding.timelineId))) {
+    const own = lost.filter((finding) => finding.timelineId === timelineId);
+    try {
+      const left = await pageserver.restoreObjects(timelineId, [...new Set(own.map(({ name }) => name))]);
+      restored.push(...own.filter((finding) => !left.some(({ name }) => name === finding.name)));
+    } catch {
+      // A timeline that cannot be loaded, or a store that does not take it: they are left, and the log says why.
+    }
+  }
+  return restored;
+}
+
+async function repairFiles(pageserver: PageserverClient, findings: readonly Finding[]): Promise<Finding[]> {
   const repaired: Finding[] = [];
   const tried = new Map<string, boolean>();
   for (const finding of findings) {

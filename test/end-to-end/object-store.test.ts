@@ -94,6 +94,32 @@ describe('with the object store in a directory', () => {
     await platform.start();
     assert.match(await platform.psql(SUM), /^\d+ -?\d+$/);
   });
+
+  test(
+    'one whose content is lost is filled again from the local disk, when that is said',
+    { timeout: 240_000 },
+    async () => {
+      const dev2 = await connectionString(platform, 'dev2');
+      const sums = [await platform.psql(SUM), await platform.psql(SUM, dev2)];
+      await platform.stop();
+      const indexes = (): number =>
+        readdirSync(join(platform.dataDir, 'object-store'), { recursive: true, encoding: 'utf8' }).filter((name) =>
+          /^indexes\/.*-[0-9a-f]{8}$/.test(name),
+        ).length;
+      const before = indexes();
+      rmSync(join(platform.dataDir, 'object-store'), { recursive: true });
+      await assert.rejects(TestPlatform.start({ dataDir: platform.dataDir }), /--refill-object-store fills this one/);
+      await platform.start(['--refill-object-store']);
+      await waitUntil(async () => indexes() >= before && (await isUploaded(platform)), 'all is uploaded again');
+      const { stdout } = await platform.cli(['scrub', '--sample', '50']);
+      assert.match(stdout, /damaged or missing +0/);
+      await platform.stop();
+      rmSync(join(platform.dataDir, 'pageserver'), { recursive: true });
+      rmSync(join(platform.dataDir, 'computes'), { recursive: true, force: true });
+      await platform.start();
+      assert.deepEqual([await platform.psql(SUM), await platform.psql(SUM, dev2)], sums);
+    },
+  );
 });
 
 describe('with the object store in S3', () => {

@@ -12,6 +12,7 @@ import { Eviction } from '../../src/pageserver/eviction.ts';
 import type { Key, KeyRange } from '../../src/pageserver/key.ts';
 import { takeGeneration } from '../../src/pageserver/remote/first-look.ts';
 import { Remote } from '../../src/pageserver/remote/remote.ts';
+import { restoreTimeline } from '../../src/pageserver/remote/restore.ts';
 import { Repairs } from '../../src/pageserver/repair.ts';
 import type { KeyImage } from '../../src/pageserver/read.ts';
 import type { OnStep, Step } from '../../src/pageserver/step.ts';
@@ -99,7 +100,15 @@ export class TestNode {
     timelines.repair = (damage) => repairs.repair(damage);
     timelines.fetch = (damage) => repairs.fetch(damage);
     const limitBytes = options.cacheBytes ?? Infinity;
-    return new TestNode(timelines, remote, new Eviction({ timelines, remote, limitBytes, log: silent }), life);
+    const restoring = { remote, repair: timelines.repair, log: silent };
+    const eviction = new Eviction({
+      timelines,
+      remote,
+      limitBytes,
+      restore: (timeline) => restoreTimeline(restoring, timeline),
+      log: silent,
+    });
+    return new TestNode(timelines, remote, eviction, life);
   }
 
   scan(timelineId: string, range: KeyRange, lsn: number): Promise<KeyImage[]> {
@@ -161,5 +170,6 @@ export function farStore(inner: ObjectStore): ObjectStore {
     list: (prefix, options) => inner.list(prefix, options),
     delete: (name, options) => inner.delete(name, options),
     deleteMany: (names, options) => inner.deleteMany(names, options),
+    removeUnfinished: (olderThanMs, options) => inner.removeUnfinished(olderThanMs, options),
   };
 }

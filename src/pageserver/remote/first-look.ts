@@ -5,7 +5,8 @@
  *   - the newest index in the store of a generation up to ours replaces the local one; layers that are here with the same name, length and CRC32 stay,
  *     the others are fetched when they are read; WAL from that index's LSN on comes again from the safekeepers;
  *   - a tombstone removes the local folder;
- *   - a timeline that the store has never heard of stays: nobody else can have it. It is uploaded.
+ *   - a timeline that the store has never heard of stays: nobody else can have it. It is uploaded;
+ *   - so does one of which this disk knows a newer index that was in the store: the store has lost it (Remote.restoreAll brings it there again).
  * A crash on the way leaves the old generation in the directory, and all of it is done again.
  */
 
@@ -23,8 +24,9 @@ import type { OnStep } from '../step.ts';
 import { removeTimelineDirectory } from '../timeline-directory.ts';
 import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from '../timeline-index.ts';
 import { readGeneration, writeGeneration } from './generation.ts';
+import { compareIndexes } from './object-names.ts';
 import type { IndexName } from './object-names.ts';
-import { keepRemoteIndex, KEPT_INDEX_NAME } from './kept-index.ts';
+import { keepRemoteIndex, KEPT_INDEX_NAME, readKeptIndex } from './kept-index.ts';
 import { encodeRemoteIndex } from './remote-index.ts';
 import type { RemoteIndex } from './remote-index.ts';
 import { listIndexes, newestIndex, readIndex } from './timeline-objects.ts';
@@ -81,13 +83,26 @@ async function followStore(options: FirstLookOptions, taken: number, broken: Map
       options.onStep?.('local timeline removed');
       return;
     }
+    const { timelineId } = name;
+    const kept = readKeptIndex(directory);
+    if (kept !== undefined && compareIndexes(kept, name) > 0 && existsSync(join(directory, TIMELINE_INDEX_NAME))) {
+      log.error({ timelineId }, 'the object store has an older state than it had: the local disk’s is used');
+      return;
+    }
     let index: RemoteIndex;
     try {
       index = await readIndex(store, name);
     } catch (error) {
       if (!(error instanceof StrataError) || error.code !== 'internal') throw error;
-      broken.set(name.timelineId, error.message);
-      return;
+      if (kept === undefined || compareIndexes(kept, name) !== 0) {
+        broken.set(timelineId, error.message);
+        return;
+      }
+      log.error(
+        { timelineId, reason: error.message },
+        'an index in the object store is damaged: this disk’s copy is used',
+      );
+      index = kept;
     }
     await adoptIndex(directory, name, index, options);
   });

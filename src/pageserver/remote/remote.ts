@@ -17,7 +17,7 @@ import type { Generations } from '../../api/generations.ts';
 import type { ObjectStoreStatus } from '../../api/pageserver.ts';
 import { StrataError } from '../../base/errors.ts';
 import type { Logger } from '../../base/log.ts';
-import { ObjectStoreError } from '../../object-store/object-store.ts';
+import { isObjectError, ObjectStoreError } from '../../object-store/object-store.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
 import { LayerAbsentError } from '../layers/block.ts';
 import { layerPath } from '../layers/layer-format.ts';
@@ -30,7 +30,7 @@ import { indexesOf, indexObjectName, layersOf } from './object-names.ts';
 import { objectNameOf } from './remote-index.ts';
 import { indexesInStore, newestIndex, readIndex } from './timeline-objects.ts';
 import { GenerationTakenError, TimelineUpload } from './timeline-upload.ts';
-import type { Pass, UploadedTimeline } from './timeline-upload.ts';
+import type { Loss, Pass, UploadedTimeline } from './timeline-upload.ts';
 import { TurnQueue } from './turn-queue.ts';
 
 export interface RemoteOptions {
@@ -188,6 +188,42 @@ export class Remote {
     if (newest === undefined || newest.isDeleted) return;
     const { timeline: index } = await readIndex(store, newest);
     await this.delete({ ...timeline, index, setRemoteConsistentLsn: () => {} });
+  }
+
+  /** What the store has lost (timeline-upload.ts); it is brought there again, soon, as far as it is here. Throws what the store throws. */
+  async findLoss(timeline: UploadedTimeline, damaged: ReadonlySet<string>): Promise<Loss> {
+    if (this.#isStale) throw this.#staleError();
+    const upload = this.#of(timeline);
+    const loss = await upload.findLoss(damaged);
+    if (!upload.isUpToDate) this.changed(timeline);
+    return loss;
+  }
+
+  /** The newest index of the timeline that is known to be in the store. */
+  async storedIndexName(timeline: UploadedTimeline): Promise<string | undefined> {
+    const upload = this.#of(timeline);
+    await upload.load();
+    return upload.storedIndexName;
+  }
+
+  /** Nothing is written any more. */
+  get isOver(): boolean {
+    return this.#isStale || this.#stop.signal.aborted;
+  }
+
+  /** Whether the store says that it has the layer, in its full length. Throws what the store throws. */
+  async isThere(timeline: UploadedTimeline, layer: LayerDescription): Promise<boolean> {
+    const stored = await this.#of(timeline).storedLayer(layer);
+    if (stored === undefined) return false;
+    try {
+      const { sizeBytes } = await this.#options.store.head(objectNameOf(timeline.index, stored), {
+        signal: this.#stop.signal,
+      });
+      return sizeBytes === layer.sizeBytes;
+    } catch (error) {
+      if (isObjectError(error, 'not-found')) return false;
+      throw error;
+    }
   }
 
   /** Whether the layer's file may be taken away: it can be fetched again. */

@@ -10,6 +10,7 @@
  * - What is known to be in the store (`stored`) is an index that was acknowledged.
  */
 
+import { stat } from 'node:fs/promises';
 import { StrataError } from '../../base/errors.ts';
 import { isObjectError } from '../../object-store/object-store.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
@@ -26,7 +27,7 @@ import type { IndexName } from './object-names.ts';
 import { keepRemoteIndex, readKeptIndex } from './kept-index.ts';
 import { encodeRemoteIndex, objectNameOf } from './remote-index.ts';
 import type { RemoteIndex, RemoteLayer } from './remote-index.ts';
-import { indexesInStore, newestIndex, readIndex } from './timeline-objects.ts';
+import { indexesInStore, listTimelineObjects, newestIndex, readIndex } from './timeline-objects.ts';
 
 /** A timeline as far as uploads are concerned with it. */
 export interface UploadedTimeline {
@@ -55,6 +56,14 @@ export interface Pass {
   readonly deleted: readonly string[];
 }
 
+/** What the store has lost of what its newest index names. */
+export interface Loss {
+  /** Objects that the next pass brings there again. */
+  readonly againCount: number;
+  /** Layers that are neither there nor whole here. */
+  readonly lost: readonly RemoteLayer[];
+}
+
 /** Another process has our generation: nothing may be written any more. */
 export class GenerationTakenError extends StrataError {
   constructor(name: string) {
@@ -77,6 +86,8 @@ export class TimelineUpload {
   #unresolved: { readonly index: RemoteIndex; readonly of: TimelineIndex } | undefined;
   /** Older index objects, to be deleted with the next pass. */
   #olderIndexes: string[] = [];
+  /** Objects in whose place others were uploaded, to be deleted when no index names them. */
+  #replaced: string[] = [];
   /** By file name; uploaded, whether an index names them or not. */
   readonly #layers = new Map<string, RemoteLayer>();
   #sequence = 0;
@@ -164,6 +175,46 @@ export class TimelineUpload {
     return this.#putIndex(this.#unresolved, signal);
   }
 
+  /** The newest index that is known to be in the store. */
+  get storedIndexName(): string | undefined {
+    if (this.#stored === undefined) return undefined;
+    const { tenantId, timelineId } = this.timeline;
+    const { generation, sequence } = this.#stored;
+    return indexObjectName({ tenantId, timelineId, generation, sequence, isDeleted: false });
+  }
+
+  /**
+   * Looks whether the store still has what its newest index names; of the objects in `damaged` it is known that they cannot be used. What is lost there and whole here
+   * is uploaded again with the next pass, under our generation. What is not whole here either stays named, as nothing better is known.
+   */
+  async findLoss(damaged: ReadonlySet<string>): Promise<Loss> {
+    await this.load();
+    const { store, generation } = this.#options;
+    const { tenantId, timelineId, directory } = this.timeline;
+    for (;;) {
+      const stored = this.#stored;
+      if (stored === undefined) return { againCount: 0, lost: [] };
+      const objects = await listTimelineObjects(store, tenantId, timelineId);
+      const sizes = new Map([...objects.indexes, ...objects.layers].map(({ name, sizeBytes }) => [name, sizeBytes]));
+      const lost: RemoteLayer[] = [];
+      const again: RemoteLayer[] = [];
+      for (const layer of stored.layers) {
+        const name = objectNameOf(stored.timeline, layer);
+        if (sizes.get(name) === layer.description.sizeBytes && !damaged.has(name)) continue;
+        ((await isWholeHere(directory, layer)) ? again : lost).push(layer);
+      }
+      if (stored !== this.#stored) continue; // A pass has come between.
+      const indexName = this.storedIndexName!;
+      const isIndexThere = sizes.has(indexName) && !damaged.has(indexName);
+      for (const layer of again) {
+        this.#layers.delete(layerFileName(layer.description));
+        if (layer.generation !== generation) this.#replaced.push(objectNameOf(stored.timeline, layer));
+      }
+      if (again.length > 0 || !isIndexThere) this.#storedOf = undefined;
+      return { againCount: again.length + (isIndexThere ? 0 : 1), lost };
+    }
+  }
+
   /** That this was confirmed is what the last known state says already: for a timeline that needed no pass after a start. */
   get storedPass(): Pass | undefined {
     return this.#stored === undefined ? undefined : { lsn: this.#stored.timeline.diskConsistentLsn, deleted: [] };
@@ -220,11 +271,7 @@ export class TimelineUpload {
     }
     onStep?.('index uploaded');
     const deleted = this.#olderIndexes;
-    if (this.#stored !== undefined) {
-      const { generation: storedGeneration, sequence: storedSequence } = this.#stored;
-      const older = { tenantId, timelineId, generation: storedGeneration, sequence: storedSequence, isDeleted: false };
-      deleted.push(indexObjectName(older));
-    }
+    if (this.storedIndexName !== undefined) deleted.push(this.storedIndexName);
     const named = new Set(index.layers);
     for (const [fileName, layer] of this.#layers) {
       if (named.has(layer)) continue;
@@ -232,14 +279,29 @@ export class TimelineUpload {
       this.#layers.delete(fileName);
       deleted.push(objectNameOf(index.timeline, layer));
     }
+    const namedObjects = new Set(index.layers.map((layer) => objectNameOf(index.timeline, layer)));
+    deleted.push(...this.#replaced.filter((replaced) => !namedObjects.has(replaced)));
+    this.#replaced = this.#replaced.filter((replaced) => namedObjects.has(replaced));
     this.#olderIndexes = [];
     this.#stored = index;
     this.#storedLayers = named;
-    this.#storedOf = of;
+    // What was found to be lost meanwhile is for the next pass.
+    const isComplete = index.layers.every((layer) => this.#layers.get(layerFileName(layer.description)) === layer);
+    this.#storedOf = isComplete ? of : undefined;
     this.#unresolved = undefined;
     await keepRemoteIndex(directory, bytes);
     onStep?.('remote index kept');
     return { lsn: index.timeline.diskConsistentLsn, deleted };
+  }
+}
+
+/** Whether the layer's file is here, with the bytes that were uploaded. */
+async function isWholeHere(directory: string, { description, crc32 }: RemoteLayer): Promise<boolean> {
+  const path = layerPath(directory, description);
+  try {
+    return (await stat(path)).size === description.sizeBytes && (await crc32OfFile(path)) === crc32;
+  } catch {
+    return false; // Not there, or it cannot be read.
   }
 }
 
