@@ -47,6 +47,8 @@ export interface Operation {
 }
 
 const PAGE_SIZE = 400;
+/** In an error's list of what there is. */
+const SHOWN_NAMES = 20;
 
 export async function listProjects(api: ApiClient): Promise<Project[]> {
   const projects: Project[] = [];
@@ -62,8 +64,15 @@ export async function listProjects(api: ApiClient): Promise<Project[]> {
 
 /** In the order in which they were made. */
 export async function listBranches(api: ApiClient, project: Project): Promise<Branch[]> {
-  const path = `/projects/${project.id}/branches?sort_by=created_at&sort_order=asc`;
-  return (await api.get<{ branches: Branch[] }>(path)).branches;
+  const branches: Branch[] = [];
+  for (let cursor = ''; ;) {
+    const page = await api.get<{ branches: Branch[]; pagination: { next?: string } }>(
+      `/projects/${project.id}/branches?sort_by=created_at&sort_order=asc${cursor}`,
+    );
+    branches.push(...page.branches);
+    if (page.pagination.next === undefined) return branches;
+    cursor = `&cursor=${encodeURIComponent(page.pagination.next)}`;
+  }
 }
 
 export async function listEndpoints(api: ApiClient, project: Project): Promise<Endpoint[]> {
@@ -97,8 +106,10 @@ export function findBranch(branches: readonly Branch[], wanted: string | undefin
     wanted === undefined ? branch.default : branch.id === wanted || branch.name === wanted,
   );
   if (found !== undefined) return found;
-  const names = branches.map((branch) => branch.name).join(', ');
-  throw new CliError(`there is no branch ${wanted === undefined ? 'by default' : quote(wanted)} (branches: ${names})`);
+  const names = branches.slice(0, SHOWN_NAMES).map((branch) => branch.name);
+  const more = branches.length > SHOWN_NAMES ? `, and ${branches.length - SHOWN_NAMES} more` : '';
+  const known = `(branches: ${names.join(', ')}${more})`;
+  throw new CliError(`there is no branch ${wanted === undefined ? 'by default' : quote(wanted)} ${known}`);
 }
 
 export function quote(text: string): string {

@@ -230,8 +230,8 @@ export class Endpoints {
       );
     }
     const row = state.get<EndpointRow>(
-      `SELECT endpoints.* FROM endpoints JOIN branches ON branches.id = endpoints.branch_id
-        WHERE endpoints.project_id = ? AND branches.is_default = 1 AND endpoints.type = 'read_write' AND endpoints.deleted_at IS NULL`,
+      `SELECT endpoints.* FROM branches JOIN endpoints ON endpoints.branch_id = branches.id
+        WHERE branches.project_id = ? AND branches.is_default = 1 AND endpoints.type = 'read_write' AND endpoints.deleted_at IS NULL`,
       projects[0]!.id,
     );
     if (row === undefined)

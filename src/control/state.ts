@@ -150,6 +150,13 @@ const MIGRATIONS: readonly string[] = [
   ) STRICT;
   CREATE INDEX imports_project ON imports (project_id);
   `,
+  // What is asked often must not look at all of a project's endpoints, of which there may be ten thousand.
+  `
+  CREATE INDEX endpoints_active ON endpoints (state) WHERE state = 'active' AND deleted_at IS NULL;
+  CREATE INDEX endpoints_last_active ON endpoints (project_id, last_active);
+  DROP INDEX endpoints_project;
+  CREATE INDEX imports_branch ON imports (branch_id);
+  `,
 ];
 
 /** In the data directory. */
