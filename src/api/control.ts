@@ -203,12 +203,37 @@ export type SafekeeperChange =
   /** Each by a new one. */
   | { readonly kind: 'replace'; readonly ids: readonly number[] };
 
+/** What was done, or would be, about logs that are lost with safekeepers that are given up. */
+export interface SafekeeperRebuild {
+  readonly isDone: boolean;
+  readonly logs: readonly {
+    readonly timelineId: string;
+    /** Everything before it is kept. */
+    readonly keptLsn: Lsn;
+    /** When the last commit that is kept was made, where that is known. */
+    readonly lastCommitMs: number | undefined;
+    /** The highest commit LSN that the pageserver was told of: up to there, what is not kept was acknowledged. */
+    readonly heardLsn: Lsn | undefined;
+    /** Who has most of it. */
+    readonly source: string;
+    /** Who is given the log. */
+    readonly safekeepers: readonly number[];
+  }[];
+  /** Nothing is done about these, for now. */
+  readonly failed: readonly { readonly timelineId: string; readonly reason: string }[];
+}
+
 export interface SafekeeperAdmin {
   list(): Promise<SafekeeperListing>;
   /** Begins a change and returns the ids of the members after it. Throws `conflict` when another is under way, `bad-request`. */
   change(change: SafekeeperChange): Promise<readonly number[]>;
   /** Back to the members before the change under way. Throws `conflict` when there is none. */
   cancel(): Promise<void>;
+  /**
+   * Gives up those safekeepers, which do not answer, and makes the logs anew that a majority has lost with them. Unless `acceptsLoss` it only says what would be
+   * done. Throws `bad-request`, `conflict` when they are there or nothing is lost, `unavailable` when others are silent too.
+   */
+  rebuild(ids: readonly number[], acceptsLoss: boolean): Promise<SafekeeperRebuild>;
 }
 
 /** `<data-dir>/platform.json`, written when the platform is ready and removed when it stops. */

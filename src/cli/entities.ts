@@ -119,3 +119,15 @@ export function quote(text: string): string {
 function label(project: Project): string {
   return project.name === project.id ? project.id : `${project.id} (${project.name})`;
 }
+
+/** By timeline: `project/branch`. */
+export async function branchNames(api: ApiClient, projects: readonly Project[]): Promise<Map<string, string>> {
+  const lists = await Promise.all(
+    projects.map(async (project) =>
+      (await listBranches(api, project)).map(
+        (branch) => [branch.timeline_id, `${project.name}/${branch.name}`] as const,
+      ),
+    ),
+  );
+  return new Map(lists.flat());
+}

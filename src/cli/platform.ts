@@ -55,8 +55,8 @@ export class ApiClient {
     return this.#call<T>('GET', path);
   }
 
-  post<T>(path: string, body?: unknown): Promise<T> {
-    return this.#call<T>('POST', path, body);
+  post<T>(path: string, body?: unknown, timeoutMs?: number): Promise<T> {
+    return this.#call<T>('POST', path, body, timeoutMs);
   }
 
   delete<T>(path: string): Promise<T> {
@@ -70,15 +70,16 @@ export class ApiClient {
     return response.ok;
   }
 
-  async #call<T>(method: string, path: string, body?: unknown): Promise<T> {
-    const response = await this.#fetch(`/api/v2${path}`, {
+  async #call<T>(method: string, path: string, body?: unknown, timeoutMs?: number): Promise<T> {
+    const init = {
       method,
       headers: {
         authorization: `Bearer ${this.#key}`,
         ...(body === undefined ? {} : { 'content-type': 'application/json' }),
       },
       ...(body === undefined ? {} : { body: JSON.stringify(body) }),
-    });
+    };
+    const response = await this.#fetch(`/api/v2${path}`, init, timeoutMs);
     const answer = (await response.json().catch(() => undefined)) as T | undefined;
     if (response.ok && answer !== undefined) return answer;
     const { message } = (answer ?? {}) as { message?: string };
@@ -89,12 +90,12 @@ export class ApiClient {
     throw new CliError(message ?? `${this.origin} answered ${response.status} without a reason`);
   }
 
-  async #fetch(path: string, init: RequestInit): Promise<Response> {
+  async #fetch(path: string, init: RequestInit, timeoutMs = REQUEST_TIMEOUT_MS): Promise<Response> {
     try {
-      return await fetch(`${this.origin}${path}`, { ...init, signal: AbortSignal.timeout(REQUEST_TIMEOUT_MS) });
+      return await fetch(`${this.origin}${path}`, { ...init, signal: AbortSignal.timeout(timeoutMs) });
     } catch (error) {
       if (error instanceof Error && error.name === 'TimeoutError') {
-        throw new CliError(`${this.origin} did not answer within ${REQUEST_TIMEOUT_MS / 1000} s`, 1, { cause: error });
+        throw new CliError(`${this.origin} did not answer within ${timeoutMs / 1000} s`, 1, { cause: error });
       }
       throw notRunning(this.#dataDirectory, error);
     }

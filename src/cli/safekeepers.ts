@@ -1,7 +1,8 @@
-/** `strata safekeepers [list] | add | remove | replace | cancel`: who keeps the WAL. */
+/** `strata safekeepers [list] | add | remove | replace | cancel | rebuild`: who keeps the WAL. */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Command, InvalidArgumentError } from 'commander';
 import { type CliContext, type CommonOptions, openPlatform, platformCommand, show } from './context.ts';
+import { branchNames, listProjects } from './entities.ts';
 import { CliError } from './errors.ts';
 import { formatBytes, formatTable } from './format.ts';
 import type { RunningPlatform } from './platform.ts';
@@ -25,11 +26,26 @@ interface Safekeepers {
   };
 }
 
+interface Rebuild {
+  readonly done: boolean;
+  readonly logs: readonly {
+    readonly timeline_id: string;
+    readonly kept_lsn: string;
+    readonly last_commit_at: string | null;
+    readonly lost_lsn: string | null;
+    readonly source: string;
+    readonly safekeepers: readonly number[];
+  }[];
+  readonly failed: readonly { readonly timeline_id: string; readonly reason: string }[];
+}
+
 type Change =
   | { readonly kind: 'add'; readonly count: number }
   | { readonly kind: 'remove' | 'replace'; readonly ids: readonly number[] };
 
 const POLL_INTERVAL_MS = 200;
+/** What the pageserver has is made durable for each branch before. */
+const REBUILD_TIMEOUT_MS = 280_000;
 
 export function safekeepersCommand(context: CliContext): Command {
   const list = platformCommand('list', 'list the safekeepers, and how far they are behind', 'safekeepers list').action(
@@ -65,13 +81,24 @@ export function safekeepersCommand(context: CliContext): Command {
       show(context, options, found, () => `the safekeepers are ${idsOf(found)} as before`);
     },
   );
+  const rebuild = platformCommand(
+    'rebuild',
+    'give up safekeepers that will not come back, when a majority is lost with them, and make the logs anew from what is left',
+    'safekeepers rebuild 2 3\n  $ strata safekeepers rebuild 2 3 --accept-loss',
+  )
+    .argument('<id...>', 'ids of all safekeepers that do not answer')
+    .option('--accept-loss', 'do it; without it, it is only said what would be kept and what is lost')
+    .action(async (ids: readonly string[], options: CommonOptions & { readonly acceptLoss?: boolean }) =>
+      rebuildWithout(context, options, ids.map(idOf), options.acceptLoss ?? false),
+    );
   return new Command('safekeepers')
-    .description('list, add, remove and replace safekeepers')
+    .description('list, add, remove and replace safekeepers; rebuild what is lost with them')
     .addCommand(list, { isDefault: true })
     .addCommand(add)
     .addCommand(remove)
     .addCommand(replace)
     .addCommand(cancel)
+    .addCommand(rebuild)
     .addHelpText('after', '\nExample:\n  $ strata safekeepers replace 3');
 }
 
@@ -83,6 +110,42 @@ async function change(context: CliContext, options: CommonOptions, wanted: Chang
   show(context, options, found, () => tableOf(found));
   const isDone = idsOf(found) === members.join(', ');
   if (!isDone) throw new CliError(`the change was cancelled: the safekeepers are ${idsOf(found)}`);
+}
+
+async function rebuildWithout(
+  context: CliContext,
+  options: CommonOptions,
+  ids: readonly number[],
+  acceptsLoss: boolean,
+): Promise<void> {
+  const { api, dataDirectory } = openPlatform(context, options);
+  const body = { ids, accept_loss: acceptsLoss };
+  const found = await api.post<Rebuild>('/safekeepers/rebuild', body, REBUILD_TIMEOUT_MS);
+  const names = await branchNames(api, await listProjects(api));
+  const logs = found.logs.map((log) => ({ ...log, branch: names.get(log.timeline_id) ?? null }));
+  const failed = found.failed.map((log) => ({ ...log, branch: names.get(log.timeline_id) ?? null }));
+  show(context, options, { ...found, logs, failed }, () => {
+    const table = formatTable(
+      ['BRANCH', 'EVERYTHING KEPT UP TO', 'LAST COMMIT KEPT', 'FROM', 'LOST FOR CERTAIN'],
+      logs.map((log) => [
+        log.branch ?? log.timeline_id,
+        log.kept_lsn,
+        log.last_commit_at ?? 'not known',
+        log.source === 'another safekeeper' ? log.source : `the ${log.source}`,
+        log.lost_lsn === null ? 'nothing' : `up to ${log.lost_lsn}`,
+      ]),
+    );
+    const refused = failed.map((log) => `${log.branch ?? log.timeline_id} is not rebuilt: ${log.reason}`);
+    const aside = ids.map((id) => `${dataDirectory}/safekeeper-${id}.given-up-*`).join(', ');
+    return [
+      ...(logs.length === 0 ? ['no log is lost'] : [table]),
+      ...refused,
+      'what was acknowledged after these LSNs, on the safekeepers that are given up only, is lost',
+      ...(found.done ? [`what they kept is in ${aside}`] : []),
+    ].join('\n');
+  });
+  if (!found.done) throw new CliError('nothing was changed: with --accept-loss it is done');
+  if (failed.length > 0) throw new CliError('not everything was rebuilt');
 }
 
 /** Says how far it is whenever that has changed, to people who watch. */

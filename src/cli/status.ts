@@ -8,7 +8,7 @@ import { CliError } from './errors.ts';
 import { type BackpressureLimits, backpressureLimits } from '../api/backpressure-limits.ts';
 import type { WalLag } from '../api/wal-status.ts';
 import type { ApiClient, RunningPlatform } from './platform.ts';
-import { listBranches, listEndpoints, listProjects, type Project } from './entities.ts';
+import { branchNames, listEndpoints, listProjects } from './entities.ts';
 import { formatBytes, formatDuration, formatFields, formatSize } from './format.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 
@@ -104,18 +104,6 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
       );
     },
   );
-}
-
-/** By timeline: `project/branch`. */
-async function branchNames(api: ApiClient, projects: readonly Project[]): Promise<Map<string, string>> {
-  const lists = await Promise.all(
-    projects.map(async (project) =>
-      (await listBranches(api, project)).map(
-        (branch) => [branch.timeline_id, `${project.name}/${branch.name}`] as const,
-      ),
-    ),
-  );
-  return new Map(lists.flat());
 }
 
 type WalState = 'ok' | 'slowed' | 'stopped' | 'not offloaded' | 'refused';

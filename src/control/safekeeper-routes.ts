@@ -1,6 +1,7 @@
-/** The API's part about the safekeepers, which Neon's has not: list them, change who they are. */
+/** The API's part about the safekeepers, which Neon's has not: list them, change who they are, rebuild what is lost with them. */
 import type { FastifyInstance } from 'fastify';
-import type { SafekeeperAdmin, SafekeeperChange, SafekeeperListing } from '../api/control.ts';
+import type { SafekeeperAdmin, SafekeeperChange, SafekeeperListing, SafekeeperRebuild } from '../api/control.ts';
+import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 
 const ids = { type: 'array', items: { type: 'integer', minimum: 1 }, minItems: 1, uniqueItems: true } as const;
 const changeBody = {
@@ -27,6 +28,13 @@ const changeBody = {
   },
 } as const;
 
+const rebuildBody = {
+  type: 'object',
+  required: ['ids'],
+  additionalProperties: false,
+  properties: { ids, accept_loss: { type: 'boolean' } },
+} as const;
+
 export function registerSafekeepers(api: FastifyInstance, safekeepers: SafekeeperAdmin): void {
   api.get('/safekeepers', async () => shown(await safekeepers.list()));
   api.post<{ Body: { change: SafekeeperChange } }>(
@@ -38,6 +46,27 @@ export function registerSafekeepers(api: FastifyInstance, safekeepers: Safekeepe
     await safekeepers.cancel();
     return shown(await safekeepers.list());
   });
+  api.post<{ Body: { ids: number[]; accept_loss?: boolean } }>(
+    '/safekeepers/rebuild',
+    { schema: { body: rebuildBody } },
+    async (request) => shownRebuild(await safekeepers.rebuild(request.body.ids, request.body.accept_loss ?? false)),
+  );
+}
+
+function shownRebuild({ isDone, logs, failed }: SafekeeperRebuild) {
+  const shownLsn = (lsn: Lsn | undefined): string | null => (lsn === undefined ? null : formatLsn(lsn));
+  return {
+    done: isDone,
+    logs: logs.map(({ timelineId, keptLsn, lastCommitMs, heardLsn, source, safekeepers }) => ({
+      timeline_id: timelineId,
+      kept_lsn: formatLsn(keptLsn),
+      last_commit_at: lastCommitMs === undefined ? null : new Date(lastCommitMs).toISOString(),
+      lost_lsn: heardLsn !== undefined && heardLsn > keptLsn ? shownLsn(heardLsn) : null,
+      source,
+      safekeepers,
+    })),
+    failed: failed.map(({ timelineId, reason }) => ({ timeline_id: timelineId, reason })),
+  };
 }
 
 function shown({ version, safekeepers, change }: SafekeeperListing) {

@@ -43,13 +43,8 @@ function present(flushLsn: number, lastLogTerm: number, more: Partial<Safekeeper
 
 const OFFLOADED: OffloadedEnd = { endLsn: 5_000, history: history([3, START]), lastCommitMs: 1 };
 
-function plan(
-  views: readonly SafekeeperView[],
-  ingestedLsn: number,
-  offloaded?: OffloadedEnd,
-  mayIgnoreSilent = false,
-): RebuildPlan {
-  return planRebuild(views, TIMELINE, ingestedLsn, offloaded, mayIgnoreSilent);
+function plan(views: readonly SafekeeperView[], ingestedLsn: number, offloaded?: OffloadedEnd, nowMs = 0): RebuildPlan {
+  return planRebuild(views, TIMELINE, ingestedLsn, offloaded, nowMs);
 }
 
 test('nothing is rebuilt while a quorum may have the log: absence is not silence', () => {
@@ -62,10 +57,16 @@ test('nothing is rebuilt while a quorum may have the log: absence is not silence
   ]) {
     assert.deepEqual(plan(views, 4_000, OFFLOADED), { kind: 'none' });
   }
-  assert.deepEqual(plan([SILENT, SILENT, SILENT], 4_000, OFFLOADED, true), { kind: 'none' }, 'not even when told to');
   assert.deepEqual(plan([three, SILENT, ABSENT], 4_000, OFFLOADED), { kind: 'wait', silent: [1] });
   assert.deepEqual(plan([ABSENT, SILENT, ABSENT], 4_000, OFFLOADED), { kind: 'wait', silent: [1] });
-  assert.equal(plan([ABSENT, SILENT, ABSENT], 4_000, OFFLOADED, true).kind, 'rebuild');
+});
+
+test('a log that is lost twice before anything of the first time is offloaded gets another term than then', () => {
+  const [first, second] = [10_000_000, 10_000_001].map((nowMs) =>
+    plan([ABSENT, ABSENT, ABSENT], 4_500, OFFLOADED, nowMs),
+  );
+  assert(first?.kind === 'rebuild' && second?.kind === 'rebuild');
+  assert(second.state.term > first.state.term);
 });
 
 test('what is offloaded is where lost logs end again, under a term far above those known', () => {

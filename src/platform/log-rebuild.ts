@@ -1,21 +1,24 @@
 /**
  * Rebuilds logs that were lost with a quorum of safekeepers' disks, from the object store and from what the pageserver has, and says up to where.
  *
- * Only who says "I do not have it" counts as lost; who is silent may come back with everything, so nothing is done before all have answered, unless an operator
- * says so. A log of which neither the pageserver nor the store has any WAL was never used: the first proposer makes it.
+ * Only who says "I do not have it" counts as lost; who is silent may come back with everything, so nothing is done before all have answered. An operator who
+ * knows better gives up a safekeeper (lost-safekeepers.ts), which then begins again with an empty disk and says so. A log of which neither the pageserver nor
+ * the store has any WAL was never used: the first proposer makes it.
  *
  *   1. What is offloaded is committed. Lost logs end there again, with the history of terms that belongs to it. If a safekeeper still has a log that is more
  *      advanced, all that it has was perhaps acknowledged with one of the lost: they get that one's log instead. Either way the lost ones, a majority, have the
  *      most that there is, so every later leader has it.
  *   2. What the pageserver has ingested is committed too. If it is ahead of all of these, its pages are the truth: they are made durable, and every log begins
  *      anew where they end. The WAL between the offloaded end and there is nowhere any more, and nobody needs it to go on.
- *   3. The new term is far above every one that is known, so that no proposer of before, whose votes were lost with the disks, can go on.
+ *   3. The new term is far above every one that is known, so that no proposer of before, whose votes were lost with the disks, can go on. It is at least the
+ *      time in milliseconds: a log may be lost twice before anything that tells of the first time is offloaded.
  *
  * What was acknowledged after that and is on none of them is lost. That, and nothing less, is what losing a majority of the disks means; the result says
  * from which LSN on, and of what time the last commit is that was kept.
  */
+import assert from 'node:assert/strict';
 import type { SafekeeperDirectory } from '../api/safekeeper-set.ts';
-import type { PageserverClient, PageserverTimelineStatus } from '../api/pageserver.ts';
+import type { ListedTimeline, PageserverClient, PageserverTimelineStatus } from '../api/pageserver.ts';
 import type { RebuiltLog } from '../api/rebuilt-logs.ts';
 import {
   type SafekeeperAddress,
@@ -40,7 +43,10 @@ import type { OffloadedWal } from '../safekeeper/offloaded-wal.ts';
 
 export interface LogRebuildOptions {
   readonly safekeepers: SafekeeperDirectory;
-  readonly pageserver: Pick<PageserverClient, 'timelineIdentity' | 'timelineStatus' | 'flush'>;
+  readonly pageserver: Pick<
+    PageserverClient,
+    'timelineIdentity' | 'timelineStatus' | 'listTimelines' | 'timestampOfLsn' | 'flush'
+  >;
   /** Scope `platform`. */
   readonly token: string;
   readonly wal: OffloadedWal;
@@ -78,6 +84,7 @@ export type RebuildPlan =
       readonly keptLsn: Lsn;
     };
 
+const LOST: SafekeeperView = { kind: 'absent' };
 /** No proposer that was elected by what is lost has got so far ahead of what is known. */
 const TERM_JUMP = 2 ** 20;
 const UPLOAD_WAIT_MS = 30_000;
@@ -85,25 +92,20 @@ const UPLOAD_WAIT_MS = 30_000;
 const FIRST_UPLOAD_WAIT_MS = 3_000;
 const POLL_MS = 200;
 
-/** `mayIgnoreSilent`: an operator says that who is silent will not come back. */
 export function planRebuild(
   views: readonly SafekeeperView[],
   timeline: Pick<TimelineIdentity, 'startLsn'>,
   ingestedLsn: Lsn,
   offloaded: OffloadedEnd | undefined,
-  mayIgnoreSilent: boolean,
+  nowMs: number,
 ): RebuildPlan {
   const { startLsn } = timeline;
   const quorum = Math.floor(views.length / 2) + 1;
   const indexes = (kind: SafekeeperView['kind']): number[] =>
     views.flatMap((view, index) => (view.kind === kind ? [index] : []));
   const [absent, silent] = [indexes('absent'), indexes('silent')];
-  const lostCount = absent.length + (mayIgnoreSilent ? silent.length : 0);
-  if (absent.length === 0 || lostCount < quorum) {
-    const mayBeLost = absent.length > 0 && absent.length + silent.length >= quorum;
-    return mayBeLost ? { kind: 'wait', silent } : { kind: 'none' };
-  }
-  if (silent.length > 0 && !mayIgnoreSilent) return { kind: 'wait', silent };
+  if (absent.length === 0 || absent.length + silent.length < quorum) return { kind: 'none' };
+  if (silent.length > 0) return { kind: 'wait', silent };
   const survivors = views.flatMap((view, index) => (view.kind === 'present' ? [{ ...view.status, index }] : []));
   const history = offloaded?.history ?? [{ term: 0, startLsn }];
   const offloadedLsn = offloaded?.endLsn ?? startLsn;
@@ -111,8 +113,8 @@ export function planRebuild(
     (most, each) => (most === undefined || compareLogs(each, most) > 0 ? each : most),
     undefined,
   );
-  const term =
-    Math.max(history.at(-1)!.term, ...survivors.map((status) => Math.max(status.term, status.lastLogTerm))) + TERM_JUMP;
+  const knownTerms = survivors.map((status) => Math.max(status.term, status.lastLogTerm));
+  const term = Math.max(nowMs, Math.max(history.at(-1)!.term, ...knownTerms) + TERM_JUMP);
   const generation = 1 + Math.max(0, ...survivors.map((status) => status.generation));
   const configuration = survivors.reduce(
     (newest, each) => (each.configuration.version > newest.version ? each.configuration : newest),
@@ -124,7 +126,7 @@ export function planRebuild(
   if (ingestedLsn > bestLsn) {
     return {
       kind: 'rebuild',
-      targets: views.flatMap((view, index) => (view.kind === 'silent' ? [] : [index])),
+      targets: views.map((_, index) => index),
       logStartLsn: ingestedLsn,
       state: {
         term,
@@ -158,6 +160,18 @@ export function planRebuild(
   };
 }
 
+/** What would be done, and how far everything is kept then. */
+export interface PlannedRebuild extends Omit<RebuiltLog, 'atMs'> {
+  /** The highest commit LSN that the pageserver was told of; what is between keptLsn and there was acknowledged and is lost. */
+  readonly heardLsn: Lsn | undefined;
+}
+
+interface Look {
+  readonly timeline: TimelineIdentity;
+  readonly members: readonly Member[];
+  readonly views: readonly SafekeeperView[];
+}
+
 interface Member {
   readonly nodeId: number;
   readonly address: SafekeeperAddress;
@@ -168,6 +182,7 @@ export class LogRebuild {
   readonly #options: LogRebuildOptions;
   readonly #stopWatching: () => void;
   #members: readonly Member[] = [];
+  #running: Promise<void> = Promise.resolve();
 
   constructor(options: LogRebuildOptions) {
     this.#options = options;
@@ -190,48 +205,60 @@ export class LogRebuild {
     });
   }
 
-  /** Ids of timelines that a log can be rebuilt of although the pageserver has no WAL of them. */
-  offloadedTimelineIds(): Promise<ReadonlySet<string>> {
-    return this.#options.wal.timelineIds();
+  /**
+   * Ids of those of the timelines that the pageserver or the store has WAL of. Most branches were never written to: there may be thousands of them, and
+   * nothing of each is to be asked.
+   */
+  async written(timelines: readonly ListedTimeline[]): Promise<string[]> {
+    const loaded = timelines.filter((timeline) => timeline.kind === 'loaded');
+    const isUnwritten = loaded.some(({ lastRecordLsn, startLsn }) => lastRecordLsn === startLsn);
+    const offloaded = isUnwritten ? await this.#options.wal.timelineIds() : undefined;
+    return loaded
+      .filter(({ timelineId, lastRecordLsn, startLsn }) => lastRecordLsn > startLsn || offloaded?.has(timelineId))
+      .map(({ timelineId }) => timelineId);
+  }
+
+  /** Nothing else is rebuilt meanwhile. */
+  exclusively<T>(work: () => Promise<T>): Promise<T> {
+    const done = this.#running.then(work);
+    this.#running = done.then(
+      () => {},
+      () => {},
+    );
+    return done;
+  }
+
+  /** What `rebuild` would do if those safekeepers had lost everything; undefined: nothing. Throws as it does. */
+  async preview(timelineId: string, lost: ReadonlySet<number>): Promise<PlannedRebuild | undefined> {
+    const found = await this.#look(timelineId, lost);
+    if (found === undefined) return undefined;
+    const status = await this.#options.pageserver.timelineStatus(timelineId);
+    const { plan, ...rest } = await this.#plan(found, status);
+    const { source, keptLsn, targets } = plan;
+    const safekeepers = targets.map((index) => this.#members[index]!.nodeId);
+    const lastCommitMs = await this.#lastCommit(timelineId, source, rest.offloaded, keptLsn);
+    return { timelineId, keptLsn, lastCommitMs, source, safekeepers, heardLsn: status.commitLsn };
   }
 
   /**
    * Rebuilds the timeline's log when a quorum has lost it; undefined when it has not. Throws `unavailable` when it cannot be told, naming who is silent.
    */
-  async rebuild(
-    timelineId: string,
-    options: { readonly mayIgnoreSilent?: boolean } = {},
-  ): Promise<RebuiltLog | undefined> {
-    const { pageserver, wal, log, safekeepers: directory } = this.#options;
-    const { configuration } = directory.current;
-    if (configuration.newMembers !== undefined)
-      throw new StrataError('unavailable', 'the safekeepers are being changed');
-    const members = this.#members;
-    const mayIgnoreSilent = options.mayIgnoreSilent ?? false;
-    const timeline = await pageserver.timelineIdentity(timelineId);
-    if (!timeline.hasWal && !(await wal.hasAny(timeline))) return undefined;
-    const views = await this.#views(timeline);
-    const first = planRebuild(views, timeline, timeline.startLsn, undefined, mayIgnoreSilent);
-    if (first.kind === 'none') return undefined;
-    if (first.kind === 'wait') throw silentError(timelineId, views, members);
-    const status = await this.#madeDurable(timelineId);
-    const offloaded = await findOffloadedEnd(wal, timeline, status.lastRecordLsn);
-    const plan = planRebuild(views, timeline, status.lastRecordLsn, offloaded, mayIgnoreSilent);
-    if (plan.kind !== 'rebuild') return undefined;
+  async rebuild(timelineId: string): Promise<RebuiltLog | undefined> {
+    const { log, safekeepers: directory } = this.#options;
+    const found = await this.#look(timelineId, new Set());
+    if (found === undefined) return undefined;
+    const { timeline, members } = found;
+    const { plan, offloaded } = await this.#plan(found, await this.#madeDurable(timelineId));
     const { targets, source, copied, keptLsn } = plan;
+    const { configuration } = directory.current;
     const state =
       plan.state.configuration.version > configuration.version ? plan.state : { ...plan.state, configuration };
     const { tenantId } = timeline;
     const logStartLsn =
       copied === undefined ? plan.logStartLsn : await members[copied]!.client.resumePoint(tenantId, timelineId);
+    const safekeepers = targets.map((index) => members[index]!.nodeId);
     log.warn(
-      {
-        timelineId,
-        safekeepers: targets.map((index) => members[index]!.nodeId),
-        source,
-        keptLsn: formatLsn(keptLsn),
-        term: state.term,
-      },
+      { timelineId, safekeepers, source, keptLsn: formatLsn(keptLsn), term: state.term },
       'a majority of the safekeepers has lost this log: it is rebuilt',
     );
     const replace = source === 'pageserver';
@@ -244,23 +271,57 @@ export class LogRebuild {
         ...(copied === undefined ? {} : { source: { address: members[copied]!.address, endLsn: keptLsn } }),
       });
     }
-    const lastCommitMs = source === 'object store' ? offloaded?.lastCommitMs : undefined;
-    const safekeepers = targets.map((index) => members[index]!.nodeId);
+    const lastCommitMs = await this.#lastCommit(timelineId, source, offloaded, keptLsn);
     return { timelineId, atMs: Date.now(), keptLsn, lastCommitMs, source, safekeepers };
   }
 
-  async #views({ tenantId, timelineId }: TimelineIdentity): Promise<SafekeeperView[]> {
-    return Promise.all(
-      this.#members.map(async ({ client }): Promise<SafekeeperView> => {
-        try {
-          return { kind: 'present', status: await client.status(tenantId, timelineId) };
-        } catch (error) {
-          const { code, message } = toStrataError(error);
-          // Also one that has the log and cannot read it: it may yet be mended.
-          return code === 'not-found' ? { kind: 'absent' } : { kind: 'silent', reason: message };
-        }
-      }),
+  /** Undefined when no quorum has lost it. */
+  async #look(timelineId: string, lost: ReadonlySet<number>): Promise<Look | undefined> {
+    const { pageserver, wal, safekeepers } = this.#options;
+    if (safekeepers.current.configuration.newMembers !== undefined)
+      throw new StrataError('unavailable', 'the safekeepers are being changed');
+    const members = this.#members;
+    const timeline = await pageserver.timelineIdentity(timelineId);
+    if (!timeline.hasWal && !(await wal.hasAny(timeline))) return undefined;
+    const views = await Promise.all(
+      members.map(async (member) => (lost.has(member.nodeId) ? LOST : viewOf(member, timeline))),
     );
+    const plan = planRebuild(views, timeline, timeline.startLsn, undefined, Date.now());
+    if (plan.kind === 'none') return undefined;
+    if (plan.kind === 'wait') throw silentError(timelineId, views, members);
+    return { timeline, members, views };
+  }
+
+  async #plan(
+    { timeline, views }: Look,
+    status: PageserverTimelineStatus,
+  ): Promise<{
+    readonly plan: Extract<RebuildPlan, { kind: 'rebuild' }>;
+    readonly offloaded: OffloadedEnd | undefined;
+  }> {
+    const offloaded = await findOffloadedEnd(this.#options.wal, timeline, status.lastRecordLsn);
+    const plan = planRebuild(views, timeline, status.lastRecordLsn, offloaded, Date.now());
+    assert(plan.kind === 'rebuild', 'the views are those that asked for it');
+    return { plan, offloaded };
+  }
+
+  /** Of what is kept, as far as it is known. */
+  async #lastCommit(
+    timelineId: string,
+    source: RebuiltLog['source'],
+    offloaded: OffloadedEnd | undefined,
+    keptLsn: Lsn,
+  ): Promise<number | undefined> {
+    if (source === 'object store' && offloaded?.lastCommitMs !== undefined) return offloaded.lastCommitMs;
+    const { pageserver } = this.#options;
+    try {
+      const { lastRecordLsn } = await pageserver.timelineStatus(timelineId);
+      if (lastRecordLsn < keptLsn) return undefined;
+      const timestampUs = await pageserver.timestampOfLsn(timelineId, keptLsn);
+      return timestampUs === undefined ? undefined : Math.floor(timestampUs / 1000);
+    } catch {
+      return undefined; // It would only have been told.
+    }
   }
 
   /** What the pageserver has ingested is the truth from here on, so it has to outlive the pageserver. */
@@ -350,6 +411,16 @@ function lastCommit(timeline: TimelineIdentity, beginLsn: Lsn, bytes: Buffer, fr
     if (xact?.kind === 'commit') lastMs = timestampToDate(xact.timeUs).getTime();
   }
   return lastMs;
+}
+
+async function viewOf({ client }: Member, { tenantId, timelineId }: TimelineIdentity): Promise<SafekeeperView> {
+  try {
+    return { kind: 'present', status: await client.status(tenantId, timelineId) };
+  } catch (error) {
+    const { code, message } = toStrataError(error);
+    // Also one that has the log and cannot read it: it may yet be mended.
+    return code === 'not-found' ? LOST : { kind: 'silent', reason: message };
+  }
 }
 
 function identityOf({ tenantId, timelineId, startLsn, pgVersion, systemId }: TimelineIdentity): TimelineIdentity {

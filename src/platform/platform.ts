@@ -3,13 +3,13 @@
  */
 import { createServer } from 'node:net';
 import { join } from 'node:path';
-import { PLATFORM_FILE_NAME, type PlatformFile } from '../api/control.ts';
+import { PLATFORM_FILE_NAME, type PlatformFile, type SafekeeperAdmin } from '../api/control.ts';
 import { PageserverClient } from '../api/pageserver.ts';
 import type { WakeService } from '../api/wake.ts';
 import { wakeMethods } from '../api/wake-rpc.ts';
 import { describeRebuiltLog, noteRebuiltLog, type RebuiltLog } from '../api/rebuilt-logs.ts';
 import type { SafekeeperAddress } from '../api/safekeeper.ts';
-import { addressesOf, type SafekeeperDirectory } from '../api/safekeeper-set.ts';
+import { addressesOf } from '../api/safekeeper-set.ts';
 import { type DirectoryLock, lockDirectory } from '../base/directory-lock.ts';
 import { writeFileDurably } from '../base/durable-file.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
@@ -31,6 +31,7 @@ import { OffloadedWal } from '../safekeeper/offloaded-wal.ts';
 import { ChildService } from './child-service.ts';
 import { LocalComputes } from './computes.ts';
 import { LogRebuild } from './log-rebuild.ts';
+import { rebuildWithout } from './lost-safekeepers.ts';
 import { chooseObjectStore } from './object-store.ts';
 import {
   loadOrMakeSecrets,
@@ -120,10 +121,11 @@ async function bringUp(
   );
   const proxy = startProxy(certificate);
   proxy.catch(() => {}); // awaited below
+  const token = await signToken(secrets.platformSecret, { scope: 'platform' });
   const storage = new ClusterStorage({
     pageserver,
     safekeepers,
-    token: await signToken(secrets.platformSecret, { scope: 'platform' }),
+    token,
     installations,
     user,
     runDir: directory.runDir,
@@ -132,16 +134,16 @@ async function bringUp(
     progress,
     log,
   });
-  const healer = await startHealer(
-    safekeepers,
-    pageserver,
-    await signToken(secrets.platformSecret, { scope: 'platform' }),
-    objectStoreUrl,
-    directory,
-    progress,
-    log,
-  );
+  const wal = new OffloadedWal(await openObjectStore(objectStoreUrl));
+  const rebuild = new LogRebuild({ safekeepers, pageserver, token, wal, log });
+  cleanup.add(() => rebuild.close());
+  const onRebuilt = (rebuilt: RebuiltLog): void => {
+    noteRebuiltLog(directory.path, rebuilt);
+    progress(describeRebuiltLog(rebuilt));
+  };
+  const healer = new WalHealer({ safekeepers, pageserver, token, log, rebuild, onRebuilt });
   cleanup.add(() => healer.close());
+  await healer.heal(); // Before anything is woken: what was lost with a majority of the safekeepers' disks is rebuilt then.
   const computes = new LocalComputes({
     directory,
     installations,
@@ -177,7 +179,14 @@ async function bringUp(
   cleanup.add(() => control.close());
   cleanup.add(() => computes.endStarts()); // first: closing the control plane waits for them
   let isReady = false;
-  const api = createApiServer({ control, safekeepers, isReady: () => isReady });
+  const safekeeperAdmin: SafekeeperAdmin = {
+    list: () => safekeepers.list(),
+    change: (change) => safekeepers.change(change),
+    cancel: () => safekeepers.cancel(),
+    rebuild: (ids, acceptsLoss) =>
+      rebuildWithout({ safekeepers, rebuild, pageserver, onRebuilt, log }, ids, acceptsLoss),
+  };
+  const api = createApiServer({ control, safekeepers: safekeeperAdmin, isReady: () => isReady });
   cleanup.add(async () => {
     await api.close();
   });
@@ -227,27 +236,6 @@ async function bringUp(
     apiUrl: `http://${LOOPBACK}:${options.httpPort}/api/v2`,
     stop: () => cleanup.run(),
   };
-}
-
-/** Looks once before anything is woken: what was lost with a majority of the safekeepers' disks is rebuilt then, and told. */
-async function startHealer(
-  safekeepers: SafekeeperDirectory,
-  pageserver: PageserverClient,
-  token: string,
-  objectStoreUrl: string,
-  directory: PlatformDirectory,
-  progress: (text: string) => void,
-  log: Logger,
-): Promise<WalHealer> {
-  const wal = new OffloadedWal(await openObjectStore(objectStoreUrl));
-  const rebuild = new LogRebuild({ safekeepers, pageserver, token, wal, log });
-  const onRebuilt = (rebuilt: RebuiltLog): void => {
-    noteRebuiltLog(directory.path, rebuilt);
-    progress(describeRebuiltLog(rebuilt));
-  };
-  const healer = new WalHealer({ safekeepers, pageserver, token, log, rebuild, onRebuilt });
-  await healer.heal();
-  return healer;
 }
 
 interface Services {

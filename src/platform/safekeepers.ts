@@ -6,7 +6,7 @@
  * more and removes its directory. What a crash leaves behind is taken up at the next start: a joint configuration is finished, a directory that belongs to no
  * member is removed.
  */
-import { existsSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, readdirSync, renameSync, rmSync } from 'node:fs';
 import { createServer } from 'node:net';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -49,7 +49,7 @@ const RETRY_MS = 2_000;
 const LIST_TIMEOUT_MS = 2_000;
 const DIRECTORY_NAME = /^safekeeper-(\d+)$/;
 
-export class Safekeepers implements SafekeeperDirectory, SafekeeperAdmin {
+export class Safekeepers implements SafekeeperDirectory, Omit<SafekeeperAdmin, 'rebuild'> {
   readonly #options: SafekeepersOptions;
   readonly #addresses = new Map<number, SafekeeperAddress>();
   readonly #processes = new Map<number, ChildService>();
@@ -181,6 +181,33 @@ export class Safekeepers implements SafekeeperDirectory, SafekeeperAdmin {
     if (!isCancelled) throw new StrataError('conflict', 'no change of the safekeepers is under way');
     this.#options.log.warn({ members: configuration.members }, 'the change of the safekeepers was cancelled');
     await this.#stopStrangers();
+  }
+
+  /** What those kept is put aside, and they begin again without anything. Throws when that cannot be. */
+  async giveUp(ids: readonly number[]): Promise<void> {
+    this.#assertStable();
+    this.#isChanging = true;
+    try {
+      for (const nodeId of ids) {
+        await this.#processes.get(nodeId)?.stop();
+        const { port } = this.#addresses.get(nodeId)!;
+        const directory = directoryOf(this.#options.dataDir, nodeId);
+        try {
+          if (existsSync(directory)) renameSync(directory, `${directory}.given-up-${Date.now()}`);
+        } catch (error) {
+          await this.#startNode(nodeId, port, () => {});
+          const { code } = error as NodeJS.ErrnoException;
+          throw new StrataError(
+            'conflict',
+            `${directory} cannot be put aside (${code}): put an empty directory in its place`,
+            { cause: error },
+          );
+        }
+        await this.#startNode(nodeId, port);
+      }
+    } finally {
+      this.#isChanging = false;
+    }
   }
 
   /** Resolves when no change is under way; `onProgress` is told how far it is. Rejects when one cannot go on at the moment. */

@@ -74,7 +74,6 @@ export class WalHealer {
     this.#closing.abort();
     await this.#healing;
     for (const client of this.#clients) client.close();
-    this.#options.rebuild?.close();
   }
 
   async #heal(): Promise<void> {
@@ -109,30 +108,22 @@ export class WalHealer {
       return;
     const quorum = Math.floor(lists.length / 2) + 1;
     const known = lists.map((list) => new Set(list.map(({ timelineId }) => timelineId)));
+    const missing = (await pageserver.listTimelines()).filter(
+      ({ timelineId }) => known.filter((ids) => !ids.has(timelineId)).length >= quorum,
+    );
     let failedCount = 0;
-    let offloaded: ReadonlySet<string> | undefined;
-    for (const timeline of await pageserver.listTimelines()) {
-      if (timeline.kind !== 'loaded' || timeline.ancestorTimelineId === undefined) continue; // A template has no log.
-      const { timelineId, lastRecordLsn, startLsn } = timeline;
-      if (known.filter((ids) => !ids.has(timelineId)).length < quorum) continue;
-      if (this.#closing.signal.aborted) return;
-      // Most branches were never written to: there may be thousands of them, and nothing of each is to be asked.
-      if (lastRecordLsn === startLsn) {
-        offloaded ??= await rebuild.offloadedTimelineIds().catch((error: unknown) => {
+    await rebuild.exclusively(async () => {
+      for (const timelineId of await rebuild.written(missing)) {
+        if (this.#closing.signal.aborted) return;
+        try {
+          const rebuilt = await rebuild.rebuild(timelineId);
+          if (rebuilt !== undefined) onRebuilt?.(rebuilt);
+        } catch (error) {
           failedCount++;
-          log.error({ reason: toStrataError(error).message }, 'what WAL the object store has could not be listed');
-          return new Set<string>();
-        });
-        if (!offloaded.has(timelineId)) continue;
+          log.error({ timelineId, reason: toStrataError(error).message }, 'a lost log could not be rebuilt');
+        }
       }
-      try {
-        const rebuilt = await rebuild.rebuild(timelineId);
-        if (rebuilt !== undefined) onRebuilt?.(rebuilt);
-      } catch (error) {
-        failedCount++;
-        log.error({ timelineId, reason: toStrataError(error).message }, 'a lost log could not be rebuilt');
-      }
-    }
+    });
     if (failedCount === 0) this.#counts = counts;
   }
 

@@ -1,6 +1,6 @@
 /** A majority of the safekeepers' disks, or all of them, lost: what was offloaded or ingested is there again, and it is said up to where. */
 import assert from 'node:assert/strict';
-import { readFileSync, rmSync } from 'node:fs';
+import { readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import type { PlatformFile } from '../../src/api/control.ts';
@@ -8,6 +8,16 @@ import { PageserverClient } from '../../src/api/pageserver.ts';
 import { SafekeeperClient } from '../../src/api/safekeeper.ts';
 import { signToken } from '../../src/base/token.ts';
 import { TestPlatform, waitUntil } from './platform.ts';
+
+interface Rebuild {
+  readonly done: boolean;
+  readonly logs: readonly { kept_lsn: string; source: string; safekeepers: number[] }[];
+  readonly failed: readonly unknown[];
+}
+
+interface Listing {
+  readonly safekeepers: readonly { state: string; behind_count: number }[];
+}
 
 interface Status {
   readonly rebuilt_logs: readonly { timeline_id: string; kept_lsn: string; source: string; safekeepers: number[] }[];
@@ -143,6 +153,53 @@ describe('safekeepers that have lost their disks', () => {
     await write(500);
     await assertAllThere();
     assert.equal((await rebuilt()).length, count);
+  });
+
+  test('two that will not come back: given up when an operator says so, who is told before what is kept', async () => {
+    const rebuild = async (...args: string[]): Promise<{ code: number; stdout: string; stderr: string }> =>
+      platform.cli(['safekeepers', 'rebuild', ...args]).then(
+        (result) => ({ ...result, code: 0 }),
+        (error: unknown) => error as { code: number; stdout: string; stderr: string },
+      );
+    assert.match((await rebuild('1', '2')).stderr, /safekeeper 1 answers: only who is gone can be given up/);
+    await waitUntil(async () => {
+      const { safekeepers } = await platform.cliJson<Listing>(['safekeepers']);
+      return safekeepers.every(({ state, behind_count }) => state === 'up' && behind_count === 0);
+    }, 'all have everything');
+    await platform.stop();
+    for (const id of [1, 2]) {
+      renameSync(join(platform.dataDir, `safekeeper-${id}`), join(platform.dataDir, `was-${id}`));
+      writeFileSync(join(platform.dataDir, `safekeeper-${id}`), 'a disk that does not work');
+    }
+    await platform.start();
+    assert.match(platform.output, /safekeeper-1 stopped while starting .* the platform goes on without it/);
+    const { safekeepers } = await platform.cliJson<Listing>(['safekeepers']);
+    assert.deepEqual(
+      safekeepers.map(({ state }) => state),
+      ['down', 'down', 'up'],
+    );
+    assert.match((await rebuild('1')).stderr, /safekeeper 2 does not answer either/);
+    assert.match((await rebuild('1', '9')).stderr, /there is no safekeeper 9/);
+
+    const before = (await rebuilt()).length;
+    const preview = await rebuild('1', '2', '--output', 'json');
+    assert.equal(preview.code, 1);
+    assert.match(preview.stderr, /nothing was changed: with --accept-loss it is done/);
+    const plan = JSON.parse(preview.stdout) as Rebuild;
+    assert.deepEqual([plan.done, plan.failed, plan.logs.length], [false, [], 1]);
+    assert.deepEqual([plan.logs[0]?.source, plan.logs[0]?.safekeepers], ['another safekeeper', [1, 2]]);
+    assert.equal((await rebuilt()).length, before);
+    assert(statSync(join(platform.dataDir, 'safekeeper-1')).isFile(), 'nothing was touched');
+
+    const done = await rebuild('1', '2', '--accept-loss');
+    assert.equal(done.code, 0, done.stderr);
+    assert.match(done.stdout, new RegExp(`first/main +${plan.logs[0]?.kept_lsn} .*another safekeeper +nothing`));
+    await assertAllThere();
+    await write(500);
+    await assertAllThere();
+    assert.equal((await rebuilt()).at(-1)?.kept_lsn, plan.logs[0]?.kept_lsn);
+    const kept = readdirSync(platform.dataDir).filter((name) => name.includes('.given-up-'));
+    assert.equal(kept.length, 2, 'what they kept is put aside');
   });
 
   test('a branch of it, and WAL after all that, are read as ever', async () => {
