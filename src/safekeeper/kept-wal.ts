@@ -43,14 +43,17 @@ export function removalHorizon(input: RemovalInput): Lsn {
 
 export class KeptWal {
   readonly #directory: string;
+  readonly #onLetGo: () => void;
   readonly #readers = new Set<{ readonly lsn: Lsn }>();
   #extent: WalExtent;
   #saving: Promise<void> = Promise.resolve();
   #feedback: PageserverFeedback | undefined;
 
-  constructor(directory: string, extent: WalExtent) {
+  /** `onLetGo` is called when a reader holds nothing here any more. */
+  constructor(directory: string, extent: WalExtent, onLetGo: () => void) {
     this.#directory = directory;
     this.#extent = extent;
+    this.#onLetGo = onLetGo;
   }
 
   get logStartLsn(): Lsn {
@@ -82,7 +85,9 @@ export class KeptWal {
   /** The reader's position holds WAL here, until the returned function is called. */
   hold(reader: { readonly lsn: Lsn }): () => void {
     this.#readers.add(reader);
-    return () => this.#readers.delete(reader);
+    return () => {
+      if (this.#readers.delete(reader)) this.#onLetGo();
+    };
   }
 
   /** Everything before `lsn` was seen in the object store; written down by the next `save`. */

@@ -11,6 +11,7 @@ import {
   closeSync,
   mkdtempSync,
 } from 'node:fs';
+import { once } from 'node:events';
 import { tmpdir } from 'node:os';
 import { connect } from 'node:net';
 import { join } from 'node:path';
@@ -124,16 +125,16 @@ test('committed WAL is offloaded, removed once nobody needs it here, and read by
   const allFiles = files();
   const tell = await pageserver(context, led);
   const told = { timelineId: led.timeline.timelineId, ingestedLsn: commitLsn, flushedLsn: commitLsn };
-  const reader = connect(led.safekeeper.port, '127.0.0.1').pause(); // It gets no further than the system's buffers.
+  const reader = connect(led.safekeeper.port, '127.0.0.1');
   reader.write(encodeHello(led.endpoint.token));
   reader.write(encodeJson(FRAME.read, { ...led.timeline, fromLsn: boundaries[1]! }));
+  while (reader.bytesRead < 10_000) await once(reader, 'data');
+  reader.pause(); // It gets no further than the system's buffers.
   tell({ ...told, remoteLsn: boundaries[2]! + 5, oldestLsn: 0 });
-  await sleep(6_000); // The control file has the commit LSN by then.
   tell({ ...told, remoteLsn: boundaries[3]! + 5, oldestLsn: 0 });
   await eventually(() => files().length < allFiles.length, 'something is removed');
   assert.deepEqual(files(), allFiles.slice(1), 'but not what a reader is about to read');
   reader.destroy();
-  tell({ ...told, remoteLsn: boundaries[3]! + 6, oldestLsn: 0 });
   await eventually(() => files().length === allFiles.length - 3, 'the rest is removed');
   const extent = await readWalExtent(directoryOf(led));
   assert.equal(extent?.localStartLsn, boundaries[3]);

@@ -367,12 +367,12 @@ export class Timelines {
     extent: WalExtent,
     isNew: boolean,
   ): Timeline {
-    const timeline = new Timeline({
+    const timeline: Timeline = new Timeline({
       nodeId: this.#nodeId,
       directory,
       identity,
       state,
-      kept: new KeptWal(directory, extent),
+      kept: new KeptWal(directory, extent, () => this.#maybeTrim(timeline)),
       offloadedWal: this.#offloading?.wal,
       isNew,
       log: this.#log,
@@ -390,10 +390,18 @@ export class Timelines {
     this.#saveTimer ??= setTimeout(() => void this.#saveAll(), SAVE_DELAY_MS);
   }
 
+  /** Unless it is gone meanwhile. */
+  #maybeTrim(timeline: Timeline): void {
+    if (this.#byId.get(timeline.identity.timelineId) === timeline) this.#offloading?.offloader.notice(timeline);
+  }
+
   async #saveAll(): Promise<void> {
     const timelines = [...this.#unsaved];
     this.#unsaved.clear();
-    for (const timeline of timelines) await timeline.save();
+    for (const timeline of timelines) {
+      await timeline.save();
+      this.#maybeTrim(timeline); // What may be removed from the disk lies below what was saved.
+    }
     this.#saveTimer = undefined;
     if (this.#unsaved.size > 0) this.#saveTimer = setTimeout(() => void this.#saveAll(), SAVE_DELAY_MS);
   }
