@@ -133,6 +133,8 @@ export interface ObjectStoreStatus {
   /** Where it is, without secrets. */
   readonly store: string;
   readonly generation: number;
+  /** Indexes in the store of generations before it may be another pageserver's, and not what this one goes by. */
+  readonly since: number;
   /** A later pageserver has taken over: this one writes nothing any more. */
   readonly isStale: boolean;
   /** Timelines whose latest state is not in the store yet. */

@@ -141,6 +141,7 @@ export class FakeStorage implements Storage {
     return {
       store: '/fake/object-store',
       generation: 1,
+      since: 1,
       isStale: false,
       pendingTimelines: 2,
       pendingBytes: 3 * 1024 * 1024,

@@ -69,9 +69,7 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
     const compactor = new ThreadCompactor();
     const first = config.remote === undefined ? undefined : await takeGeneration({ ...config.remote, dataDir, log });
     const remote =
-      config.remote === undefined || first === undefined
-        ? undefined
-        : new Remote({ ...config.remote, generation: first.generation, log });
+      config.remote === undefined || first === undefined ? undefined : new Remote({ ...config.remote, ...first, log });
     const timelines = await Timelines.open(dataDir, {
       replay: replayValue,
       log,

@@ -77,7 +77,7 @@ describe('scrub', () => {
   function scrub(options: { withStore?: boolean; deleteOrphans?: boolean; now?: number } = {}): Promise<StoreScrub> {
     return scrubStore({
       directory: join(directory, 'timelines'),
-      ...(options.withStore === true ? { store, generation: 2 } : {}),
+      ...(options.withStore === true ? { store, generation: { generation: 2, since: 1 } } : {}),
       scratchDirectory: join(directory, 'scratch'),
       isWanted: () => true,
       deleteOrphans: options.deleteOrphans ?? false,

@@ -18,6 +18,7 @@ import type { ListedObject, ObjectStore } from '../object-store/object-store.ts'
 import { LayerDamagedError } from './layers/block.ts';
 import { layerFileName } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
+import type { KnownGeneration } from './remote/generation.ts';
 import {
   compareIndexes,
   indexesOf,
@@ -40,8 +41,8 @@ export interface ScrubOptions {
   /** Of the pageserver's timelines: a folder for each. */
   readonly directory: string;
   readonly store?: ObjectStore;
-  /** The latest that was given out; without it, the highest that is found. */
-  readonly generation?: number;
+  /** Of the latest pageserver; without it, the highest that is found. */
+  readonly generation?: KnownGeneration;
   /** Where an object is put while it is looked at. */
   readonly scratchDirectory: string;
   readonly isWanted: (timelineId: string) => boolean;
@@ -128,7 +129,7 @@ class Scrub {
   async remote(store: ObjectStore): Promise<void> {
     const { isWanted, generation } = this.#options;
     const timelines = new Map<string, string>();
-    let latest = generation ?? 0;
+    let highest = 0;
     for (const [prefix, parse] of [
       [INDEXES_PREFIX, parseIndexName],
       [LAYERS_PREFIX, parseLayerName],
@@ -136,10 +137,11 @@ class Scrub {
       for await (const { name } of listAll(store, prefix)) {
         const parsed = parse(name);
         if (parsed === undefined) continue;
-        if (generation === undefined) latest = Math.max(latest, parsed.generation);
+        highest = Math.max(highest, parsed.generation);
         if (isWanted(parsed.timelineId)) timelines.set(parsed.timelineId, parsed.tenantId);
       }
     }
+    const latest = generation ?? { generation: highest, since: highest };
     for (const [timelineId, tenantId] of timelines) await this.#remoteTimeline(store, tenantId, timelineId, latest);
     if (this.#options.deleteOrphans) this.result.unfinishedRemoved = await store.removeUnfinished(ORPHAN_AGE_MS);
     this.reportAbsent();
@@ -217,7 +219,12 @@ class Scrub {
     }
   }
 
-  async #remoteTimeline(store: ObjectStore, tenantId: string, timelineId: string, generation: number): Promise<void> {
+  async #remoteTimeline(
+    store: ObjectStore,
+    tenantId: string,
+    timelineId: string,
+    generation: KnownGeneration,
+  ): Promise<void> {
     for (let attempt = 1; ; attempt++) {
       const objects = await listTimelineObjects(store, tenantId, timelineId);
       const newest = await this.#newest(store, tenantId, timelineId, attempt);

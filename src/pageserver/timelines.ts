@@ -264,7 +264,13 @@ export class Timelines {
     await this.#remote?.stored(timeline);
   }
 
-  async #create(request: NewTimeline): Promise<{ timeline: Timeline; stored: Promise<void> | undefined }> {
+  /** Resolves when the object store has the new timeline, and has its ancestor as it must stay for it. */
+  async #storedWith(timeline: Timeline, ancestor: Timeline): Promise<void> {
+    if (this.#remote === undefined) return;
+    await allDone([this.#remote.stored(timeline), this.#remote.owned(ancestor)]);
+  }
+
+  async #create(request: NewTimeline): Promise<{ timeline: Timeline; stored: Promise<void> }> {
     const { tenantId, timelineId, ancestorTimelineId, ancestorLsn, ancestorRecordLsn } = request;
     const existing = this.#existing(timelineId);
     if (existing !== undefined) {
@@ -274,7 +280,7 @@ export class Timelines {
         ancestor?.timelineId === ancestorTimelineId &&
         ancestor.lsn === ancestorLsn
       ) {
-        return { timeline: existing, stored: this.stored(existing) };
+        return { timeline: existing, stored: this.#storedWith(existing, existing.ancestor!) };
       }
       throw new StrataError('conflict', `timeline ${timelineId} exists with another tenant, ancestor or LSN`);
     }
@@ -306,8 +312,8 @@ export class Timelines {
       const timeline = this.#make(index, ancestor);
       // Here and in the store at the same time, as somebody waits. Who asked does so again after a crash, so it is no harm when only the store has it then.
       this.#remote?.created(timeline);
-      const stored = this.#remote?.stored(timeline);
-      stored?.catch(() => {}); // Looked at by who waits for it.
+      const stored = this.#storedWith(timeline, ancestor);
+      stored.catch(() => {}); // Looked at by who waits for it.
       try {
         await this.#install(timeline);
         return { timeline, stored };

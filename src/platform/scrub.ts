@@ -97,7 +97,7 @@ export async function scrubPlatform(options: PlatformScrubOptions): Promise<Plat
     const stored = await scrubStore({
       directory,
       ...(store === undefined ? {} : { store }),
-      ...(status === undefined ? {} : { generation: status.generation }),
+      ...(status === undefined ? {} : { generation: { generation: status.generation, since: status.since } }),
       scratchDirectory,
       isWanted: (timelineId) => wanted === undefined || wanted.has(timelineId),
       deleteOrphans,

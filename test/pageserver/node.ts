@@ -76,6 +76,7 @@ export class TestNode {
       store,
       generations,
       generation: first.generation,
+      since: first.since,
       log: silent,
       retryDelayMs: 5,
       ...(storedWaitMs === undefined ? {} : { storedWaitMs }),

@@ -41,6 +41,8 @@ export interface FirstLookOptions {
 
 export interface FirstLook {
   readonly generation: number;
+  /** From this generation on all pageservers had this disk (generation.ts). */
+  readonly since: number;
   /** Timelines whose newest index cannot be read, and why: they must not be served from an older one. */
   readonly broken: ReadonlyMap<string, string>;
 }
@@ -52,13 +54,15 @@ const ID = /^[0-9a-f]{32}$/;
 export async function takeGeneration(options: FirstLookOptions): Promise<FirstLook> {
   const { dataDir, generations, onStep } = options;
   const last = readGeneration(dataDir);
-  let generation = await generations.next(last ?? 0);
+  let generation = await generations.next(last?.generation ?? 0);
   onStep?.('generation taken');
   const broken = new Map<string, string>();
-  if (last === undefined || generation !== last + 1) generation = await followStore(options, generation, broken);
-  writeGeneration(dataDir, generation);
+  const isOurs = last !== undefined && generation === last.generation + 1;
+  if (!isOurs) generation = await followStore(options, generation, broken);
+  const since = isOurs ? last.since : generation;
+  writeGeneration(dataDir, { generation, since });
   onStep?.('generation written');
-  return { generation, broken };
+  return { generation, since, broken };
 }
 
 /** Resolves to the generation to be used: when the store knows later ones than the control plane does, one after those. */

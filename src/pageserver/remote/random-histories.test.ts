@@ -250,6 +250,20 @@ class World {
     }
   }
 
+  /** As scrub does, beside all of them. */
+  async deleteOrphans(): Promise<void> {
+    const { generation, since } = this.current!.node.remote.status;
+    for (const timelineId of (await listIndexes(this.plain)).keys()) {
+      const objects = await listTimelineObjects(this.plain, TENANT, timelineId);
+      const name = newestIndex((await listIndexes(this.plain)).get(timelineId) ?? []);
+      if (name === undefined) continue;
+      const newest = await readIndex(this.plain, name).catch(() => undefined);
+      if (newest === undefined) continue; // It was replaced meanwhile.
+      const orphans = orphansOf(objects, newest, { generation, since }, Date.now());
+      await this.plain.deleteMany(orphans.map((orphan) => orphan.name));
+    }
+  }
+
   // ---- what must hold
 
   async check(node: TestNode, isStale: boolean): Promise<void> {
@@ -311,12 +325,14 @@ class World {
         ?.flush()
         .catch(() => {});
       await stale.timelines.compaction.settled();
+      if (this.below(2) === 0) await stale.timelines.garbage.run(stale.timelines.all());
       await this.check(stale, true);
     } else if (dice < 92) {
       this.isFaulty = !this.isFaulty;
       this.setFaults();
     } else if (dice < 94) this.generations.isReachable = !this.generations.isReachable;
     else if (dice < 97) await this.restart(this.pick(['same', 'empty', 'old'] as const));
+    else await this.deleteOrphans();
     this.takeWalAway();
   }
 
@@ -340,12 +356,7 @@ class World {
     assert(await this.current!.node.remote.settled());
     this.takeWalAway();
     // Without what is nobody's, another that begins with nothing reads the same.
-    for (const [timelineId, indexes] of await listIndexes(this.plain)) {
-      const objects = await listTimelineObjects(this.plain, TENANT, timelineId);
-      const newest = await readIndex(this.plain, newestIndex(indexes)!);
-      const orphans = orphansOf(objects, newest, this.generations.latest, Date.now());
-      await this.plain.deleteMany(orphans.map(({ name }) => name));
-    }
+    await this.deleteOrphans();
     await this.restart('empty');
     for (const branch of this.branches.values()) {
       const timeline = this.current!.node.timelines.get(id(branch.n));

@@ -14,6 +14,7 @@ import { listAll } from '../../object-store/object-store.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
 import { ALL_KEYS, relationBlockKey, relationSizeKey } from '../key.ts';
 import { layerFileName, layerPath } from '../layers/layer-format.ts';
+import { LEASE_MS } from '../retention.ts';
 import { encodeCountImage, encodeImage } from '../value.ts';
 import { readWhole } from '../whole-reads.ts';
 import { listIndexes, listTimelineObjects, newestIndex, orphansOf, readIndex } from './timeline-objects.ts';
@@ -108,7 +109,7 @@ describe('a pageserver and the object store', () => {
     for (const [timelineId, indexes] of await listIndexes(plain)) {
       const objects = await listTimelineObjects(plain, TENANT, timelineId);
       const newest = await readIndex(plain, newestIndex(indexes)!);
-      assert.deepEqual(orphansOf(objects, newest, Infinity, Date.now()), []);
+      assert.deepEqual(orphansOf(objects, newest, { generation: Infinity, since: 0 }, Date.now()), []);
       for (const layer of newest.layers) {
         const found = objects.layers.find(({ fileName }) => fileName === layerFileName(layer.description));
         assert.equal(found?.sizeBytes, layer.description.sizeBytes);
@@ -167,6 +168,8 @@ describe('a pageserver and the object store', () => {
     const other = await start('b');
     assert.equal(other.timelines.get(id(1)).lastRecordLsn, model.lastRecordLsn);
     await assertRight(other);
+    await other.abandon();
+    for (const name of await names('indexes/')) if (/-00000002-/.test(name)) await plain.delete(name);
     generations.isReachable = true;
     generations.latest = 1; // as if the other had never been: the first is asked again and told yes
     assert(await nodes[0]!.remote.settled());
@@ -298,6 +301,71 @@ describe('a pageserver and the object store', () => {
     await assertRight(third);
   });
 
+  test('what a stale pageserver collects late is not missing where the newer one has branched off, whoever comes next', async () => {
+    await node.close();
+    let nowMs = Date.now();
+    const stale = await start('a', {
+      limits: { collectBytesMin: 1 },
+      now: () => nowMs,
+      lsnAt: ({ diskConsistentLsn }) => diskConsistentLsn,
+    });
+    nowMs += LEASE_MS;
+    write(stale, 300);
+    await stale.timelines.get(id(1)).flush();
+    assert(await stale.remote.settled());
+    const newer = await start('b');
+    const branchLsn = LSN + 100 * RECORD;
+    await branch(newer, 2, branchLsn);
+    // The other, which does not know of that branch, collects what is below its horizon, and has its index accepted as one of its generation.
+    await stale.timelines.garbage.run([stale.timelines.get(id(1))], true);
+    await assert.rejects(stale.scan(id(1), ALL_KEYS, branchLsn), { code: 'history-gone' });
+    await stale.remote.settled();
+    assert(stale.remote.status.isStale);
+    const objects = await listTimelineObjects(plain, TENANT, id(1));
+    assert(objects.indexes.some(({ generation }) => generation === stale.remote.generation));
+    const newest = await readIndex(plain, newestIndex(objects.indexes)!);
+    const { generation, since } = newer.remote.status;
+    await plain.deleteMany(orphansOf(objects, newest, { generation, since }, Date.now()).map((orphan) => orphan.name));
+    await newer.abandon();
+    const third = await start('c');
+    assert.deepEqual(await third.scan(id(2), ALL_KEYS, branchLsn), model.scan(ALL_KEYS, branchLsn));
+  });
+
+  test('while the newest index may be a stale pageserver’s, nothing is called an orphan; soon there is one of our own', async () => {
+    write(node, 300);
+    await node.timelines.get(id(1)).flush();
+    assert(await node.remote.settled());
+    const stale = node;
+    generations.isReachable = false;
+    const newer = await TestNode.open({
+      directory: join(root, 'b'),
+      store,
+      generations,
+      onStep: (step) => {
+        if (step === 'generation written') throw new Error('dead');
+      },
+    }).catch((error: unknown) => error);
+    assert.match(String(newer), /dead/);
+    await stale.timelines.get(id(1)).flush();
+    const objects = await listTimelineObjects(plain, TENANT, id(1));
+    const newest = await readIndex(plain, newestIndex(objects.indexes)!);
+    const forged = {
+      ...objects,
+      layers: [...objects.layers, { ...objects.layers[0]!, name: `${objects.layers[0]!.name}0` }],
+    };
+    assert.deepEqual(orphansOf(forged, newest, { generation: 2, since: 2 }, Date.now()), []);
+    assert.equal(orphansOf(forged, newest, { generation: 2, since: 1 }, Date.now()).length, 1);
+    generations.isReachable = true;
+    const again = await start('b');
+    assert.deepEqual([again.remote.status.generation, again.remote.status.since], [3, 2]);
+    assert(await again.remote.settled());
+    const { indexes } = await listTimelineObjects(plain, TENANT, id(1));
+    assert.deepEqual(
+      indexes.map(({ generation }) => generation),
+      [3],
+    );
+  });
+
   test('two processes of one generation notice it, and write no more', async () => {
     await node.remote.settled();
     await node.close();
@@ -305,8 +373,7 @@ describe('a pageserver and the object store', () => {
     // The store has an index of generation 1: both are given the one after it by a control plane that forgets.
     const one = await start('b');
     await one.remote.settled();
-    generations.latest = 0;
-    const other = await start('c');
+    const other = await start('c', { generations: { next: async () => 2, isLatest: async () => true } });
     assert.equal(one.remote.generation, 2);
     assert.equal(other.remote.generation, 2);
     write(one, 100);
@@ -408,6 +475,7 @@ describe('a pageserver and the object store', () => {
     });
     await node.close();
     await start('b', { piecesFromBytes: 1_000_000, cacheBytes: 500_000 });
+    assert(await node.remote.settled());
     const page = (blk: number): Promise<Buffer> =>
       readWhole(() => node.timelines.get(id(9)).getPages(fork, blk, 1, LSN), node.timelines.repair);
     store.calls.length = 0;

@@ -37,6 +37,8 @@ export interface RemoteOptions {
   readonly store: ObjectStore;
   readonly generations: Generations;
   readonly generation: number;
+  /** From this generation on all pageservers had this disk (generation.ts). */
+  readonly since: number;
   readonly log: Logger;
   /** After a failure. */
   readonly retryDelayMs?: number;
@@ -114,6 +116,7 @@ export class Remote {
     return {
       store: this.#options.store.description,
       generation: this.generation,
+      since: this.#options.since,
       isStale: this.#isStale,
       pendingTimelines: pending.size,
       pendingBytes,
@@ -153,6 +156,13 @@ export class Remote {
     this.#urgent.add(upload);
     this.#pump();
     return promise;
+  }
+
+  /** Resolves when the store's newest index of the timeline is of our own, so that whoever takes over sees what it says; rejects as `stored` does. */
+  async owned(timeline: UploadedTimeline): Promise<void> {
+    const upload = this.#of(timeline);
+    await upload.load();
+    if (!upload.isOwn) await this.stored(timeline);
   }
 
   /** Durably says in the store that the timeline is deleted. Nothing of it is uploaded any more, even when this fails; it may be tried again. */
@@ -293,10 +303,11 @@ export class Remote {
   #of(timeline: UploadedTimeline): TimelineUpload {
     let upload = this.#uploads.get(timeline);
     if (upload === undefined) {
-      const { store, generation, onStep } = this.#options;
+      const { store, generation, since, onStep } = this.#options;
       upload = new TimelineUpload(timeline, {
         store,
         generation,
+        since,
         inTurn: (work) => this.#layerTurns.inTurn(work),
         ...(onStep === undefined ? {} : { onStep }),
       });

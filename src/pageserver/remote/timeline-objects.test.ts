@@ -110,7 +110,7 @@ test('the newest index is of the highest generation that counts, and tells what 
   const objects = await listTimelineObjects(store, TENANT, TIMELINE);
   const newest = await readIndex(store, newestIndex(objects.indexes)!);
   assert.deepEqual(newest, index(3, 1, [kept, made]));
-  const names = orphansOf(objects, newest, 4, Date.now()).map(({ name }) => name);
+  const names = orphansOf(objects, newest, { generation: 4, since: 1 }, Date.now()).map(({ name }) => name);
   const expected = [old, stale].map((each) => objectNameOf(newest.timeline, each));
   assert.deepEqual(names.slice(0, 2).sort(), expected.sort());
   assert.equal(names.length, 4);
@@ -122,11 +122,11 @@ test('what the latest generation has uploaded may still be named, for a day', as
   await put(index(2, 1, []));
   const objects = await listTimelineObjects(store, TENANT, TIMELINE);
   const newest = await readIndex(store, newestIndex(objects.indexes)!);
-  assert.deepEqual(orphansOf(objects, newest, 3, Date.now()), []);
-  assert.equal(orphansOf(objects, newest, 3, Date.now() + ORPHAN_AGE_MS + 60_000).length, 1);
-  assert.equal(orphansOf(objects, newest, 4, Date.now()).length, 1);
+  assert.deepEqual(orphansOf(objects, newest, { generation: 3, since: 1 }, Date.now()), []);
+  assert.equal(orphansOf(objects, newest, { generation: 3, since: 1 }, Date.now() + ORPHAN_AGE_MS + 60_000).length, 1);
+  assert.equal(orphansOf(objects, newest, { generation: 4, since: 1 }, Date.now()).length, 1);
   // A timeline without any index is one whose making did not end.
-  assert.equal(orphansOf({ ...objects, indexes: [] }, undefined, 4, Date.now()).length, 1);
+  assert.equal(orphansOf({ ...objects, indexes: [] }, undefined, { generation: 4, since: 1 }, Date.now()).length, 1);
 });
 
 test('a tombstone stays for a week, after everything else', async () => {
@@ -137,10 +137,10 @@ test('a tombstone stays for a week, after everything else', async () => {
   const newest = await readIndex(store, newestIndex(objects.indexes)!);
   assert(newest.timeline.isDeleted);
   const late = Date.now() + TOMBSTONE_AGE_MS + 60_000;
-  const orphans = orphansOf(objects, newest, 2, late);
+  const orphans = orphansOf(objects, newest, { generation: 2, since: 1 }, late);
   assert.equal(orphans.length, 2);
   await store.deleteMany(orphans.map(({ name }) => name));
   objects = await listTimelineObjects(store, TENANT, TIMELINE);
-  assert.deepEqual(orphansOf(objects, newest, 2, Date.now()), []);
-  assert.equal(orphansOf(objects, newest, 2, late).length, 1);
+  assert.deepEqual(orphansOf(objects, newest, { generation: 2, since: 1 }, Date.now()), []);
+  assert.equal(orphansOf(objects, newest, { generation: 2, since: 1 }, late).length, 1);
 });

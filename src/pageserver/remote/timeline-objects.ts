@@ -7,6 +7,7 @@
 
 import { listAll } from '../../object-store/object-store.ts';
 import type { ListedObject, ObjectStore } from '../../object-store/object-store.ts';
+import type { KnownGeneration } from './generation.ts';
 import {
   compareIndexes,
   INDEXES_PREFIX,
@@ -108,17 +109,19 @@ export async function readIndex(store: ObjectStore, name: IndexName): Promise<Re
 }
 
 /**
- * The objects that the newest index of their timeline does not name and that nobody can be about to name: of generations below `latestGeneration`, or older
- * than a day. Listed before that index was read. `newest` is undefined when the timeline has no index at all.
+ * The objects that the newest index of their timeline does not name and that nobody can be about to name: of generations below the latest, or older
+ * than a day. Listed before that index was read. `newest` is undefined when the timeline has no index at all. None when it is of a generation before `since`: the
+ * latest pageserver may still go by an older one (generation.ts).
  */
 export function orphansOf(
   objects: TimelineObjects,
   newest: RemoteIndex | undefined,
-  latestGeneration: number,
+  { generation, since }: KnownGeneration,
   nowMs: number,
 ): ListedObject[] {
-  const isOver = ({ generation, modifiedMs }: LayerName & ListedObject): boolean =>
-    generation < latestGeneration || nowMs - modifiedMs > ORPHAN_AGE_MS;
+  if (newest !== undefined && newest.generation < since && !newest.timeline.isDeleted) return [];
+  const isOver = (layer: LayerName & ListedObject): boolean =>
+    layer.generation < generation || nowMs - layer.modifiedMs > ORPHAN_AGE_MS;
   const named = new Set(newest?.layers.map((layer) => objectNameOf(newest.timeline, layer)));
   const orphans: ListedObject[] = objects.layers.filter((layer) => !named.has(layer.name) && isOver(layer));
   if (newest === undefined) return orphans;

@@ -6,6 +6,7 @@
  * the generation was confirmed (remote.ts), 'objects deleted'. A put whose reply was lost is repeated under the same name with the same bytes.
  *
  * Invariants:
+ * - The newest index is of our own before anything is promised that depends on it, and soon in any case.
  * - An index is put when all layers that it names are acknowledged, and one at a time.
  * - What is known to be in the store (`stored`) is an index that was acknowledged.
  */
@@ -43,6 +44,8 @@ export interface UploadedTimeline {
 export interface UploadOptions {
   readonly store: ObjectStore;
   readonly generation: number;
+  /** Indexes of generations before it are not of our own (generation.ts). */
+  readonly since: number;
   /** Runs an upload of a layer when it is its turn. */
   readonly inTurn: (upload: () => Promise<void>) => Promise<void>;
   readonly onStep?: OnStep;
@@ -104,6 +107,11 @@ export class TimelineUpload {
     this.#isLoaded = true;
   }
 
+  /** Whether the newest index in the store, if there is one, is of our own. */
+  get isOwn(): boolean {
+    return this.#stored === undefined || this.#stored.generation >= this.#options.since;
+  }
+
   /** Whether the store has the timeline as it is here. */
   get isUpToDate(): boolean {
     return this.#isLoaded && this.#storedOf === this.timeline.index;
@@ -145,7 +153,8 @@ export class TimelineUpload {
     if (index.generation === this.#options.generation) this.#sequence = index.sequence;
     for (const layer of index.layers) this.#layers.set(layerFileName(layer.description), layer);
     const local = this.timeline.index;
-    if (encodeTimelineIndex(index.timeline).equals(encodeTimelineIndex(local))) this.#storedOf = local;
+    const isSame = encodeTimelineIndex(index.timeline).equals(encodeTimelineIndex(local));
+    if (isSame && this.isOwn) this.#storedOf = local;
   }
 
   async #readStored(): Promise<RemoteIndex | undefined> {
