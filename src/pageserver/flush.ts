@@ -1,5 +1,6 @@
 /** Writes a frozen memory layer to a delta layer file. A little at a time: between slices the process does other things. */
 
+import assert from 'node:assert/strict';
 import { setImmediate as yieldToOthers } from 'node:timers/promises';
 import type { Lsn } from '../postgres/lsn.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
@@ -7,6 +8,7 @@ import { LayerWriter } from './layers/layer-writer.ts';
 import type { MemoryLayer } from './layers/memory-layer.ts';
 
 const SLICE_MS = 2;
+const TOUCHED_AT_ONCE = 32;
 /** Larger than in merged layers: compressing costs less, and most of what is flushed is merged before it is read. */
 const VALUE_BLOCK_BYTES = 64 * 1024;
 
@@ -25,17 +27,31 @@ export async function flushMemoryLayer(layer: MemoryLayer, options: FlushOptions
   const writer = await LayerWriter.create(directory, { kind: 'delta', timelineId, lsnStart, lsnEnd, valueBlockBytes });
   try {
     let sliceStartMs = performance.now();
+    const pauseWhenDue = async (): Promise<void> => {
+      if (performance.now() - sliceStartMs <= SLICE_MS) return;
+      await yieldToOthers();
+      sliceStartMs = performance.now();
+    };
     let valueCount = 0;
-    for (const { key, entries } of layer.keys()) {
-      for (let i = 0; i < entries.length; i++) {
-        layer.writeTo(writer, key, entries[i]!);
-        if (writer.isBusy) await writer.drain();
-        if ((++valueCount & 63) === 0 && performance.now() - sliceStartMs > SLICE_MS) {
-          await yieldToOthers();
-          sliceStartMs = performance.now();
+    let touched = 0;
+    let seen = 0;
+    for (const each of layer.inOrder()) {
+      if (each === undefined) {
+        await pauseWhenDue();
+        continue;
+      }
+      const { key, places, start, end } = each;
+      for (let i = start; i < end; i++) {
+        if (i === touched) {
+          touched = Math.min(i + TOUCHED_AT_ONCE, places.length);
+          seen ^= layer.touch(places, i, touched);
         }
+        layer.writeTo(writer, key, places[i]!);
+        if (writer.isBusy) await writer.drain();
+        if ((++valueCount & 63) === 0) await pauseWhenDue();
       }
     }
+    assert(Number.isInteger(seen), 'what is touched is there');
     return await writer.finish();
   } catch (error) {
     await writer.abort();

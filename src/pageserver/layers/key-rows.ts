@@ -1,9 +1,9 @@
 /**
- * The keys of a memory layer as rows of typed arrays: for each the newest entry, and what has come since the last image.
+ * The keys of a memory layer as rows of typed arrays: for each the newest entry, how many there are, and what has come since the last image.
  *
  * A key is found in two steps: its fork (everything but the block number) gets a small number, looked up in a short cache and then in a
  * map; fork number and block are looked up in an open hash table with linear probing. A key's row lies together, so that a look-up touches two cache
- * lines: 20 bytes for each key, and 8 to 16 in the table.
+ * lines: 24 bytes for each key, and 8 to 16 in the table.
  */
 
 import { makeKey } from '../key.ts';
@@ -21,7 +21,8 @@ const BLOCK = 1;
 const NEWEST = 2;
 const CHANGES = 3;
 const CHANGED_BYTES = 4;
-const ROW_WORDS = 5;
+const ENTRIES = 5;
+const ROW_WORDS = 6;
 /** Memory for each key, near enough. */
 export const KEY_ROW_BYTES = ROW_WORDS * 4 + 12;
 
@@ -83,8 +84,24 @@ export class KeyRows {
     return this.#rows[row * ROW_WORDS + NEWEST]!;
   }
 
-  setNewest(row: number, entry: number): void {
-    this.#rows[row * ROW_WORDS + NEWEST] = entry;
+  entryCountOf(row: number): number {
+    return this.#rows[row * ROW_WORDS + ENTRIES]!;
+  }
+
+  /** Gives the key a new entry; the one that was its newest is returned. */
+  push(row: number, entry: number): number {
+    const at = row * ROW_WORDS;
+    const older = this.#rows[at + NEWEST]!;
+    this.#rows[at + NEWEST] = entry;
+    this.#rows[at + ENTRIES]!++;
+    return older;
+  }
+
+  /** Takes the key's newest entry away. `older` is the one before it. */
+  pop(row: number, older: number): void {
+    const at = row * ROW_WORDS;
+    this.#rows[at + NEWEST] = older;
+    this.#rows[at + ENTRIES]!--;
   }
 
   /** How many changes there are with this one since `restart`. */

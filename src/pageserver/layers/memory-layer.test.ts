@@ -57,7 +57,9 @@ test('it holds what was put and not discarded, by key and LSN', () => {
       const distinct = new Map(model.map((put) => [formatKey(put.key), put.key]));
       const sorted = [...distinct.values()].sort(compareKeys);
       const listed: { key: Key; count: number }[] = [];
-      for (const { key, entries } of layer.keys()) listed.push({ key, count: entries.length });
+      for (const each of layer.inOrder()) {
+        if (each !== undefined) listed.push({ key: each.key, count: each.end - each.start });
+      }
       const expected = sorted.map((key) => ({
         key: { ...key },
         count: model.filter((put) => compareKeys(put.key, key) === 0).length,

@@ -1,7 +1,7 @@
 /**
  * The newest part of a timeline's history, in memory until it is flushed to a delta layer.
  *
- * A put costs two look-ups and a copy: fork, block, newest entry. Entries stand one after the other in arenas, each a head of four words and its
+ * A put costs two look-ups and a copy: fork, block, newest entry. Entries stand one after the other in arenas, each a head of five words and its
  * value, so that a head and what it says of cost one look into memory; each names the next older entry of its key. Keys are rows of an array, found by an open
  * hash table (KeyRows). So the garbage collector sees a few large arrays, however many values there are, and the arenas are used again by the next layer
  * (arena.ts). Puts come in the order of the log, so a key's LSNs never fall.
@@ -9,9 +9,10 @@
  * An entry is known by its place: the number of its arena times 2^20, plus the word in it where its head begins. Its head:
  *
  *   word 0  the place of the next older entry of its key, or -1
- *   word 1  length of the value, in bytes
- *   word 2  low half of the LSN
- *   word 3  high half of the LSN
+ *   word 1  its key's row, or -1 when it was discarded
+ *   word 2  length of the value, in bytes
+ *   word 3  low half of the LSN
+ *   word 4  high half of the LSN
  *
  * Of each page it counts what has to be replayed since the last value that needs nothing before it; `takeHot` gives the pages for
  * which an image is due.
@@ -41,10 +42,12 @@ const HOT_BYTES = 8192;
 
 /** The words of an entry's head. */
 const OLDER = 0;
-const LENGTH = 1;
-const LSN_LOW = 2;
-const LSN_HIGH = 3;
-const HEAD_WORDS = 4;
+const ROW = 1;
+const LENGTH = 2;
+const LSN_LOW = 3;
+const LSN_HIGH = 4;
+const HEAD_WORDS = 5;
+const CACHE_LINE_WORDS = 16;
 /** An entry's place is its arena's number above these bits, and its word in the arena in them. */
 const WORD_BITS = 20;
 const WORD_MASK = 2 ** WORD_BITS - 1;
@@ -53,6 +56,14 @@ const TWO_32 = 2 ** 32;
 const NONE = -1;
 /** Up to this many bytes are copied one by one more quickly than by a call out of JavaScript. */
 const BYTES_LOOP_MAX = 16;
+
+/** A key and where its entries are: at places[start] to places[end], oldest first. */
+export interface KeyEntries {
+  readonly key: Key;
+  readonly places: Int32Array;
+  readonly start: number;
+  readonly end: number;
+}
 
 export class MemoryLayer implements ValueSource {
   /** Every entry's LSN is at or above this. */
@@ -66,8 +77,9 @@ export class MemoryLayer implements ValueSource {
   #discardedCount = 0;
   #arenas: Arena[] = [];
   #arena: Arena = NO_ARENA;
-  /** Words of the current arena that are taken. */
+  /** Words of the current arena that are taken, and of those before it. */
   #arenaWords = 0;
+  readonly #arenaEnds: number[] = [];
   #newestLsn: Lsn = 0;
   #sizeBytes = 0;
   /** How many go through the keys a step at a time; who gives it up on the way is counted for good. */
@@ -135,8 +147,15 @@ export class MemoryLayer implements ValueSource {
   /** Forgets the entries above `lsn`. */
   discardAbove(lsn: Lsn): void {
     if (this.#newestLsn <= lsn) return;
-    for (let row = 0; row < this.#keys.count; row++) {
-      this.#keys.setNewest(row, this.#atOrBelow(this.#keys.newestOf(row), lsn));
+    const keys = this.#keys;
+    for (let row = 0; row < keys.count; row++) {
+      for (let entry = keys.newestOf(row); entry !== NONE && lsnOf(this.#arenas, entry) > lsn;) {
+        const older = olderThan(this.#arenas, entry);
+        this.#arenas[entry >>> WORD_BITS]!.words[(entry & WORD_MASK) + ROW] = NONE;
+        keys.pop(row, older);
+        this.#discardedCount++;
+        entry = older;
+      }
     }
     this.#newestLsn = lsn;
   }
@@ -184,16 +203,51 @@ export class MemoryLayer implements ValueSource {
     return undefined;
   }
 
-  /** All keys in order, each with its entries, oldest first. The array is used again for the next key. */
-  *keys(): Generator<{ readonly key: Key; readonly entries: readonly number[] }> {
-    const entries: number[] = [];
-    for (const row of this.#keys.sorted()) {
-      entries.length = 0;
-      for (let entry = this.#keys.newestOf(row); entry !== NONE; entry = olderThan(this.#arenas, entry))
-        entries.push(entry);
-      if (entries.length === 0) continue;
-      yield { key: this.#keys.keyOf(row), entries: entries.reverse() };
+  /**
+   * All keys in order, each with its entries, oldest first. Before them come undefineds: sorting goes over all the memory, and between two of them others
+   * may do something. Entries are sorted as they stand, and not key by key along their links, as each of those would be a wait for memory.
+   */
+  *inOrder(): Generator<KeyEntries | undefined, undefined> {
+    const keys = this.#keys;
+    const rows = keys.sorted();
+    const places = new Int32Array(this.#entryCount - this.#discardedCount);
+    /** By row: where its next entry goes. */
+    const next = new Int32Array(keys.count);
+    let start = 0;
+    for (const row of rows) {
+      next[row] = start;
+      start += keys.entryCountOf(row);
     }
+    for (let number = 0; number < this.#arenas.length; number++) {
+      const { words } = this.#arenas[number]!;
+      const end = number === this.#arenas.length - 1 ? this.#arenaWords : this.#arenaEnds[number]!;
+      for (let at = 0; at < end; at += HEAD_WORDS + wordsOf(words[at + LENGTH]!)) {
+        const row = words[at + ROW]!;
+        if (row !== NONE) places[next[row]!++] = (number << WORD_BITS) | at;
+      }
+      yield undefined;
+    }
+    start = 0;
+    for (const row of rows) {
+      const end = next[row]!;
+      if (end > start) yield { key: keys.keyOf(row), places, start, end };
+      start = end;
+    }
+    return undefined;
+  }
+
+  /**
+   * Looks at entries that are wanted next. They lie far apart, and a look at memory that is in no cache takes as long as writing the entry: here the processor waits
+   * for many at once. What is returned means nothing; who keeps it keeps the compiler from leaving out the looks.
+   */
+  touch(places: Int32Array, start: number, end: number): number {
+    let seen = 0;
+    for (let i = start; i < end; i++) {
+      const { words } = this.#arenas[places[i]! >>> WORD_BITS]!;
+      const at = places[i]! & WORD_MASK;
+      seen ^= words[at]! ^ words[Math.min(at + CACHE_LINE_WORDS, words.length - 1)]!;
+    }
+    return seen;
   }
 
   /** Adds an entry, which is one of `key`, to a layer file. */
@@ -225,15 +279,15 @@ export class MemoryLayer implements ValueSource {
   #addEntry(row: number, lsn: Lsn, length: number): number {
     assert(lsn >= this.#newestLsn && lsn >= this.lsnStart, 'puts come in the order of the log');
     this.#newestLsn = lsn;
-    const neededWords = HEAD_WORDS + ((length + 3) >>> 2);
+    const neededWords = HEAD_WORDS + wordsOf(length);
     if (this.#arena.words.length - this.#arenaWords < neededWords) this.#addArena(neededWords * 4);
     const { words } = this.#arena;
     const at = this.#arenaWords;
-    words[at + OLDER] = this.#keys.newestOf(row);
+    words[at + OLDER] = this.#keys.push(row, ((this.#arenas.length - 1) << WORD_BITS) | at);
+    words[at + ROW] = row;
     words[at + LENGTH] = length;
     words[at + LSN_LOW] = lsn;
     words[at + LSN_HIGH] = lsn / TWO_32;
-    this.#keys.setNewest(row, ((this.#arenas.length - 1) << WORD_BITS) | at);
     this.#arenaWords = at + neededWords;
     this.#sizeBytes += neededWords * 4;
     this.#entryCount++;
@@ -249,16 +303,6 @@ export class MemoryLayer implements ValueSource {
     }
   }
 
-  /** The newest entry of a key that is not to be discarded. */
-  #atOrBelow(newest: number, lsn: Lsn): number {
-    let entry = newest;
-    while (entry !== NONE && lsnOf(this.#arenas, entry) > lsn) {
-      entry = olderThan(this.#arenas, entry);
-      this.#discardedCount++;
-    }
-    return entry;
-  }
-
   #value(entry: number): Buffer {
     const { words, bytes } = this.#arenas[entry >>> WORD_BITS]!;
     const at = entry & WORD_MASK;
@@ -269,6 +313,7 @@ export class MemoryLayer implements ValueSource {
   #addArena(bytesMin: number): void {
     assert(this.#arenas.length < ARENA_COUNT_MAX, 'a memory layer is flushed long before it has so many arenas');
     const wanted = this.#expectedBytes >= ARENA_BYTES_MAX ? ARENA_BYTES_MAX : this.#arena.bytes.length * 2;
+    if (this.#arenas.length > 0) this.#arenaEnds.push(this.#arenaWords);
     this.#arena = takeArena(bytesMin, wanted);
     this.#arenas.push(this.#arena);
     this.#arenaWords = 0;
@@ -277,6 +322,11 @@ export class MemoryLayer implements ValueSource {
 
 const NO_ARENA: Arena = { bytes: Buffer.alloc(0), view: new DataView(new ArrayBuffer(0)), words: new Int32Array(0) };
 const NO_KEYS: readonly Key[] = [];
+
+/** How many words so many bytes take. */
+function wordsOf(bytes: number): number {
+  return (bytes + 3) >>> 2;
+}
 
 function olderThan(arenas: readonly Arena[], entry: number): number {
   return arenas[entry >>> WORD_BITS]!.words[(entry & WORD_MASK) + OLDER]!;

@@ -51,15 +51,15 @@ export interface WalReaderOptions extends PageHeaderRules {
 export class WalReader {
   readonly #version: PgVersion;
   readonly #rules: PageHeaderRules;
+  readonly #prevLsn: Lsn | undefined;
   /** Bytes not consumed yet are #bytes[#at…]; #bytes[0] is at #base. */
   #bytes: Buffer = Buffer.alloc(0);
   #view = viewOf(this.#bytes);
   #base: Lsn;
   #at = 0;
-  /** End of the last record given out: where the next one begins, but for a page header. */
-  #position: Lsn;
-  #previousStart: Lsn | undefined;
-  #lastRecordStart: Lsn | undefined;
+  readonly #startLsn: Lsn;
+  /** The last record given out: where it ends the next one begins, but for a page header. */
+  #last: WalRecord | undefined;
 
   // The record being put together, when it did not lie whole before us.
   #partial: Buffer | undefined;
@@ -76,20 +76,20 @@ export class WalReader {
   /** `startLsn` is the start of a record or the end of one (which may be the start of a page). */
   constructor(startLsn: Lsn, version: PgVersion, options: WalReaderOptions = {}) {
     this.#base = startLsn;
-    this.#position = startLsn;
+    this.#startLsn = startLsn;
     this.#version = version;
     this.#rules = options;
-    this.#previousStart = options.prevLsn;
+    this.#prevLsn = options.prevLsn;
   }
 
   /** End LSN of the last record given out; startLsn before the first. */
   get position(): Lsn {
-    return this.#position;
+    return this.#last?.endLsn ?? this.#startLsn;
   }
 
   /** Start LSN of the last record given out. */
   get lastRecordStart(): Lsn | undefined {
-    return this.#lastRecordStart;
+    return this.#last?.startLsn;
   }
 
   /** The LSN that the next pushed bytes should begin at. */
@@ -146,7 +146,7 @@ export class WalReader {
       if (total < RECORD_HEADER_SIZE || total > MAX_RECORD_SIZE) throw new WalError(lsn, `record length ${total}`);
       if (total <= WAL_PAGE_SIZE - inPage && maxAlign(total) <= bytes.length - at) {
         this.#checkHeader(this.#view, at, lsn);
-        const record = this.#finish(bytes, this.#view, at, total, lsn, maxAlign(lsn + total));
+        const record = this.#finish(bytes, this.#view, at, total, lsn, lsn + maxAlign(total));
         if (record !== undefined) return record;
       } else {
         this.#partial = Buffer.allocUnsafe(Math.min(total, FIRST_ASSEMBLY_BYTES));
@@ -216,7 +216,7 @@ export class WalReader {
     const rmid = view.getUint8(at + 17);
     if (!isValidRmgr(rmid)) throw new WalError(startLsn, `record of resource manager ${rmid}, which does not exist`);
     const prev = view.getUint32(at + 12, true) * 2 ** 32 + view.getUint32(at + 8, true);
-    const expected = this.#previousStart;
+    const expected = this.#last === undefined ? this.#prevLsn : this.#last.startLsn;
     if (expected === undefined ? prev >= startLsn : prev !== expected) {
       throw new WalError(
         startLsn,
@@ -235,7 +235,8 @@ export class WalReader {
     endLsn: Lsn,
   ): WalRecord | undefined {
     checkCrc(view, at, length, startLsn);
-    const isSwitch = bytes[at + 17] === RM_XLOG && (bytes[at + 16]! & XLR_RMGR_INFO_MASK) === XLOG_SWITCH;
+    const isSwitch =
+      view.getUint8(at + 17) === RM_XLOG && (view.getUint8(at + 16) & XLR_RMGR_INFO_MASK) === XLOG_SWITCH;
     const end = isSwitch ? segmentStart(endLsn - 1) + WAL_SEGMENT_SIZE : endLsn;
     const record = decodeWalRecordAt(bytes, view, at, length, startLsn, end);
     if (this.#overwritten !== undefined) {
@@ -263,9 +264,7 @@ export class WalReader {
 
   #took(record: WalRecord): void {
     this.#at = record.endLsn - this.#base;
-    this.#position = record.endLsn;
-    this.#previousStart = record.startLsn;
-    this.#lastRecordStart = record.startLsn;
+    this.#last = record;
   }
 }
 
