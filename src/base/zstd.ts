@@ -47,7 +47,7 @@ export function compressedLengthMax(length: number): number {
 export function compressTo(raw: Buffer, out: Buffer, at: number): number {
   assert(out.length - at >= compressedLengthMax(raw.length), 'there is room for the frame');
   if (compressor !== undefined) {
-    const length = run(compressor, raw, out, at);
+    const length = run(compressor, raw, 0, out, at);
     if (length !== undefined && length > 0) return length;
     compressor = undefined;
   }
@@ -58,20 +58,21 @@ export function compressTo(raw: Buffer, out: Buffer, at: number): number {
 export const SPARE_BYTES = 1;
 
 /**
- * The content of one frame, which has `rawLength` bytes, at the start of `memory`, which has SPARE_BYTES more. Throws when it is none, or has
- * more; what is returned may be shorter.
+ * The content of the frame that is `stored` from `at` on, which has `rawLength` bytes, at the start of `memory`, which has SPARE_BYTES more. Throws when
+ * it is none, or has more; what is returned may be shorter.
  */
 export function decompress(
   stored: Buffer,
+  at: number,
   rawLength: number,
   memory: Buffer = Buffer.allocUnsafeSlow(rawLength + SPARE_BYTES),
 ): Buffer {
   if (decompressor !== undefined) {
-    if (run(decompressor, stored, memory, 0) === rawLength) return memory.subarray(0, rawLength);
+    if (run(decompressor, stored, at, memory, 0) === rawLength) return memory.subarray(0, rawLength);
     // It may be in the middle of a frame.
     decompressor = makeContext(createZstdDecompress());
   }
-  const raw = zstdDecompressSync(stored, {
+  const raw = zstdDecompressSync(stored.subarray(at), {
     chunkSize: Math.max(rawLength, 64),
     maxOutputLength: Math.max(rawLength, 64),
   });
@@ -83,10 +84,11 @@ export function decompress(
 function run(
   { handle, left, hasFailed }: Context,
   input: Uint8Array,
+  inputAt: number,
   output: Uint8Array,
   outputAt: number,
 ): number | undefined {
-  handle.writeSync(ZSTD_E_END, input, 0, input.length, output, outputAt, output.length - outputAt);
+  handle.writeSync(ZSTD_E_END, input, inputAt, input.length - inputAt, output, outputAt, output.length - outputAt);
   const [outputLeft, inputLeft] = left;
   if (hasFailed() || inputLeft !== 0 || outputLeft === undefined || outputLeft === 0) return undefined;
   return output.length - outputAt - outputLeft;
@@ -115,7 +117,7 @@ function start(): void {
   const isRight = pieces.every((piece) => {
     const out = Buffer.alloc(compressedLengthMax(piece.length));
     const frame = out.subarray(0, compressTo(piece, out, 0));
-    return zstdDecompressSync(frame).equals(piece) && decompress(frame, piece.length).equals(piece);
+    return zstdDecompressSync(frame).equals(piece) && decompress(frame, 0, piece.length).equals(piece);
   });
   if (!isRight) compressor = decompressor = undefined;
 }

@@ -109,13 +109,15 @@ export class HistoryReader {
   #readPage(lineage: Lineage, key: Key, lsn: Lsn, pgVersion: PgVersion, out: Buffer, offset: number): void {
     this.#blocks.recycle();
     const isToBeMade = this.#find(lineage, key, lsn);
-    const image = isToBeMade && this.#chain.values.length === 1 ? this.#oldestImage() : this.#base;
-    if (isToBeMade && (image === undefined || this.#chain.end === 'floor') && !this.#isGone()) {
+    const { values, end } = this.#chain;
+    if (isToBeMade && values.length === 1 && values[0]![0] === VALUE_KIND.image && end !== 'floor') {
+      values[0]!.copy(out, offset, IMAGE_HEADER_BYTES);
+    } else if (isToBeMade && !this.#isGone()) {
       const page = out.subarray(offset, offset + BLOCK_SIZE);
       this.#makePage(page, pgVersion);
-      if (this.#chain.values.length >= KEPT_CHANGES_MIN) this.#keep(key, Buffer.from(page));
-    } else if (image !== undefined) {
-      image.copy(out, offset);
+      if (values.length >= KEPT_CHANGES_MIN) this.#keep(key, Buffer.from(page));
+    } else if (!isToBeMade && this.#base !== undefined) {
+      this.#base.copy(out, offset);
     } else {
       out.fill(0, offset, offset + BLOCK_SIZE);
     }

@@ -14,7 +14,7 @@
  * A block whose checksum, type or lengths are not as expected is damaged: it is never used, and the error names file and offset.
  */
 
-import { CRC32C_INIT, crc32c, crc32cExtendView, crc32cFinish } from '../../base/crc32c.ts';
+import { CRC32C_INIT, crc32cExtendView, crc32cFinish } from '../../base/crc32c.ts';
 import { StrataError } from '../../base/errors.ts';
 import type { ByteRange } from './partial-layer.ts';
 import { compressedLengthMax, compressTo, decompress, SPARE_BYTES } from '../../base/zstd.ts';
@@ -96,18 +96,18 @@ export function decodeBlock(block: Buffer, type: number, file: string, offset: n
   if (BLOCK_HEADER_BYTES + storedLength !== block.length) {
     throw new LayerDamagedError(file, offset, `block has ${block.length} bytes, its header says ${storedLength} + 16`);
   }
-  const checksum = crc32c(block, 4);
+  const checksum = checksumOf(block);
   if (checksum !== block.readUInt32LE(0)) {
     throw new LayerDamagedError(file, offset, `checksum is ${hex(checksum)}, block says ${hex(block.readUInt32LE(0))}`);
   }
   if (block[4] !== type) throw new LayerDamagedError(file, offset, `block has type ${block[4]}, expected ${type}`);
   const rawLength = block.readUInt32LE(8);
-  const stored = block.subarray(BLOCK_HEADER_BYTES);
   let raw: Buffer;
   if (block[5] === COMPRESSION_NONE) {
+    const stored = block.subarray(BLOCK_HEADER_BYTES);
     raw = memory === undefined ? stored : copied(stored, memory(stored.length));
   } else if (block[5] === COMPRESSION_ZSTD && rawLength <= MAX_BLOCK_BYTES) {
-    raw = decompressBlock(stored, rawLength, file, offset, memory?.(rawLength + SPARE_BYTES));
+    raw = decompressBlock(block, rawLength, file, offset, memory?.(rawLength + SPARE_BYTES));
   } else {
     throw new LayerDamagedError(file, offset, `compression ${block[5]} of ${rawLength} bytes is not known`);
   }
@@ -117,20 +117,28 @@ export function decodeBlock(block: Buffer, type: number, file: string, offset: n
   return raw;
 }
 
+/** A view of the memory that the last block was in: most come to the same, and a view takes as long as summing up a kilobyte. */
+let lastView: DataView = new DataView(new ArrayBuffer(0));
+
+function checksumOf({ buffer, byteOffset, length }: Buffer): number {
+  if (lastView.buffer !== buffer) lastView = new DataView(buffer);
+  return crc32cFinish(crc32cExtendView(CRC32C_INIT, lastView, byteOffset + 4, byteOffset + length));
+}
+
 function copied(from: Buffer, to: Buffer): Buffer {
   from.copy(to);
   return to;
 }
 
 function decompressBlock(
-  stored: Buffer,
+  block: Buffer,
   rawLength: number,
   file: string,
   offset: number,
   memory: Buffer | undefined,
 ): Buffer {
   try {
-    return decompress(stored, rawLength, memory);
+    return decompress(block, BLOCK_HEADER_BYTES, rawLength, memory);
   } catch (error) {
     throw new LayerDamagedError(file, offset, `zstd: ${(error as Error).message}`);
   }
