@@ -40,12 +40,20 @@ export interface ScrubReport {
     readonly compared: number;
     readonly fromWalAlone: number;
     readonly refused: number;
+    readonly files: number;
     readonly skipped?: string;
   }[];
   readonly differences: readonly {
     readonly branch: string;
     readonly fork: { readonly spc: number; readonly db: number; readonly rel: number; readonly fork: number };
     readonly blk: number;
+    readonly lsn: Lsn;
+    readonly offset: number | undefined;
+    readonly reason: string;
+  }[];
+  readonly fileDifferences: readonly {
+    readonly branch: string;
+    readonly file: string;
     readonly lsn: Lsn;
     readonly offset: number | undefined;
     readonly reason: string;
@@ -81,7 +89,7 @@ const ORPHANS_SHOWN = 20;
 
 const NOTES = `
 Looks at every layer that an index names, here and in the object store: every block's checksum, and that all of it fits together. Then it makes a
-sample of each branch's pages anew from the branch's WAL alone, and compares them with those of the layers. It works beside the running platform, at a low
+sample of each branch's pages anew from the branch's WAL alone, and its transaction status, filenode maps and fork sizes, and compares them with those of the layers. It works beside the running platform, at a low
 priority, and past its caches.
 
 Exit code 1 when something is damaged, missing or different. Orphans (objects that no index names) are not wrong, they take space.
@@ -120,7 +128,8 @@ export function scrubCommand(context: CliContext, tool: ScrubTool, setExitCode: 
         signal: interrupted.signal,
       });
       show(context, options, toJson(report), () => toText(report));
-      const left = report.findings.length - report.repaired.length + report.differences.length;
+      const different = report.differences.length + report.fileDifferences.length;
+      const left = report.findings.length - report.repaired.length + different;
       if (left > 0) setExitCode(1);
       for (const advice of adviceFor(report, options)) context.printError(advice);
     });
@@ -147,7 +156,7 @@ async function branchesToScrub(
 }
 
 function adviceFor(
-  { findings, repaired, differences, orphans, orphansDeleted }: ScrubReport,
+  { findings, repaired, differences, fileDifferences, orphans, orphansDeleted }: ScrubReport,
   options: ScrubOptions,
 ): string[] {
   const advice: string[] = [];
@@ -166,9 +175,9 @@ function adviceFor(
         : 'strata: "strata scrub --repair" gives the object store again what the pageserver’s disk or WAL still has',
     );
   }
-  if (differences.length > 0) {
+  if (differences.length + fileDifferences.length > 0) {
     advice.push(
-      'strata: pages that differ from what WAL says were stored wrong: keep the data directory and the WAL, and report it with the seed; a branch from before the LSN may be right',
+      'strata: pages and files that differ from what WAL says were stored wrong: keep the data directory and the WAL, and report it with the seed; a branch from before the LSN may be right',
     );
   }
   if (orphans.length > orphansDeleted) advice.push('strata: "strata scrub --delete-orphans" deletes the orphans');
@@ -188,6 +197,10 @@ function toText(report: ScrubReport): string {
     const place = offset === undefined ? '' : ` at byte ${offset}`;
     const relation = `${fork.spc}/${fork.db}/${fork.rel}`;
     lines.push(`branch ${branch}: block ${blk} of relation ${relation} as of ${formatLsn(lsn)}${place}: ${reason}`);
+  }
+  for (const { branch, file, lsn, offset, reason } of report.fileDifferences) {
+    const place = offset === undefined ? '' : ` at byte ${offset}`;
+    lines.push(`branch ${branch}: ${file} as of ${formatLsn(lsn)}${place}: ${reason}`);
   }
   for (const { name, sizeBytes } of orphans.slice(0, ORPHANS_SHOWN))
     lines.push(`orphan ${name}, ${formatBytes(sizeBytes)}`);
@@ -209,18 +222,19 @@ function toText(report: ScrubReport): string {
       ['damaged or missing', String(findings.length)],
       ...replays.map((replay): [string, string] => [`pages of ${replay.branch}`, replayText(replay)]),
       ['pages that differ', String(differences.length)],
+      ['files that differ', String(report.fileDifferences.length)],
     ]),
   );
   return lines.join('\n');
 }
 
 function replayText(replay: ScrubReport['replays'][number]): string {
-  const { fromLsn, toLsn, walBytes, compared, fromWalAlone, refused, skipped } = replay;
+  const { fromLsn, toLsn, walBytes, compared, fromWalAlone, refused, files, skipped } = replay;
   if (skipped !== undefined || fromLsn === undefined || toLsn === undefined)
     return `none compared: ${skipped ?? 'no WAL'}`;
   const part = `${formatBytes(toLsn - fromLsn)} of ${formatBytes(walBytes)} of its WAL, ${formatLsn(fromLsn)} to ${formatLsn(toLsn)}`;
   const notMade = refused === 0 ? '' : `, ${refused} not made`;
-  return `${compared} states compared with ${part}; ${fromWalAlone} from WAL alone${notMade}`;
+  return `${compared} states compared with ${part}; ${fromWalAlone} from WAL alone${notMade}; ${files} files and fork sizes`;
 }
 
 function toJson(report: ScrubReport): object {
@@ -254,6 +268,7 @@ function toJson(report: ScrubReport): object {
       compared: replay.compared,
       from_wal_alone: replay.fromWalAlone,
       refused: replay.refused,
+      files: replay.files,
       skipped: replay.skipped ?? null,
     })),
     differences: report.differences.map(({ branch, fork, blk, lsn, offset, reason }) => ({
@@ -263,6 +278,13 @@ function toJson(report: ScrubReport): object {
       relfilenode: fork.rel,
       fork: fork.fork,
       block: blk,
+      lsn: formatLsn(lsn),
+      offset: offset ?? null,
+      reason,
+    })),
+    file_differences: report.fileDifferences.map(({ branch, file, lsn, offset, reason }) => ({
+      branch,
+      file,
       lsn: formatLsn(lsn),
       offset: offset ?? null,
       reason,

@@ -44,7 +44,6 @@ export function takeBasebackup(timeline: IndexedTimeline, lsn: Lsn): Basebackup 
   }
   const version = toPgVersion(reader.pgVersion);
   const state = decodeCheckpointState(stateBytes);
-  const maps = reader.scan(prefixRange(KEY_KIND.database), lsn);
   return {
     ...state,
     checkPoint: withNewestCommitTimestamp(state),
@@ -52,6 +51,18 @@ export function takeBasebackup(timeline: IndexedTimeline, lsn: Lsn): Basebackup 
     prevRecordLsn: position.startLsn,
     pgVersion: version,
     controlFile,
+    ...filesAt(reader, lsn),
+  };
+}
+
+/** The part of a basebackup that is in files, and the forks of all relations. */
+export function filesAt(
+  reader: Pick<TimelineReader, 'pgVersion' | 'getImage' | 'scan'>,
+  lsn: Lsn,
+): Pick<Basebackup, 'databases' | 'files' | 'relations'> {
+  const version = toPgVersion(reader.pgVersion);
+  const maps = reader.scan(prefixRange(KEY_KIND.database), lsn);
+  return {
     databases: maps.map(([{ spc, db }]) => ({ spc, db })),
     files: [
       { path: 'PG_VERSION', bytes: versionFile(version) },
@@ -84,7 +95,7 @@ function databaseFiles(spc: number, db: number, map: Buffer, version: PgVersion)
   return files;
 }
 
-function slruFiles(reader: TimelineReader, lsn: Lsn): BasebackupFile[] {
+function slruFiles(reader: Pick<TimelineReader, 'getImage' | 'scan'>, lsn: Lsn): BasebackupFile[] {
   return reader.scan(prefixRange(KEY_KIND.slruSize), lsn).map(([{ db: slru, rel: segment }, size]) => {
     const pages = size.readUInt32LE(0);
     const bytes = Buffer.alloc(pages * BLOCK_SIZE);
@@ -95,7 +106,7 @@ function slruFiles(reader: TimelineReader, lsn: Lsn): BasebackupFile[] {
   });
 }
 
-function relationForks(reader: TimelineReader, lsn: Lsn): BasebackupRelation[] {
+function relationForks(reader: Pick<TimelineReader, 'scan'>, lsn: Lsn): BasebackupRelation[] {
   const found = reader.scan(prefixRange(KEY_KIND.relationSize), lsn).map(([{ spc, db, rel, fork }, size]) => ({
     spc,
     db,

@@ -9,15 +9,17 @@ import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Lsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
-import type { RelationFork } from './key.ts';
+import { filesAt } from './basebackup.ts';
+import type { Key, KeyRange, RelationFork } from './key.ts';
 import { LayerAbsentError } from './layers/block.ts';
 import { LayerCache, LayerFile } from './layers/layer-file.ts';
 import { layerPath } from './layers/layer-format.ts';
 import { LayerMap } from './layers/layer-map.ts';
 import { PageCache } from './page-cache.ts';
 import { HistoryReader } from './read.ts';
-import type { LineageStep } from './read.ts';
+import type { KeyImage, LineageStep } from './read.ts';
 import { replayValue } from './replay.ts';
+import type { Files } from './scrub-files.ts';
 import { decodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
 
@@ -68,13 +70,27 @@ export class StoredPages {
   }
 
   /** Undefined when a layer of it is not on this disk. Throws LayerDamagedError, or what replaying throws. */
-  async read(fork: RelationFork, blk: number, lsn: Lsn): Promise<Buffer | undefined> {
-    for (let attempt = 1; ; attempt++) {
+  read(fork: RelationFork, blk: number, lsn: Lsn): Promise<Buffer | undefined> {
+    return this.#readWhole(({ pgVersion }) => {
       const page = Buffer.alloc(BLOCK_SIZE);
+      this.#reader.readPages(this.#lineage, fork, blk, 1, lsn, pgVersion, page, 0);
+      return page;
+    });
+  }
+
+  /** What is no page of a relation; undefined and throws as `read`. */
+  files(lsn: Lsn): Promise<Files | undefined> {
+    return this.#readWhole(({ pgVersion }) => {
+      const getImage = (key: Key, at: Lsn): Buffer | undefined => this.#reader.read(this.#lineage, key, at, pgVersion);
+      const scan = (range: KeyRange, at: Lsn): KeyImage[] => this.#reader.scan(this.#lineage, range, at, pgVersion);
+      return filesAt({ pgVersion, getImage, scan }, lsn);
+    });
+  }
+
+  async #readWhole<T>(read: (index: TimelineIndex) => T): Promise<T | undefined> {
+    for (let attempt = 1; ; attempt++) {
       try {
-        if (this.#index === undefined) await this.load();
-        this.#reader.readPages(this.#lineage, fork, blk, 1, lsn, this.#index!.pgVersion, page, 0);
-        return page;
+        return read(this.#index ?? (await this.load()));
       } catch (error) {
         if (!(error instanceof LayerAbsentError)) throw error;
         if (attempt === ATTEMPTS) return undefined;

@@ -7,7 +7,8 @@
  * at the end of the window, and after one of its records that chance picks.
  *
  * A page whose first record in the window makes it anew, or brings an image of it, is replayed from nothing. Others begin with the page as the store has it at the
- * beginning of the window: what came before is taken as given. Sampled are main forks: what maps say is implied by records of other pages.
+ * beginning of the window: what came before is taken as given. Sampled are main forks: what maps say is implied by records of other pages. What is no page of a
+ * relation has a replay of its own (scrub-files.ts).
  */
 
 import { WalReader } from '../postgres/wal/reader.ts';
@@ -39,6 +40,7 @@ export interface ReplayOptions {
   readonly seed: number;
   /** The page as the store has it at the beginning of the window. */
   readonly readBase: (fork: RelationForkKey, blk: number) => Promise<Buffer>;
+  readonly onRecord?: (record: WalRecord) => void;
   readonly onProgress: (lsn: Lsn) => void;
 }
 
@@ -67,7 +69,7 @@ interface Sampled {
 }
 
 export async function replayPages(options: ReplayOptions): Promise<Replayed> {
-  const { source, onProgress } = options;
+  const { source, onRecord, onProgress } = options;
   const replay = new PageReplay(options);
   const reader = new WalReader(source.startLsn, source.version, { anyTimeline: true });
   let endLsn = source.startLsn;
@@ -78,6 +80,7 @@ export async function replayPages(options: ReplayOptions): Promise<Replayed> {
       for (let record = reader.next(); record !== undefined; record = reader.next()) {
         if (record.endLsn > source.endLsn) break;
         await replay.take(record);
+        onRecord?.(record);
         endLsn = record.endLsn;
         records++;
       }

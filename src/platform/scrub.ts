@@ -17,6 +17,7 @@ import { LsnLease } from '../compute/lsn-lease.ts';
 import { openObjectStore } from '../object-store/open-object-store.ts';
 import { LayerDamagedError } from '../pageserver/layers/block.ts';
 import { type Finding, scrubStore, type StoreScrub } from '../pageserver/scrub.ts';
+import { type FileDifference, FilesReplay } from '../pageserver/scrub-files.ts';
 import { StoredPages } from '../pageserver/scrub-pages.ts';
 import { randomFrom, type ReplayedPage, replayPages } from '../pageserver/scrub-replay.ts';
 import type { Lsn } from '../postgres/lsn.ts';
@@ -53,6 +54,12 @@ export interface PageDifference {
   readonly reason: string;
 }
 
+/** As PageDifference, of what is no page of a relation. */
+export interface BranchFileDifference extends FileDifference {
+  readonly branch: string;
+  readonly lsn: Lsn;
+}
+
 export interface BranchReplay {
   readonly branch: string;
   readonly timelineId: string;
@@ -67,6 +74,8 @@ export interface BranchReplay {
   readonly fromWalAlone: number;
   /** Not compared, because the replay could not make them. */
   readonly refused: number;
+  /** Files (of SLRUs, filenode maps, prepared transactions) and forks' sizes that were compared. */
+  readonly files: number;
   /** Why nothing was compared. */
   readonly skipped?: string;
 }
@@ -76,6 +85,7 @@ export interface PlatformScrub extends StoreScrub {
   readonly objectStore: string | undefined;
   readonly replays: readonly BranchReplay[];
   readonly differences: readonly PageDifference[];
+  readonly fileDifferences: readonly BranchFileDifference[];
   /** Of findings: those that the pageserver has mended. */
   readonly repaired: readonly Finding[];
 }
@@ -109,15 +119,17 @@ export async function scrubPlatform(options: PlatformScrubOptions): Promise<Plat
     const repaired = options.repair ? await repair(pageserver, stored.findings) : [];
     const replays: BranchReplay[] = [];
     const differences: PageDifference[] = [];
+    const fileDifferences: BranchFileDifference[] = [];
     if (sample > 0) {
       for (const [number, branch] of branches.entries()) {
         signal.throwIfAborted();
         const replay = await compareBranch({ ...options, pageserver, directory, branch, seed: seed + number });
         replays.push(replay.replay);
         differences.push(...replay.differences);
+        fileDifferences.push(...replay.fileDifferences);
       }
     }
-    return { ...stored, seed, objectStore: store?.description, replays, differences, repaired };
+    return { ...stored, seed, objectStore: store?.description, replays, differences, fileDifferences, repaired };
   } finally {
     rmSync(scratchDirectory, { recursive: true, force: true });
     await pageserver.close();
@@ -180,6 +192,7 @@ interface ComparisonJob extends PlatformScrubOptions {
 interface Comparison {
   readonly replay: BranchReplay;
   readonly differences: PageDifference[];
+  readonly fileDifferences: BranchFileDifference[];
 }
 
 async function compareBranch(job: ComparisonJob): Promise<Comparison> {
@@ -191,6 +204,7 @@ async function compareBranch(job: ComparisonJob): Promise<Comparison> {
     compared: 0,
     fromWalAlone: 0,
     refused: 0,
+    files: 0,
   };
   const pages = new StoredPages(job.directory, branch.timelineId);
   let lease: LsnLease | undefined;
@@ -201,7 +215,7 @@ async function compareBranch(job: ComparisonJob): Promise<Comparison> {
     const endLsn = index.diskConsistentLsn;
     const walBytes = Math.max(0, endLsn - index.startLsn);
     if (endLsn <= beginLsn) {
-      return { replay: { ...nothing, walBytes, skipped: 'it has no history of its own in layers' }, differences: [] };
+      return { replay: { ...nothing, walBytes, skipped: 'it has no history of its own in layers' }, ...NO_DIFFERENCES };
     }
     const asked = await windowStart(job, beginLsn, endLsn);
     lease = await LsnLease.take(pageserver, branch.timelineId, asked, {
@@ -214,12 +228,14 @@ async function compareBranch(job: ComparisonJob): Promise<Comparison> {
   } catch (error) {
     signal.throwIfAborted();
     const { message } = toStrataError(error);
-    return { replay: { ...nothing, walBytes: 0, skipped: message }, differences: [] };
+    return { replay: { ...nothing, walBytes: 0, skipped: message }, ...NO_DIFFERENCES };
   } finally {
     lease?.release();
     pages.close();
   }
 }
+
+const NO_DIFFERENCES: Pick<Comparison, 'differences' | 'fileDifferences'> = { differences: [], fileDifferences: [] };
 
 /** Where the replay begins: at the beginning where the WAL is not too much, else somewhere by chance. The end of a record. */
 async function windowStart(
@@ -241,21 +257,20 @@ async function compareWindow(
   pages: StoredPages,
   fromLsn: Lsn,
   diskLsn: Lsn,
-): Promise<{
-  readonly replay: Omit<BranchReplay, 'branch' | 'timelineId' | 'walBytes'>;
-  readonly differences: PageDifference[];
-}> {
+): Promise<Omit<Comparison, 'replay'> & { readonly replay: Omit<BranchReplay, 'branch' | 'timelineId' | 'walBytes'> }> {
   const { pageserver, branch, dataDirectory, file, sample, seed, walBytes, onProgress, signal } = job;
   const { timelineId } = branch;
   const source = await openBranchWal({ dataDirectory, file, timelineId, startLsn: fromLsn });
   const toLsn = Math.min(diskLsn, fromLsn + walBytes, source.endLsn);
   const read = async (fork: RelationForkKey, blk: number, lsn: Lsn): Promise<Buffer> =>
     (await pages.read(fork, blk, lsn)) ?? (await pageserver.getPages(timelineId, fork, blk, 1, lsn));
+  const files = new FilesReplay(await pageserver.basebackup(timelineId, fromLsn), source.version);
   const replayed = await replayPages({
     source: { ...source, endLsn: toLsn, chunks: upTo(source.chunks, toLsn) },
     sample,
     seed,
     readBase: (fork, blk) => read(fork, blk, fromLsn),
+    onRecord: (record) => files.take(record),
     onProgress: (lsn) => {
       signal.throwIfAborted();
       const percent = Math.floor((100 * (lsn - fromLsn)) / Math.max(1, toLsn - fromLsn));
@@ -277,8 +292,11 @@ async function compareWindow(
       });
     }
   }
+  const stored = (await pages.files(files.lsn)) ?? (await pageserver.basebackup(timelineId, files.lsn));
+  const fileDifferences = files.compare(stored).map((each) => ({ ...each, branch: branch.name, lsn: files.lsn }));
   return {
     replay: {
+      files: files.count,
       fromLsn,
       toLsn: replayed.endLsn,
       records: replayed.records,
@@ -287,6 +305,7 @@ async function compareWindow(
       refused: replayed.refused.length,
     },
     differences,
+    fileDifferences,
   };
 }
 

@@ -34,9 +34,11 @@ interface Report {
     readonly compared: number;
     readonly from_wal_alone: number;
     readonly refused: number;
+    readonly files: number;
     readonly skipped: string | null;
   }[];
   readonly differences: readonly { readonly branch: string; readonly block: number; readonly reason: string }[];
+  readonly file_differences: readonly { readonly file: string; readonly offset: number; readonly reason: string }[];
 }
 
 describe('scrub', () => {
@@ -116,11 +118,12 @@ describe('scrub', () => {
     await platform.cli(['branches', 'create', '--name', 'side']);
     const { code, report, error } = await scrub('--seed', '7', '--sample', '600');
     assert.equal(code, 0, `${JSON.stringify(report)} ${error}`);
-    assert.deepEqual([report.seed, report.findings, report.differences], [7, [], []]);
+    assert.deepEqual([report.seed, report.findings, report.differences, report.file_differences], [7, [], [], []]);
     assert(report.local_layers >= 2 && report.object_layers >= 1, JSON.stringify(report));
     const main = report.branches.find(({ branch }) => branch === 'main')!;
     assert(main.compared > 200 && main.from_wal_alone > 100, JSON.stringify(main));
     assert.equal(main.refused, 0);
+    assert(main.files > 100, JSON.stringify(main));
     assert.match(report.branches.find(({ branch }) => branch === 'side')!.skipped ?? '', /no history of its own/);
     const again = await scrub('--seed', '7', '--sample', '600', '--branch', 'main');
     assert.equal(again.report.branches[0]?.compared, main.compared, 'a seed gives the same pages');

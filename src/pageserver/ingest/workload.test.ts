@@ -22,6 +22,7 @@ import { importDataDirectory } from '../import.ts';
 import { inspectDataDirectory } from '../import-check.ts';
 import { maskPageLsnAndChecksum } from '../redo/masks.ts';
 import { maskPage } from '../redo/redo.ts';
+import { FilesReplay } from '../scrub-files.ts';
 import { Ingest } from './ingest.ts';
 import { lsnForTimestamp, resolveLsn } from './wal-search.ts';
 import type { IndexedTimeline } from './wal-search.ts';
@@ -189,6 +190,31 @@ test('filenode maps, version files and SLRUs are those on disk', () => {
     assert.equal(at, -1, `${path} differs at ${at}`);
   }
   assert.ok(paths.includes('pg_multixact/offsets/0000') && paths.some((path) => path.startsWith('pg_twophase/')));
+});
+
+test('the independent replay of scrub comes to the same files and sizes from the same WAL, from any LSN on, and sees what differs', () => {
+  const bases = [startLsn, resolveLsn(indexed(), mark.lsn).endLsn].map((lsn) => takeBasebackup(indexed(), lsn));
+  for (const base of bases) {
+    const replay = new FilesReplay(base, cluster.version);
+    for (const record of cluster.records(startLsn)) if (record.startLsn >= base.lsn) replay.take(record);
+    assert.equal(replay.lsn, backup.lsn);
+    assert(replay.count > 300, `${replay.count} files and forks`);
+    assert.deepEqual(replay.compare(backup), []);
+    const files = backup.files.map((file) => {
+      if (file.path !== 'pg_xact/0000') return file;
+      const bytes = Buffer.from(file.bytes);
+      bytes[200]! ^= 3;
+      return { ...file, bytes };
+    });
+    const [first, ...others] = backup.relations.filter(({ fork }) => fork === FORK_MAIN);
+    const relations = [{ ...first!, blocks: first!.blocks + 1 }, ...others];
+    const found = replay.compare({ ...backup, files: files.filter(({ path }) => !path.startsWith('pg_twophase/')) });
+    assert(found.some(({ file, offset }) => file === 'pg_xact/0000' && offset === 200));
+    assert(found.some(({ file, reason }) => file.startsWith('pg_twophase/') && /not there, by WAL it is/.test(reason)));
+    assert(
+      replay.compare({ ...backup, relations }).some(({ reason }) => /the fork is \d+ blocks long, by WAL/.test(reason)),
+    );
+  }
 });
 
 test('the checkpoint state is what the last checkpoint says, and the settings are those of pg_control', () => {
