@@ -14,6 +14,7 @@ import {
   type ToAcceptor,
 } from './simulated-acceptor.ts';
 import { NO_TRACE, type Trace } from './trace.ts';
+import { LOG_CAPACITY } from './simulated-disk.ts';
 import { type ChangerWorld, startChanger } from './simulated-changer.ts';
 import { type ProposerWorld, SimulatedProposer } from './simulated-proposer.ts';
 
@@ -43,15 +44,25 @@ interface Faults {
   readonly isolationRate: number;
 }
 
+/** That logs lose their beginning is drawn from a seed of its own, so that it changes no run without it. */
+const REMOVAL_SEED = 0x5bd1e995;
+const REMOVE_EVERY_MS = [5, 20, 100];
+
 export interface RunResult {
   readonly committedBytes: number;
   readonly proposerCount: number;
   readonly crashCount: number;
   readonly wipeCount: number;
   readonly configurationCount: number;
+  /** Logs that were given from a later point than LOG_START. */
+  readonly lateLogCount: number;
+  /** Of members that were replaced before they had everything. */
+  readonly unfinishedLogCount: number;
 }
 
 export interface RunOptions {
+  /** Whether acceptors remove what is old, and newcomers get only what others still have; drawn by the seed when absent. */
+  readonly removesWal?: boolean | undefined;
   readonly bug?: Bug | undefined;
   /** Called for each event, with the virtual time in milliseconds. */
   readonly onEvent?: ((nowMs: number, who: string, what: string) => void) | undefined;
@@ -64,7 +75,9 @@ export function simulate(seed: number, options: RunOptions = {}): RunResult {
     return cluster.run();
   } catch (error) {
     if (error instanceof Violation) {
-      error.message += ` (seed ${seed} at ${cluster.now} ms; see it with npm run simulate -- --from ${seed} --trace)`;
+      const { removesWal } = options;
+      const removal = removesWal === undefined ? '' : removesWal ? ' --removal' : ' --no-removal';
+      error.message += ` (seed ${seed} at ${cluster.now} ms; see it with npm run simulate -- --from ${seed}${removal} --trace)`;
     }
     throw error;
   }
@@ -76,6 +89,9 @@ class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
   readonly invariants = new Invariants();
   readonly bug: Bug | undefined;
   readonly trace: Trace;
+  readonly removesWal: boolean;
+  readonly offloaded = Buffer.alloc(LOG_CAPACITY);
+  readonly #removal: Random;
   readonly #acceptors: SimulatedAcceptor[] = [];
   readonly #proposers = new Map<string, SimulatedProposer>();
   /** Connection → acceptor. */
@@ -92,6 +108,8 @@ class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
   #connectionCount = 0;
   #crashCount = 0;
   #wipeCount = 0;
+  #lateLogCount = 0;
+  #unfinishedLogCount = 0;
   /** As the control plane would remember it. */
   #wasEstablished = false;
   isHealing = false;
@@ -102,7 +120,13 @@ class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
     this.bug = bug;
     this.trace = onEvent === undefined ? NO_TRACE : (who, what) => onEvent(this.now, who, what());
     this.#faults = drawFaults(this.random);
-    this.trace('world', () => `faults: ${JSON.stringify(this.#faults)}`);
+    this.#removal = new Random((seed ^ REMOVAL_SEED) >>> 0);
+    const isDrawn = this.#removal.chance(0.5);
+    this.removesWal = options.removesWal ?? isDrawn;
+    this.trace(
+      'world',
+      () => `faults: ${JSON.stringify(this.#faults)}${this.removesWal ? ', logs lose their beginning' : ''}`,
+    );
     this.#configurations = [{ version: 1, members: drawNodes(this.random, this.random.pick([1, 3, 3, 3, 3, 5])) }];
     for (let index = 0; index < ACCEPTOR_COUNT; index++) this.#acceptors.push(new SimulatedAcceptor(index, this));
   }
@@ -119,6 +143,7 @@ class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
     this.#repeat(this.#faults.newProposerEveryMs, () => this.#startProposer());
     this.#repeat(this.#faults.changeEveryMs, () => this.#startChanger());
     this.#repeat(200, () => this.random.pick(this.#acceptors).save());
+    if (this.removesWal) this.#removeRepeatedly(this.#removal.pick(REMOVE_EVERY_MS));
     this.scheduler.runUntil(FAULTS_MS);
     this.#heal();
     return {
@@ -127,6 +152,8 @@ class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
       crashCount: this.#crashCount,
       wipeCount: this.#wipeCount,
       configurationCount: this.#configurations.length,
+      lateLogCount: this.#lateLogCount,
+      unfinishedLogCount: this.#unfinishedLogCount,
     };
   }
 
@@ -136,6 +163,10 @@ class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
 
   compareAndSet(expectedVersion: number, next: Configuration): boolean {
     if (this.configuration.version !== expectedVersion) return false;
+    for (const nodeId of nodesOf(this.configuration).filter((each) => !nodesOf(next).includes(each))) {
+      const { hasLog, flushLsn } = this.#acceptors[nodeId]!;
+      if (hasLog && flushLsn < this.invariants.committedEnd) this.#unfinishedLogCount++;
+    }
     this.#configurations.push(next);
     for (const proposer of this.#proposers.values()) {
       if (this.isHealing || this.random.chance(0.5)) this.#tell(proposer);
@@ -182,9 +213,23 @@ class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
     const proposer = this.#proposers.get(nameOf(to));
     if (proposer === undefined) return;
     this.#transmit(to, from.index, () => {
-      if (message.kind === 'read-reply') proposer.deliverRead(Number(to.split('#read')[1]), message);
+      if (message.kind === 'resume-reply') proposer.deliverResumePoint(Number(to.split('#resume')[1]), message.lsn);
+      else if (message.kind === 'read-reply') proposer.deliverRead(Number(to.split('#read')[1]), message);
       else if (message.kind === 'read-refusal') proposer.readRefused(from.index);
       else proposer.deliver(to, message);
+    });
+  }
+
+  lateLog(): void {
+    this.#lateLogCount++;
+  }
+
+  #removeRepeatedly(meanMs: number): void {
+    this.scheduler.after(this.#removal.between(1, 2 * meanMs), () => {
+      const acceptor = this.#removal.pick(this.#acceptors);
+      acceptor.save();
+      acceptor.removeOld(this.#removal);
+      if (!this.isHealing) this.#removeRepeatedly(meanMs);
     });
   }
 
@@ -377,7 +422,8 @@ class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
         acceptor.flushLsn === last!.commitLsn,
         `acceptor ${acceptor.index} has everything in the end: ${acceptor.flushLsn}, not ${last!.commitLsn}`,
       );
-      this.invariants.committedOn(acceptor.index, acceptor.disk.visible, last!.commitLsn);
+      const { visible, startLsn } = acceptor.disk;
+      this.invariants.committedOn(acceptor.index, visible, startLsn, last!.commitLsn);
     }
   }
 }

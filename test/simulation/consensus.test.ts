@@ -7,6 +7,8 @@ import { type Bug, BUGS } from './simulated-acceptor.ts';
 
 const SEED_COUNT = 200;
 const MAX_SEEDS_FOR_BUG = 2_000;
+/** Bugs of logs that lose their beginning. The others are looked for in runs without that, in which their seeds were found. */
+const BUGS_OF_REMOVAL: readonly Bug[] = ['remove-unsaved', 'begin-past-commit'];
 /** Where to begin for bugs that one seed in hundreds shows. */
 const FIRST_SEED: Partial<Record<Bug, number>> = {
   'count-old-term-acks': 730,
@@ -22,6 +24,8 @@ test('nothing committed is lost or changed, whatever crashes, and commits go on 
   let proposerCount = 0;
   let wipeCount = 0;
   let configurationCount = 0;
+  let lateLogCount = 0;
+  let unfinishedLogCount = 0;
   for (let seed = 1; seed <= SEED_COUNT; seed++) {
     const result = simulate(seed);
     committedBytes += result.committedBytes;
@@ -29,9 +33,12 @@ test('nothing committed is lost or changed, whatever crashes, and commits go on 
     proposerCount += result.proposerCount;
     wipeCount += result.wipeCount;
     configurationCount += result.configurationCount;
+    lateLogCount += result.lateLogCount;
+    unfinishedLogCount += result.unfinishedLogCount;
   }
+  assert(lateLogCount > 20 && unfinishedLogCount > 20, `${lateLogCount} and ${unfinishedLogCount}`);
   context.diagnostic(
-    `${SEED_COUNT} seeds: ${committedBytes} bytes, ${proposerCount} proposers, ${crashCount} crashes, ${wipeCount} disks lost, ${configurationCount} configurations`,
+    `${SEED_COUNT} seeds: ${committedBytes} bytes, ${proposerCount} proposers, ${crashCount} crashes, ${wipeCount} disks lost, ${configurationCount} configurations, ${lateLogCount} logs given without their beginning, ${unfinishedLogCount} members replaced before they had everything`,
   );
 });
 
@@ -45,7 +52,7 @@ const KEPT_SEEDS = [
 
 for (const seed of KEPT_SEEDS) {
   test(`seed ${seed}, which once showed a mistake, shows none`, () => {
-    simulate(seed);
+    simulate(seed, { removesWal: false });
   });
 }
 
@@ -64,7 +71,7 @@ for (const bug of BUGS) {
     const first = FIRST_SEED[bug] ?? 1;
     for (let seed = first; seed < first + MAX_SEEDS_FOR_BUG; seed++) {
       try {
-        simulate(seed, { bug });
+        simulate(seed, { bug, removesWal: BUGS_OF_REMOVAL.includes(bug) });
       } catch (error) {
         assert(error instanceof Violation || error instanceof assert.AssertionError, String(error));
         context.diagnostic(`found by seed ${seed}: ${error.message}`);

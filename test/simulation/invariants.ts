@@ -68,10 +68,10 @@ export class Invariants {
     this.#lastStart = lastStart;
   }
 
-  /** An acceptor says that its log is committed up to `lsn`. */
-  committedOn(acceptor: number, log: Buffer, lsn: number): void {
+  /** An acceptor, whose disk has the log from `startLsn` on, says that it is committed up to `lsn`. */
+  committedOn(acceptor: number, log: Buffer, startLsn: number, lsn: number): void {
     this.check(lsn <= this.#committedEnd, `acceptor ${acceptor} knows of a commit at ${lsn} that no leader made`);
-    const from = Math.min(this.#checkedLsn.get(acceptor) ?? LOG_START, lsn) - LOG_START;
+    const from = Math.min(Math.max(this.#checkedLsn.get(acceptor) ?? LOG_START, startLsn), lsn) - LOG_START;
     const to = lsn - LOG_START;
     const isSame = log.compare(this.#committed, from, to, from, to) === 0;
     this.check(isSame, `what acceptor ${acceptor} has between ${from + LOG_START} and ${lsn} is what was committed`);

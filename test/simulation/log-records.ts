@@ -47,6 +47,17 @@ export function findEnd(image: Buffer, fromLsn: number, limitLsn: number, previo
   return { endLsn: lsn, lastStart: lastStart ?? 0 };
 }
 
+/** The first end of a record at or after `lsn`, and not after `limitLsn`. `image[0]` is at LOG_START. */
+export function boundaryFrom(image: Buffer, lsn: number, limitLsn: number): number | undefined {
+  let at = LOG_START;
+  while (at < lsn) {
+    const length = image.readUInt32LE(at - LOG_START);
+    if (length < HEADER_BYTES || at + length > limitLsn) return undefined;
+    at += length;
+  }
+  return at <= limitLsn ? at : undefined;
+}
+
 export class RecordBoundaries implements BoundaryTracker {
   #lsn: number;
   #boundaryLsn: number;

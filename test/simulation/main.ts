@@ -5,11 +5,13 @@
  *   npm run simulate -- --from 17 --trace [--bug NAME]
  *   npm run simulate -- --explore [bounds of explore.ts]
  *
+ * Whether logs lose their beginning is drawn by the seed, unless --removal or --no-removal says so.
+ *
  * Exit code 1 when a seed broke an invariant.
  */
 import { parseArgs } from 'node:util';
 import { isMainThread, parentPort, Worker, workerData } from 'node:worker_threads';
-import { simulate } from './cluster.ts';
+import { type RunOptions, simulate } from './cluster.ts';
 import { type Bounds, explore, SMALL_BOUNDS } from './explore.ts';
 import { type Bug, BUGS } from './simulated-acceptor.ts';
 
@@ -21,6 +23,7 @@ interface Share {
   readonly end: number;
   readonly step: number;
   readonly bug: Bug | undefined;
+  readonly removesWal: boolean | undefined;
 }
 
 interface Tally {
@@ -30,6 +33,8 @@ interface Tally {
   crashes: number;
   wipes: number;
   configurations: number;
+  lateLogs: number;
+  unfinishedLogs: number;
   violations: string[];
 }
 
@@ -38,11 +43,13 @@ else runShare(workerData as Share, (tally) => parentPort!.postMessage(tally));
 
 async function main(): Promise<void> {
   const { values } = parseArgs({
+    allowNegative: true,
     options: {
       seeds: { type: 'string', default: '1000' },
       from: { type: 'string', default: '1' },
       threads: { type: 'string', default: '1' },
       bug: { type: 'string' },
+      removal: { type: 'boolean' },
       trace: { type: 'boolean', default: false },
       explore: { type: 'boolean', default: false },
       terms: { type: 'string' },
@@ -82,13 +89,13 @@ async function main(): Promise<void> {
   const bug = BUGS.find((each) => each === values.bug);
   if (values.bug !== undefined && bug === undefined) fail(`--bug is one of ${BUGS.join(', ')}`);
   if (values.trace) {
-    traceOne(from, bug);
+    traceOne(from, { bug, removesWal: values.removal });
     return;
   }
   const startedAt = performance.now();
   const tallies = await Promise.all(
     Array.from({ length: threads }, (_, index) =>
-      runThread({ from: from + index, end: from + seeds, step: threads, bug }, (tally) => {
+      runThread({ from: from + index, end: from + seeds, step: threads, bug, removesWal: values.removal }, (tally) => {
         if (index === 0) console.log(`${tally.seeds * threads} of ${seeds} seeds`);
       }),
     ),
@@ -97,7 +104,7 @@ async function main(): Promise<void> {
   const total = tallies.reduce(add, emptyTally());
   for (const violation of total.violations) console.error(violation);
   const perSeedMs = tookMs / total.seeds;
-  const work = `${total.committedBytes} bytes committed, ${total.proposers} proposers, ${total.crashes} crashes, ${total.wipes} disks lost, ${total.configurations} configurations`;
+  const work = `${total.committedBytes} bytes committed, ${total.proposers} proposers, ${total.crashes} crashes, ${total.wipes} disks lost, ${total.configurations} configurations, ${total.lateLogs} logs given without their beginning, ${total.unfinishedLogs} members replaced before they had everything`;
   console.log(`${total.seeds} seeds in ${(tookMs / 1000).toFixed(1)} s (${perSeedMs.toFixed(2)} ms each): ${work}`);
   console.log(`${total.violations.length} violations`);
   if (total.violations.length > 0) process.exitCode = 1;
@@ -112,9 +119,12 @@ function exploreAll(bounds: Bounds): void {
   console.log(`${states} states, ${extent}, by ${steps} steps, up to ${depth} deep, in ${tookS} s: no violation`);
 }
 
-function traceOne(seed: number, bug: Bug | undefined): void {
+function traceOne(seed: number, options: RunOptions): void {
   try {
-    simulate(seed, { bug, onEvent: (nowMs, who, what) => console.log(`${String(nowMs).padStart(6)} ${who}: ${what}`) });
+    simulate(seed, {
+      ...options,
+      onEvent: (nowMs, who, what) => console.log(`${String(nowMs).padStart(6)} ${who}: ${what}`),
+    });
     console.log(`seed ${seed}: no violation`);
   } catch (error) {
     console.log(String(error));
@@ -135,18 +145,20 @@ function runThread(share: Share, onProgress: (tally: Tally) => void): Promise<Ta
   });
 }
 
-function runShare({ from, end, step, bug }: Share, report: (tally: Tally) => void): void {
+function runShare({ from, end, step, bug, removesWal }: Share, report: (tally: Tally) => void): void {
   const tally = emptyTally();
   let reportedAt = performance.now();
   for (let seed = from; seed < end; seed += step) {
     tally.seeds++;
     try {
-      const result = simulate(seed, { bug });
+      const result = simulate(seed, { bug, removesWal });
       tally.committedBytes += result.committedBytes;
       tally.proposers += result.proposerCount;
       tally.crashes += result.crashCount;
       tally.wipes += result.wipeCount;
       tally.configurations += result.configurationCount;
+      tally.lateLogs += result.lateLogCount;
+      tally.unfinishedLogs += result.unfinishedLogCount;
     } catch (error) {
       tally.violations.push(String(error));
     }
@@ -158,7 +170,17 @@ function runShare({ from, end, step, bug }: Share, report: (tally: Tally) => voi
 }
 
 function emptyTally(): Tally {
-  return { seeds: 0, committedBytes: 0, proposers: 0, crashes: 0, wipes: 0, configurations: 0, violations: [] };
+  return {
+    seeds: 0,
+    committedBytes: 0,
+    proposers: 0,
+    crashes: 0,
+    wipes: 0,
+    configurations: 0,
+    lateLogs: 0,
+    unfinishedLogs: 0,
+    violations: [],
+  };
 }
 
 function add(a: Tally, b: Tally): Tally {
@@ -169,6 +191,8 @@ function add(a: Tally, b: Tally): Tally {
     crashes: a.crashes + b.crashes,
     wipes: a.wipes + b.wipes,
     configurations: a.configurations + b.configurations,
+    lateLogs: a.lateLogs + b.lateLogs,
+    unfinishedLogs: a.unfinishedLogs + b.unfinishedLogs,
     violations: [...a.violations, ...b.violations],
   };
 }

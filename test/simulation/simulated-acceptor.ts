@@ -1,10 +1,10 @@
 /** One safekeeper of the simulation: the real acceptor on a simulated disk, which crashes and comes back. */
 import { Acceptor, type AcceptorAction, type AcceptorState, blankState } from '../../src/consensus/acceptor.ts';
 import { type Configuration, NO_CONFIGURATION } from '../../src/consensus/configuration.ts';
-import type { AcceptorMessage, ProposerMessage, VoteReply } from '../../src/consensus/messages.ts';
+import type { AcceptorMessage, ProposerMessage, TermHistory, VoteReply } from '../../src/consensus/messages.ts';
 import type { AcceptorGreeting } from '../../src/consensus/proposer.ts';
 import type { Invariants } from './invariants.ts';
-import { findEnd, LOG_START, RecordBoundaries } from './log-records.ts';
+import { boundaryFrom, findEnd, LOG_START, RecordBoundaries } from './log-records.ts';
 import type { Random } from './random.ts';
 import type { Scheduler } from './scheduler.ts';
 import { SimulatedDisk } from './simulated-disk.ts';
@@ -28,6 +28,8 @@ export const BUGS = [
   'accept-older-configuration',
   'settle-unconfirmed',
   'give-without-renewing',
+  'remove-unsaved',
+  'begin-past-commit',
 ] as const;
 
 export type Bug = (typeof BUGS)[number];
@@ -36,6 +38,8 @@ export type ToAcceptor =
   | { readonly kind: 'greeting' }
   | { readonly kind: 'create'; readonly incarnation: string; readonly state: AcceptorState }
   | { readonly kind: 'read'; readonly fromLsn: number; readonly term: number }
+  /** Where may a log begin that is given anew? */
+  | { readonly kind: 'resume' }
   | ProposerMessage;
 
 export type FromAcceptor =
@@ -43,12 +47,15 @@ export type FromAcceptor =
   /** There is no log here. */
   | { readonly kind: 'absent'; readonly incarnation: string }
   | { readonly kind: 'read-reply'; readonly term: number; readonly lsn: number; readonly bytes: Buffer }
+  | { readonly kind: 'resume-reply'; readonly lsn: number }
   /** To a read: there is no log here. A proposer of the world learns it when its connection breaks. */
   | { readonly kind: 'read-refusal' }
   /** A vote-reply brings the log that is voted with, which a real compute gets from the pageserver. */
   | (VoteReply & { readonly image?: Buffer })
   | Exclude<AcceptorMessage, VoteReply>;
 
+/** Old WAL is removed in pieces of so much. */
+const SEGMENT_BYTES = 256;
 const MAX_IO_MS = 8;
 const READ_BYTES = 120;
 
@@ -58,9 +65,13 @@ export interface AcceptorWorld {
   readonly invariants: Invariants;
   readonly bug: Bug | undefined;
   readonly trace: Trace;
+  /** What acceptors have brought to the object store; `[0]` is at LOG_START. It is all committed. */
+  readonly offloaded: Buffer;
   reply(from: SimulatedAcceptor, to: string, message: FromAcceptor): void;
   /** Connections that were greeted here and may still be there. */
   connectionsOf(acceptor: SimulatedAcceptor): Iterable<string>;
+  /** It is given a log that begins after LOG_START. */
+  lateLog(acceptor: SimulatedAcceptor): void;
 }
 
 export class SimulatedAcceptor {
@@ -93,6 +104,25 @@ export class SimulatedAcceptor {
     return this.#acceptor?.isVoter ?? this.#isWhole;
   }
 
+  /** Of the log, with what the object store has of it where this disk has it not. */
+  image(endLsn: number): Buffer {
+    const image = Buffer.from(this.disk.visible.subarray(0, endLsn - LOG_START));
+    this.#world.offloaded.copy(image, 0, 0, Math.min(image.length, this.disk.startLsn - LOG_START));
+    return image;
+  }
+
+  get history(): TermHistory {
+    return this.#acceptor!.history;
+  }
+
+  /** As safekeeper/wal-cursor.ts has it. Undefined when it cannot be told. */
+  get resumePoint(): number | undefined {
+    const acceptor = this.#acceptor;
+    if (acceptor === undefined) return undefined;
+    if (this.#world.bug === 'begin-past-commit') return acceptor.flushLsn;
+    return boundaryFrom(this.image(acceptor.commitLsn), this.disk.startLsn, acceptor.commitLsn);
+  }
+
   get hasLog(): boolean {
     return this.#acceptor !== undefined;
   }
@@ -104,6 +134,10 @@ export class SimulatedAcceptor {
 
   get flushLsn(): number {
     return this.#acceptor?.flushLsn ?? 0;
+  }
+
+  get commitLsn(): number {
+    return this.#acceptor?.commitLsn ?? 0;
   }
 
   start(): void {
@@ -128,7 +162,28 @@ export class SimulatedAcceptor {
     const found = state;
     this.#world.trace(this.#name, () => `starts: ${describeLog(found, endLsn)}`);
     invariants.restarted(this.index, endLsn);
-    invariants.committedOn(this.index, this.disk.visible, state.commitLsn);
+    invariants.committedOn(this.index, this.disk.visible, this.disk.startLsn, state.commitLsn);
+  }
+
+  /** Brings what is committed to the object store and removes it here, as safekeeper/kept-wal.ts does: below the commit LSN as it is written down. */
+  removeOld(random: Random): void {
+    const acceptor = this.#acceptor;
+    if (acceptor === undefined) return;
+    const { disk } = this;
+    const savedLsn = this.#world.bug === 'remove-unsaved' ? acceptor.commitLsn : disk.durableState!.commitLsn;
+    const keptBytes = random.pick([0, 0, 500, 4_000]);
+    const lsn = SEGMENT_BYTES * Math.floor(Math.max(LOG_START, savedLsn - keptBytes) / SEGMENT_BYTES);
+    if (lsn <= disk.startLsn) return;
+    this.#world.trace(this.#name, () => `removes its log before ${lsn}`);
+    this.offload(lsn);
+    disk.removeBefore(lsn);
+  }
+
+  /** What is committed below there is in the object store afterwards. */
+  offload(lsn: number): void {
+    const { startLsn, visible } = this.disk;
+    this.#world.invariants.committedOn(this.index, visible, startLsn, lsn);
+    visible.copy(this.#world.offloaded, startLsn - LOG_START, startLsn - LOG_START, lsn - LOG_START);
   }
 
   crash(isPowerCut: boolean): void {
@@ -169,12 +224,18 @@ export class SimulatedAcceptor {
       }
     } else if (message.kind === 'greeting' || message.kind === 'create') {
       this.#greet(acceptor, connection);
+    } else if (message.kind === 'resume') {
+      const { resumePoint: lsn } = this;
+      if (lsn === undefined) return;
+      this.offload(Math.min(lsn, acceptor.commitLsn)); // The pageserver and the object store have it, or nobody needs it.
+      this.#world.reply(this, connection, { kind: 'resume-reply', lsn });
     } else if (message.kind === 'read') {
       if (acceptor.leaderTerm !== message.term || message.fromLsn >= acceptor.flushLsn) return;
       const from = message.fromLsn - LOG_START;
-      const bytes = Buffer.from(
-        this.disk.visible.subarray(from, Math.min(from + READ_BYTES, acceptor.flushLsn - LOG_START)),
-      );
+      const isHere = message.fromLsn >= this.disk.startLsn;
+      const endLsn = isHere ? acceptor.flushLsn : this.disk.startLsn;
+      const source = isHere ? this.disk.visible : this.#world.offloaded;
+      const bytes = Buffer.from(source.subarray(from, Math.min(from + READ_BYTES, endLsn - LOG_START)));
       this.#world.reply(this, connection, { kind: 'read-reply', term: message.term, lsn: message.fromLsn, bytes });
     } else if (this.#world.bug === 'reuse-of-term' && message.kind === 'vote' && message.term === acceptor.term) {
       this.#voteAgain(acceptor, connection);
@@ -204,6 +265,8 @@ export class SimulatedAcceptor {
     const isRestricted = votesFrom !== undefined && this.#world.bug !== 'vote-before-caught-up';
     const state = isRestricted ? { ...others, votesFrom } : others;
     const life = this.#life;
+    if (state.commitLsn > LOG_START) this.#world.lateLog(this);
+    this.disk.removeBefore(state.commitLsn);
     this.disk.startPersist(state);
     this.#world.scheduler.after(this.#world.random.between(0, MAX_IO_MS), () => {
       if (this.#life !== life) return;
@@ -258,7 +321,7 @@ export class SimulatedAcceptor {
         case 'progress': {
           const acceptor = this.#acceptor!;
           invariants.check(acceptor.commitLsn <= acceptor.flushLsn, 'the commit LSN is not past the flush LSN');
-          invariants.committedOn(this.index, this.disk.visible, acceptor.commitLsn);
+          invariants.committedOn(this.index, this.disk.visible, this.disk.startLsn, acceptor.commitLsn);
           break;
         }
       }
@@ -268,11 +331,7 @@ export class SimulatedAcceptor {
   #withImage(message: AcceptorMessage): FromAcceptor {
     if (message.kind !== 'vote-reply') return message;
     const configuration = this.#told(message.configuration);
-    return {
-      ...message,
-      configuration,
-      image: Buffer.from(this.disk.visible.subarray(0, message.flushLsn - LOG_START)),
-    };
+    return { ...message, configuration, image: this.image(message.flushLsn) };
   }
 
   #told(configuration: Configuration): Configuration {

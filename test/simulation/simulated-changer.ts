@@ -5,12 +5,12 @@
  * The order is what src/platform/safekeepers.ts keeps to:
  *   1. ask those who are new whether they have the log, and in which life
  *   2. set the joint configuration, or a renewed one when another changer left one behind
- *   3. give an empty log to those that had none, for that life only
+ *   3. give an empty log to those that had none, for that life only; it begins where the disks of the old members do
  *   4. wait until a leader has settled it; when a newcomer has lost its log meanwhile, begin again
  *   5. set the final configuration; or go back to the old members, when it takes too long
  * Because 2 comes between 1 and 3, what a newcomer confirmed before it lost its log counts for no configuration that may become final.
  */
-import { blankState } from '../../src/consensus/acceptor.ts';
+import { type AcceptorState, blankState } from '../../src/consensus/acceptor.ts';
 import {
   abandonedConfiguration,
   type Configuration,
@@ -18,6 +18,7 @@ import {
   jointConfiguration,
   renewedConfiguration,
 } from '../../src/consensus/configuration.ts';
+import { historyUpTo } from '../../src/consensus/term-history.ts';
 import { LOG_START } from './log-records.ts';
 import type { Random } from './random.ts';
 import type { Scheduler } from './scheduler.ts';
@@ -34,6 +35,8 @@ export interface ChangerWorld {
   readonly bug: Bug | undefined;
   readonly trace: Trace;
   readonly isHealing: boolean;
+  /** Acceptors remove what is old, and logs are given from where others still have them. */
+  readonly removesWal: boolean;
   /** As it is written down by who assigns versions. */
   readonly configuration: Configuration;
   compareAndSet(expectedVersion: number, next: Configuration): boolean;
@@ -125,9 +128,29 @@ function* give(
   for (const { nodeId, incarnation, hasLog } of reports) {
     if (hasLog) continue;
     yield;
-    world.trace(`a${nodeId}`, () => `is given an empty log in life ${incarnation}`);
-    world.acceptor(nodeId).give(incarnation, blankState(LOG_START, configuration));
+    const state = newLog(world, configuration);
+    if (state === undefined) return; // Nobody who would know is there.
+    if (world.removesWal) yield;
+    world.trace(`a${nodeId}`, () => `is given an empty log from ${state.commitLsn} on, in life ${incarnation}`);
+    world.acceptor(nodeId).give(incarnation, state);
   }
+}
+
+/** As platform/membership-change.ts has it. */
+function newLog(world: ChangerWorld, configuration: Configuration): AcceptorState | undefined {
+  const blank = blankState(LOG_START, configuration);
+  if (!world.removesWal) return blank;
+  let latest: { readonly resumeLsn: number; readonly from: SimulatedAcceptor } | undefined;
+  for (const from of configuration.members.map((member) => world.acceptor(member))) {
+    const resumeLsn = from.resumePoint;
+    if (resumeLsn !== undefined && resumeLsn > (latest?.resumeLsn ?? 0)) latest = { resumeLsn, from };
+  }
+  if (latest === undefined) return undefined;
+  const { resumeLsn, from } = latest;
+  if (resumeLsn === LOG_START) return blank;
+  from.offload(Math.min(resumeLsn, from.commitLsn));
+  const history = historyUpTo(from.history, resumeLsn);
+  return { ...blank, term: history.at(-1)!.term, history, commitLsn: resumeLsn };
 }
 
 /** Undefined: a newcomer has no log, which takes a new round. False: somebody else has gone on, or it takes too long. */

@@ -2,6 +2,8 @@
  * One acceptor's disk: what a process sees, what would survive a power cut, and what is on its way from the one to the other.
  *
  * A power cut loses unsynced writes, or parts of them, sector by sector. Killing the process only loses what it had not written yet.
+ *
+ * The log begins at `startLsn`: what is before was removed, or never was here. Other bytes stand in its place, so that who reads them is found.
  */
 import type { AcceptorState } from '../../src/consensus/acceptor.ts';
 import { LOG_START } from './log-records.ts';
@@ -9,6 +11,7 @@ import type { Random } from './random.ts';
 
 export const LOG_CAPACITY = 128 * 1024;
 const SECTOR_BYTES = 16;
+const REMOVED = 0xee;
 
 export interface PendingWrite {
   readonly at: number;
@@ -19,6 +22,7 @@ export class SimulatedDisk {
   readonly #random: Random;
   readonly visible = Buffer.alloc(LOG_CAPACITY);
   readonly #durable = Buffer.alloc(LOG_CAPACITY);
+  #startLsn = LOG_START;
   #highest = 0;
   #pending: PendingWrite[] = [];
   /** Undefined: there is no log here. */
@@ -32,6 +36,22 @@ export class SimulatedDisk {
 
   get state(): AcceptorState | undefined {
     return this.#visibleState;
+  }
+
+  /** As a power cut would leave it. */
+  get durableState(): AcceptorState | undefined {
+    return this.#durableState;
+  }
+
+  /** The first byte that is here. */
+  get startLsn(): number {
+    return this.#startLsn;
+  }
+
+  /** From now on the log begins there, durably. */
+  removeBefore(lsn: number): void {
+    this.#startLsn = lsn;
+    for (const bytes of [this.visible, this.#durable]) bytes.fill(REMOVED, 0, lsn - LOG_START);
   }
 
   write(lsn: number, chunks: readonly Buffer[]): PendingWrite {
@@ -92,6 +112,7 @@ export class SimulatedDisk {
   wipe(): void {
     this.visible.fill(0);
     this.#durable.fill(0);
+    this.#startLsn = LOG_START;
     this.#highest = 0;
     this.#pending = [];
     this.#pendingState = undefined;

@@ -2,6 +2,7 @@
 import { type Configuration, quorumLsn } from '../../src/consensus/configuration.ts';
 import type { AcceptorMessage, Elected, Renew, VoteRequest } from '../../src/consensus/messages.ts';
 import { type ProposerAction, ProposerState } from '../../src/consensus/proposer.ts';
+import { historyUpTo } from '../../src/consensus/term-history.ts';
 import type { Invariants } from './invariants.ts';
 import { findEnd, LOG_START, makeRecord } from './log-records.ts';
 import type { Random } from './random.ts';
@@ -20,12 +21,16 @@ const RETRY_MS = 60;
 const MAX_DOUBLINGS = 4;
 const NO_IMAGE = Buffer.alloc(0);
 
+type CreateAction = Extract<ProposerAction, { kind: 'create' }>;
+
 export interface ProposerWorld {
   readonly scheduler: Scheduler;
   readonly random: Random;
   readonly invariants: Invariants;
   readonly bug: Bug | undefined;
   readonly trace: Trace;
+  /** Acceptors remove what is old. */
+  readonly removesWal: boolean;
   /** Opens a connection to an acceptor, in place of an earlier one. */
   connect(proposer: SimulatedProposer, acceptor: number): string;
   send(connection: string, acceptor: number, message: ToAcceptor): void;
@@ -47,6 +52,8 @@ export class SimulatedProposer {
   readonly #unconfirmedCounts: number[] = [];
   /** The logs that the last votes came with. */
   readonly #images: Buffer[] = [];
+  /** What waits for the answer from where on it can be given. */
+  readonly #creating: (CreateAction | undefined)[] = [];
   /** The whole log; what is below #memoryStart would not be in a real proposer's memory and has to be read from another acceptor. */
   readonly #log = Buffer.alloc(LOG_CAPACITY);
   #memoryStart = LOG_START;
@@ -115,7 +122,7 @@ export class SimulatedProposer {
     if (this.#stopped || peer < 0) return;
     this.#heardAt[peer] = this.#world.scheduler.now;
     this.#world.trace(this.name, () => `hears a${this.#nodeOf(peer)}: ${describe(message)}`);
-    if (message.kind === 'read-reply') return; // deliverRead
+    if (message.kind === 'read-reply' || message.kind === 'resume-reply') return; // deliverRead, deliverResumePoint
     if (message.kind === 'greeting-reply') {
       this.#perform(this.#state.greeted(peer, message));
     } else if (message.kind === 'absent') {
@@ -138,6 +145,17 @@ export class SimulatedProposer {
     this.#pump(peer);
   }
 
+  /** Where the log may begin that the peer gets anew, as compute/proposer-peer.ts decides. */
+  deliverResumePoint(peer: number, lsn: number): void {
+    const create = this.#creating[peer];
+    this.#creating[peer] = undefined;
+    if (this.#stopped || create === undefined || this.#state.peer(peer).state !== 'creating') return;
+    const { state } = create;
+    const isLater = lsn > state.commitLsn && lsn <= this.#limitOfResume();
+    const history = historyUpTo(this.#state.history, lsn);
+    this.#send(peer, isLater ? { ...create, state: { ...state, commitLsn: lsn, history } } : create);
+  }
+
   /** The acceptor that was read from has lost its log. */
   readRefused(acceptor: number): void {
     const peer = this.#peers().find((each) => this.#nodeOf(each) === acceptor);
@@ -153,7 +171,7 @@ export class SimulatedProposer {
           this.#send(action.peer, action.message);
           break;
         case 'create':
-          this.#send(action.peer, action);
+          this.#give(action.peer, action);
           break;
         case 'reconnect':
           this.#reconnect(action.peer);
@@ -244,6 +262,21 @@ export class SimulatedProposer {
     }
   }
 
+  /** One that has lost its log gets it from where the disk of another begins. */
+  #give(peer: number, create: CreateAction): void {
+    const source = create.state.votesFrom === undefined ? undefined : this.#state.recoverySource(peer);
+    if (source === undefined || !this.#world.removesWal) {
+      this.#send(peer, create);
+      return;
+    }
+    this.#creating[peer] = create;
+    this.#world.send(`${this.name}#resume${peer}`, this.#nodeOf(source), { kind: 'resume' });
+  }
+
+  #limitOfResume(): number {
+    return this.#world.bug === 'begin-past-commit' ? Infinity : this.commitLsn;
+  }
+
   #append(peer: number, beginLsn: number, bytes: Buffer): void {
     const { term, commitLsn } = this.#state;
     this.#send(peer, { kind: 'append', term, beginLsn, commitLsn, bytes });
@@ -296,6 +329,7 @@ export class SimulatedProposer {
   }
 
   #connect(peer: number): void {
+    this.#creating[peer] = undefined;
     this.#connections[peer] = this.#world.connect(this, this.#nodeOf(peer));
     this.#heardAt[peer] = this.#world.scheduler.now;
     this.#send(peer, { kind: 'greeting' });

@@ -23,6 +23,10 @@ export function describe(message: ToAcceptor | FromAcceptor): string {
       return `read from ${message.fromLsn}, term ${message.term}`;
     case 'read-reply':
       return `read-reply ${range(message.lsn, message.bytes)}`;
+    case 'resume':
+      return 'where may a log begin?';
+    case 'resume-reply':
+      return `a log may begin at ${message.lsn}`;
     case 'read-refusal':
       return 'there is no log here to read';
     case 'vote':
