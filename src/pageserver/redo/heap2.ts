@@ -24,9 +24,16 @@
  *                                                                        u8 flags, u8 pad}[count]
  */
 
+import { maxAlign } from '../../postgres/lsn.ts';
 import {
+  BLOCK_SIZE,
+  ITEM_ID_SIZE,
+  LP_NORMAL,
+  MAX_HEAP_TUPLES_PER_PAGE,
+  PAGE_HEADER_SIZE,
   PD_ALL_VISIBLE,
   PageError,
+  makeItemId,
   pageInit,
   pageIsNew,
   pageMaxOffset,
@@ -36,13 +43,29 @@ import {
   setItemRedirect,
   setItemUnused,
   setPageFlag,
+  setPageLower,
+  setPageUpper,
 } from '../../postgres/page.ts';
 import { versionFacts } from '../../postgres/version.ts';
 import type { PgVersion } from '../../postgres/version.ts';
 import { findBlock } from '../../postgres/wal/record.ts';
 import type { WalBlock, WalRecord } from '../../postgres/wal/record.ts';
+import { copyBytes, viewOf } from '../layers/copy-bytes.ts';
 import { VISIBILITYMAP_VALID_BITS, visibilityMapBlock, visibilityMapByte, visibilityMapShift } from './derived.ts';
-import { CID, INFOMASK, INFOMASK2, XMAX, getU16, heapTupleAt, setXmaxBits } from './heap-tuple.ts';
+import {
+  CID,
+  COMBOCID,
+  CTID,
+  HOFF,
+  INFOMASK,
+  INFOMASK2,
+  TUPLE_HEADER_SIZE,
+  XMAX,
+  XMIN,
+  getU16,
+  heapTupleAt,
+  setXmaxBits,
+} from './heap-tuple.ts';
 import { HEAP_INIT_PAGE, INSERT_ALL_FROZEN_SET, INSERT_ALL_VISIBLE_CLEARED, addTuple, need } from './heap.ts';
 
 const OPMASK = 0x70;
@@ -126,13 +149,23 @@ function redoMultiInsert(page: Buffer, record: WalRecord, block: WalBlock): void
   const { bytes, mainOffset: main } = record;
   const flags = bytes[main]!;
   const count = getU16(bytes, main + 2);
-  const init = (record.info & HEAP_INIT_PAGE) !== 0;
-  if (init) pageInit(page, 0);
-  else need(record, 4 + count * 2);
+  if ((record.info & HEAP_INIT_PAGE) !== 0) {
+    pageInit(page, 0);
+    fillPage(page, record, block, count);
+  } else {
+    need(record, 4 + count * 2);
+    addTuples(page, record, block, count);
+  }
+  if ((flags & INSERT_ALL_VISIBLE_CLEARED) !== 0) setPageFlag(page, PD_ALL_VISIBLE, false);
+  if ((flags & INSERT_ALL_FROZEN_SET) !== 0) setPageFlag(page, PD_ALL_VISIBLE, true);
+}
+
+function addTuples(page: Buffer, record: WalRecord, block: WalBlock, count: number): void {
+  const { bytes, mainOffset: main } = record;
   const end = block.dataOffset + block.dataLength;
   let at = block.dataOffset;
   for (let i = 0; i < count; i++) {
-    const offset = init ? i + 1 : getU16(bytes, main + 4 + i * 2);
+    const offset = getU16(bytes, main + 4 + i * 2);
     at += (at - block.dataOffset) & 1;
     const next = at + MULTI_INSERT_HEADER_SIZE + (at + 2 <= end ? getU16(bytes, at) : 0);
     if (next > end) throw new PageError(`tuple ${i + 1} of ${count} leaves the record's data`);
@@ -140,8 +173,45 @@ function redoMultiInsert(page: Buffer, record: WalRecord, block: WalBlock): void
     at = next;
   }
   if (at !== end) throw new PageError(`${end - at} bytes are left after ${count} tuples`);
-  if ((flags & INSERT_ALL_VISIBLE_CLEARED) !== 0) setPageFlag(page, PD_ALL_VISIBLE, false);
-  if ((flags & INSERT_ALL_FROZEN_SET) !== 0) setPageFlag(page, PD_ALL_VISIBLE, true);
+}
+
+/**
+ * As addTuples, for items 1 to `count` of a page that is empty: all of what was loaded by COPY comes by this way, so it looks at each tuple once, and at the
+ * page's header not at all.
+ */
+function fillPage(page: Buffer, record: WalRecord, block: WalBlock, count: number): void {
+  const { sourceView: from, xid } = record;
+  const to = viewOf(page);
+  const start = record.sourceOffset + block.dataOffset;
+  const end = start + block.dataLength;
+  const ctidBlock = ((block.blk & 0xffff) << 16) | (block.blk >>> 16);
+  let at = start;
+  let lower = PAGE_HEADER_SIZE;
+  let upper = BLOCK_SIZE;
+  for (let item = 1; item <= count; item++) {
+    at += (at - start) & 1;
+    const body = at + MULTI_INSERT_HEADER_SIZE;
+    const bodyLength = at + 2 <= end ? from.getUint16(at, true) : 0;
+    if (body + bodyLength > end) throw new PageError(`tuple ${item} of ${count} leaves the record's data`);
+    const length = TUPLE_HEADER_SIZE + bodyLength;
+    upper -= maxAlign(length);
+    if (lower + ITEM_ID_SIZE > upper || item > MAX_HEAP_TUPLES_PER_PAGE) {
+      throw new PageError(`a tuple of ${length} bytes does not fit at item ${item}`);
+    }
+    to.setUint32(lower, makeItemId(upper, LP_NORMAL, length), true);
+    lower += ITEM_ID_SIZE;
+    to.setUint32(upper + XMIN, xid, true);
+    to.setUint32(upper + CTID, ctidBlock, true);
+    to.setUint16(upper + CTID + 4, item, true);
+    to.setUint16(upper + INFOMASK2, from.getUint16(at + 2, true), true);
+    to.setUint16(upper + INFOMASK, from.getUint16(at + 4, true) & ~COMBOCID, true);
+    to.setUint8(upper + HOFF, from.getUint8(at + 6));
+    copyBytes(from, body, to, upper + TUPLE_HEADER_SIZE, bodyLength);
+    at = body + bodyLength;
+  }
+  if (at !== end) throw new PageError(`${end - at} bytes are left after ${count} tuples`);
+  setPageLower(page, lower);
+  setPageUpper(page, upper);
 }
 
 /** Unlike a plain lock, this leaves ctid, HEAP_HOT_UPDATED and the command id alone. */
