@@ -8,7 +8,7 @@
  *
  * Nothing here connects anew: a stream that ends rejects with `unavailable` and the caller starts another one from where it got to.
  */
-import { connect, type Socket } from 'node:net';
+import { connect, type OnReadOpts, type Socket } from 'node:net';
 import { errorTable, type ErrorCode, StrataError } from '../base/errors.ts';
 import { type Frame, FrameReader } from '../base/frames.ts';
 import type { AcceptorState } from '../consensus/acceptor.ts';
@@ -38,6 +38,7 @@ export type { PageserverFeedback, TimelineProgress, TimelineWalStatus, WalChunk 
 
 const CONNECT_TIMEOUT_MS = 5_000;
 const CALL_TIMEOUT_MS = 30_000;
+const RECEIVE_BYTES = 16 * 1024;
 /** Frames that a stream's consumer has not taken yet; beyond it the socket is paused. */
 const MAX_QUEUED_FRAMES = 16;
 
@@ -253,6 +254,8 @@ export class SafekeeperClient {
 
 export interface ConnectionHandlers {
   onFrame(frame: Frame): void;
+  /** False: a frame is needed until `onFrame` returns and no longer, so that all are received into one buffer, which is cheaper. */
+  readonly keepsFrames?: boolean;
   /** Called once, whoever closed. */
   onClose(error: StrataError): void;
 }
@@ -265,12 +268,35 @@ export class SafekeeperConnection {
   #closed = false;
 
   constructor(endpoint: SafekeeperEndpoint, handlers: ConnectionHandlers) {
+    const { keepsFrames = true } = handlers;
     const { host, port, socketPath } = endpoint.address;
     this.#handlers = handlers;
     this.#name = `safekeeper ${host}:${port}`;
-    const socket = connect(socketPath === undefined ? { host, port, noDelay: true } : { path: socketPath });
-    this.#socket = socket;
     const reader = new FrameReader();
+    const receive = (chunk: Buffer): void => {
+      try {
+        reader.push(chunk);
+        for (let frame = reader.next(); frame !== undefined && !this.#closed; frame = reader.next()) {
+          if (frame.type === FRAME.helloReply) clearTimeout(timer);
+          else if (frame.type === FRAME.error) this.#close(toError(decodeJson(frame.payload) as ErrorBody));
+          else handlers.onFrame(frame);
+        }
+        if (!keepsFrames) reader.keepRest();
+      } catch (error) {
+        this.#close(
+          error instanceof StrataError
+            ? error
+            : new StrataError('internal', `${this.#name}: ${String(error)}`, { cause: error }),
+        );
+      }
+    };
+    const onread = keepsFrames ? undefined : receiveInto(Buffer.allocUnsafeSlow(RECEIVE_BYTES), receive);
+    const socket = connect({
+      ...(socketPath === undefined ? { host, port, noDelay: true } : { path: socketPath }),
+      onread,
+    });
+    this.#socket = socket;
+    if (keepsFrames) socket.on('data', receive);
     const timer = setTimeout(
       () => this.#close(new StrataError('unavailable', `${this.#name} gave no answer in ${CONNECT_TIMEOUT_MS} ms`)),
       CONNECT_TIMEOUT_MS,
@@ -281,22 +307,6 @@ export class SafekeeperConnection {
     socket.on('close', () => {
       clearTimeout(timer);
       this.#close(new StrataError('unavailable', `${this.#name} closed the connection`));
-    });
-    socket.on('data', (chunk) => {
-      try {
-        reader.push(chunk);
-        for (let frame = reader.next(); frame !== undefined && !this.#closed; frame = reader.next()) {
-          if (frame.type === FRAME.helloReply) clearTimeout(timer);
-          else if (frame.type === FRAME.error) this.#close(toError(decodeJson(frame.payload) as ErrorBody));
-          else handlers.onFrame(frame);
-        }
-      } catch (error) {
-        this.#close(
-          error instanceof StrataError
-            ? error
-            : new StrataError('internal', `${this.#name}: ${String(error)}`, { cause: error }),
-        );
-      }
     });
     socket.write(encodeHello(endpoint.token));
   }
@@ -355,6 +365,15 @@ export class SafekeeperConnection {
     this.#socket.destroy();
     this.#handlers.onClose(error);
   }
+}
+
+/** For net.connect: everything comes into this one buffer. */
+function receiveInto(buffer: Buffer, receive: (chunk: Buffer) => void): OnReadOpts {
+  const callback = (bytes: number): boolean => {
+    receive(buffer.subarray(0, bytes));
+    return true;
+  };
+  return { buffer, callback };
 }
 
 /** The frames that answer one opening frame, with a bound on those that wait to be taken. */

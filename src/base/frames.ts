@@ -48,6 +48,11 @@ export class FrameReader {
     this.#bufferedBytes += chunk.length;
   }
 
+  /** Copies what is here of a frame that is not whole: who pushed it uses that memory again. */
+  keepRest(): void {
+    if (this.#bufferedBytes > 0) this.#chunks = [Buffer.concat(this.#chunks)];
+  }
+
   /** The next whole frame, or undefined until more bytes come. Throws on a length beyond the limit. */
   next(): Frame | undefined {
     if (this.#bufferedBytes < FRAME_HEADER_BYTES) return undefined;

@@ -148,8 +148,8 @@ export class ProposerPeer {
     this.#connection?.close();
   }
 
-  /** Sends what may be sent now. */
-  pump(isPauseOver = false): void {
+  /** Sends what may be sent now: what belongs to a round that begins, what was held back, or, as nothing will follow, all the rest. */
+  pump(what: 'round' | 'held-back' | 'rest' = 'round'): void {
     const { state, index, mayBegin } = this.#options;
     const buffer = this.#options.buffer();
     const peer = state.peer(index);
@@ -160,7 +160,9 @@ export class ProposerPeer {
         return;
       }
       const isSmall = buffer.endLsn - peer.sendLsn < SMALL_APPEND_BYTES;
-      if (isSmall && (this.#unacknowledged.length >= MAX_SMALL_APPENDS || !(isPauseOver || mayBegin()))) return;
+      if (isSmall && what !== 'rest') {
+        if (this.#unacknowledged.length >= MAX_SMALL_APPENDS || !(what === 'held-back' || mayBegin())) return;
+      }
       this.#append(peer.sendLsn, buffer.view(peer.sendLsn));
     }
   }
@@ -173,7 +175,7 @@ export class ProposerPeer {
 
   /** A pause is over: sends what was held back, if it may, and when no WAL came the commit LSN. True when it may have to be told of a commit LSN after another one. */
   catchUp(maySend: boolean, isQuiet: boolean): boolean {
-    this.pump(maySend);
+    this.pump(maySend ? 'held-back' : 'round');
     const { state, index } = this.#options;
     const peer = state.peer(index);
     // As long as WAL flows, the next append carries the commit LSN.
@@ -205,7 +207,7 @@ export class ProposerPeer {
 
   async close(timeoutMs: number): Promise<void> {
     if (this.#closed) return;
-    if (timeoutMs > 0) this.pump(true);
+    if (timeoutMs > 0) this.pump('rest');
     this.tellCommit();
     this.#closed = true;
     clearTimeout(this.#reconnectTimer);
@@ -224,6 +226,7 @@ export class ProposerPeer {
       { address, token },
       {
         onFrame: (frame) => this.#received(frame),
+        keepsFrames: false,
         onClose: (error) => {
           this.#connection = undefined;
           this.#lastError = error;

@@ -141,6 +141,26 @@ test('what is appended is committed and is then on all safekeepers, the commit L
   }
 });
 
+test('a proposer that is closed has sent everything to all safekeepers, to those that get it late too', async (context) => {
+  const cluster = await Cluster.start(context);
+  const wal = makeWal(
+    MID_SEGMENT_LSN,
+    Array.from({ length: 40 }, () => 300),
+  );
+  let at = MID_SEGMENT_LSN;
+  for (let round = 0; round < 10; round++) {
+    const proposer = await cluster.elect();
+    for (const endLsn of wal.ends.slice(4 * round, 4 * round + 4)) {
+      proposer.append(at, wal.bytes.subarray(at - MID_SEGMENT_LSN, endLsn - MID_SEGMENT_LSN));
+      at = endLsn;
+      await proposer.waitCommitted(endLsn);
+      await sleep(round);
+    }
+    await proposer.close();
+    for (const index of [0, 1, 2]) await cluster.reaches(index, at);
+  }
+});
+
 test('only whole records are committed, and a new leader starts after the last of them', async (context) => {
   const cluster = await Cluster.start(context);
   const first = await cluster.elect();

@@ -6,7 +6,8 @@
  *                                     'k' u64 server's end, i64 time, u8 reply wanted
  *               from us:              'r' u64 written, u64 flushed, u64 applied, i64 time, u8 reply wanted
  *
- * WAL is passed on as it comes, also in pieces of a message: nothing is put together or copied here.
+ * WAL is passed on as it comes, also in pieces of a message: nothing is put together or copied here. All of it is received into one buffer, which is
+ * used again once the handler has returned: every commit waits for this connection, and a stream's chunks cost as much again as reading them.
  */
 import { connect, type Socket } from 'node:net';
 import { StrataError } from '../base/errors.ts';
@@ -30,6 +31,8 @@ const WAL_HEADER_BYTES = 25;
 const KEEPALIVE_BYTES = 18;
 const STATUS_BYTES = 34;
 const DUPLICATE_OBJECT = '42710';
+const NO_BYTES = Buffer.alloc(0);
+const RECEIVE_BYTES = 64 * 1024;
 const LOGIN_TIMEOUT_MS = 10_000;
 const AUTHENTICATION = { ok: 0, sasl: 10, saslContinue: 11, saslFinal: 12 } as const;
 
@@ -42,6 +45,7 @@ export interface ReplicationOptions {
 }
 
 export interface ReplicationHandlers {
+  /** The bytes are there only until it returns. */
   onWal(lsn: Lsn, bytes: Buffer): void;
   /** The server wants to know at once how far we are. */
   onStatusWanted(): void;
@@ -58,21 +62,25 @@ export class ReplicationClient {
   #closeReason: string | undefined;
 
   // While streaming: bytes of an incomplete header, and what is left of the WAL of the current message.
-  #rest: Buffer = Buffer.alloc(0);
+  #rest: Buffer = NO_BYTES;
   #walLsn: Lsn = 0;
   #walLeft = 0;
 
-  private constructor(socket: Socket) {
+  private constructor(path: string) {
+    const buffer = Buffer.allocUnsafeSlow(RECEIVE_BYTES);
+    const callback = (bytes: number): boolean => {
+      this.#receivedBytes(buffer.subarray(0, bytes));
+      return true;
+    };
+    const socket = connect({ path, onread: { buffer, callback } });
     this.#socket = socket;
-    socket.on('data', (chunk) => this.#receivedBytes(chunk));
     socket.on('error', (error) => this.#closed(error.message));
     socket.on('close', () => this.#closed('Postgres closed the connection'));
   }
 
   /** Logs in, by SCRAM or where Postgres trusts us. Throws `unavailable` with what Postgres says. */
   static async connect(options: ReplicationOptions): Promise<ReplicationClient> {
-    const socket = connect({ path: `${options.socketDir}/.s.PGSQL.${options.port}` });
-    const client = new ReplicationClient(socket);
+    const client = new ReplicationClient(`${options.socketDir}/.s.PGSQL.${options.port}`);
     const timer = setTimeout(() => client.#closed('no answer to the login'), LOGIN_TIMEOUT_MS);
     try {
       await client.#login(options);
@@ -190,7 +198,7 @@ export class ReplicationClient {
         this.#streamBytes(chunk);
         return;
       }
-      this.#reader.push(chunk);
+      this.#reader.push(Buffer.from(chunk));
       for (let message = this.#reader.next(); message !== undefined; message = this.#reader.next()) {
         const waiting = this.#waiting;
         this.#waiting = undefined;
@@ -219,7 +227,7 @@ export class ReplicationClient {
       if (taken === 0) break;
       bytes = bytes.subarray(taken);
     }
-    this.#rest = bytes;
+    this.#rest = bytes.length === 0 ? NO_BYTES : Buffer.from(bytes);
   }
 
   /** How many bytes were a message, or the part of it before its WAL; 0 when more are needed. */
