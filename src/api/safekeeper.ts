@@ -176,6 +176,11 @@ export class SafekeeperClient {
     return (await this.#call('walStatus', {})) as TimelineWalStatus[];
   }
 
+  /** Has all WAL that is on its disk brought to the object store again, where that does not have it any more. */
+  async offloadAgain(tenantId: string, timelineId: string): Promise<void> {
+    await this.#call('offloadAgain', { tenantId, timelineId });
+  }
+
   async list(): Promise<TimelineProgress[]> {
     return (await this.#call('list', {})) as TimelineProgress[];
   }

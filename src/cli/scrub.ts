@@ -4,74 +4,15 @@
 import { randomInt } from 'node:crypto';
 import { InvalidArgumentError } from 'commander';
 import type { Command } from 'commander';
-import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+import type { Finding, ScrubReport, ScrubRequest } from '../api/scrub.ts';
+import { formatLsn } from '../postgres/lsn.ts';
 import { type CliContext, openPlatform, projectCommand, type ProjectOptions, show } from './context.ts';
 import { findBranch, findProject, listBranches, listProjects } from './entities.ts';
 import { formatBytes, formatFields } from './format.ts';
 import type { RunningPlatform } from './platform.ts';
 import { occasionally } from './progress.ts';
 
-export interface ScrubFinding {
-  readonly timelineId: string;
-  readonly where: 'local' | 'object store';
-  readonly name: string;
-  readonly offset: number;
-  readonly reason: string;
-}
-
-export interface ScrubReport {
-  readonly seed: number;
-  readonly objectStore: string | undefined;
-  readonly timelines: number;
-  readonly local: { readonly layers: number; readonly bytes: number };
-  readonly remote: { readonly layers: number; readonly bytes: number };
-  readonly evictedLayers: number;
-  readonly findings: readonly ScrubFinding[];
-  readonly repaired: readonly ScrubFinding[];
-  readonly orphans: readonly { readonly name: string; readonly sizeBytes: number }[];
-  readonly orphansDeleted: number;
-  readonly unfinishedRemoved: number;
-  readonly replays: readonly {
-    readonly branch: string;
-    readonly fromLsn?: Lsn;
-    readonly toLsn?: Lsn;
-    readonly walBytes: number;
-    readonly records: number;
-    readonly compared: number;
-    readonly fromWalAlone: number;
-    readonly refused: number;
-    readonly files: number;
-    readonly skipped?: string;
-  }[];
-  readonly differences: readonly {
-    readonly branch: string;
-    readonly fork: { readonly spc: number; readonly db: number; readonly rel: number; readonly fork: number };
-    readonly blk: number;
-    readonly lsn: Lsn;
-    readonly offset: number | undefined;
-    readonly reason: string;
-  }[];
-  readonly fileDifferences: readonly {
-    readonly branch: string;
-    readonly file: string;
-    readonly lsn: Lsn;
-    readonly offset: number | undefined;
-    readonly reason: string;
-  }[];
-}
-
-export type ScrubTool = (request: {
-  readonly platform: RunningPlatform;
-  readonly timelineIds: readonly string[] | undefined;
-  readonly branches: readonly { readonly name: string; readonly timelineId: string }[];
-  readonly sample: number;
-  readonly seed: number;
-  readonly walBytes: number;
-  readonly deleteOrphans: boolean;
-  readonly repair: boolean;
-  readonly onProgress: (text: string) => void;
-  readonly signal: AbortSignal;
-}) => Promise<ScrubReport>;
+export type ScrubTool = (request: ScrubRequest & { readonly platform: RunningPlatform }) => Promise<ScrubReport>;
 
 interface ScrubOptions extends ProjectOptions {
   readonly branch?: string;
@@ -88,7 +29,7 @@ const SEED_MAX = 2 ** 31;
 const ORPHANS_SHOWN = 20;
 
 const NOTES = `
-Looks at every layer that an index names, here and in the object store: every block's checksum, and that all of it fits together. Then it makes a
+Looks at every layer that an index names, here and in the object store: every block's checksum, and that all of it fits together; and at all offloaded WAL. Then it makes a
 sample of each branch's pages anew from the branch's WAL alone, and its transaction status, filenode maps and fork sizes, and compares them with those of the layers. It works beside the running platform, at a low
 priority, and past its caches.
 
@@ -218,6 +159,7 @@ function toText(report: ScrubReport): string {
           ? 'none'
           : `${remote.layers} layers, ${formatBytes(remote.bytes)}; ${report.evictedLayers} only there; ${report.objectStore}`,
       ],
+      ['WAL', `${report.wal.objects} objects, ${formatBytes(report.wal.bytes)}`],
       ['orphans', `${orphans.length}, ${formatBytes(orphanBytes)}${deleted}`],
       ['damaged or missing', String(findings.length)],
       ...replays.map((replay): [string, string] => [`pages of ${replay.branch}`, replayText(replay)]),
@@ -238,7 +180,7 @@ function replayText(replay: ScrubReport['replays'][number]): string {
 }
 
 function toJson(report: ScrubReport): object {
-  const finding = ({ timelineId, where, name, offset, reason }: ScrubFinding): object => ({
+  const finding = ({ timelineId, where, name, offset, reason }: Finding): object => ({
     timeline_id: timelineId,
     where,
     name,
@@ -253,6 +195,8 @@ function toJson(report: ScrubReport): object {
     local_bytes: report.local.bytes,
     object_layers: report.remote.layers,
     object_bytes: report.remote.bytes,
+    wal_objects: report.wal.objects,
+    wal_bytes: report.wal.bytes,
     evicted_layers: report.evictedLayers,
     findings: report.findings.map(finding),
     repaired: report.repaired.map(finding),

@@ -24,7 +24,7 @@ import { applyDerived, commitTimestampChanges, truncateFreeSpace, truncateVisibi
 /** What a timeline has besides pages of relations, at an LSN. */
 export type Files = Pick<Basebackup, 'files' | 'relations' | 'databases'>;
 
-export interface FileDifference {
+export interface FoundDifference {
   /** Relative to a data directory. */
   readonly file: string;
   /** First byte that differs; undefined when it is about the whole. */
@@ -86,8 +86,8 @@ export class FilesReplay {
   }
 
   /** With what the store gives at `lsn`. */
-  compare(stored: Files): FileDifference[] {
-    const differences: FileDifference[] = [];
+  compare(stored: Files): FoundDifference[] {
+    const differences: FoundDifference[] = [];
     const expected = this.#files();
     const found = new Map<string, Buffer>();
     for (const { path, bytes } of stored.files) {
@@ -106,7 +106,7 @@ export class FilesReplay {
     return differences;
   }
 
-  #compareForks(stored: readonly BasebackupRelation[]): FileDifference[] {
+  #compareForks(stored: readonly BasebackupRelation[]): FoundDifference[] {
     const path = (fork: BasebackupRelation): string => relationPath(fork, this.#version);
     const unlogged = new Set(stored.filter(({ fork }) => fork === FORK_INIT).map(relationName));
     const found = new Map(stored.filter((fork) => !unlogged.has(relationName(fork))).map((fork) => [path(fork), fork]));
@@ -265,7 +265,7 @@ function differenceOf(
   file: string,
   expected: Buffer | undefined,
   found: Buffer | undefined,
-): FileDifference | undefined {
+): FoundDifference | undefined {
   const length = (bytes: Buffer | undefined): string =>
     bytes === undefined ? 'not there' : `${bytes.length} bytes long`;
   if (expected?.length !== found?.length) {

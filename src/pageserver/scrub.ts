@@ -12,6 +12,7 @@ import { open, readdir, readFile, rm } from 'node:fs/promises';
 import type { FileHandle } from 'node:fs/promises';
 import { join } from 'node:path';
 import { randomUUID } from 'node:crypto';
+import type { Finding } from '../api/scrub.ts';
 import { toStrataError } from '../base/errors.ts';
 import { isObjectError, listAll } from '../object-store/object-store.ts';
 import type { ListedObject, ObjectStore } from '../object-store/object-store.ts';
@@ -57,17 +58,6 @@ export interface ScrubProgress {
   readonly where: 'local' | 'object store';
   readonly layers: number;
   readonly bytes: number;
-}
-
-/** Something that is not as it has to be. */
-export interface Finding {
-  readonly timelineId: string;
-  readonly where: 'local' | 'object store';
-  /** A file's path, or an object's name. */
-  readonly name: string;
-  /** In the file or object; 0 where it is about the whole. */
-  readonly offset: number;
-  readonly reason: string;
 }
 
 export interface StoreScrub {

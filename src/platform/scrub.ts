@@ -10,87 +10,31 @@ import { constants, setPriority, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { PlatformFile } from '../api/control.ts';
 import { PageserverClient } from '../api/pageserver.ts';
+import { readRebuiltLogs } from '../api/rebuilt-logs.ts';
+import type { BranchReplay, FileDifference, Finding, PageDifference, ScrubReport, ScrubRequest } from '../api/scrub.ts';
 import { toStrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
 import { LsnLease } from '../compute/lsn-lease.ts';
+import type { ObjectStore } from '../object-store/object-store.ts';
 import { openObjectStore } from '../object-store/open-object-store.ts';
 import { LayerDamagedError } from '../pageserver/layers/block.ts';
-import { type Finding, scrubStore, type StoreScrub } from '../pageserver/scrub.ts';
-import { type FileDifference, FilesReplay } from '../pageserver/scrub-files.ts';
+import { scrubStore } from '../pageserver/scrub.ts';
+import { FilesReplay } from '../pageserver/scrub-files.ts';
 import { StoredPages } from '../pageserver/scrub-pages.ts';
 import { randomFrom, type ReplayedPage, replayPages } from '../pageserver/scrub-replay.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import type { RelationForkKey } from '../postgres/relation.ts';
 import { openBranchWal } from './branch-wal.ts';
 import { readSecrets } from './platform-directory.ts';
+import { restoreWal, scrubWal, type WalScrub, type WalScrubOptions } from './scrub-wal.ts';
 
-export interface PlatformScrubOptions {
+export interface PlatformScrubOptions extends ScrubRequest {
   readonly dataDirectory: string;
   readonly file: PlatformFile;
-  /** Timelines whose layers and objects are looked at; undefined: all that there are, those of templates included. */
-  readonly timelineIds: readonly string[] | undefined;
-  /** Whose pages are compared. */
-  readonly branches: readonly { readonly name: string; readonly timelineId: string }[];
-  /** Pages of each branch; 0: none. */
-  readonly sample: number;
-  readonly seed: number;
-  /** WAL of each branch that is replayed, at most. */
-  readonly walBytes: number;
-  readonly deleteOrphans: boolean;
-  readonly repair: boolean;
-  readonly onProgress: (text: string) => void;
-  readonly signal: AbortSignal;
 }
 
-export interface PageDifference {
-  readonly branch: string;
-  readonly timelineId: string;
-  readonly fork: RelationForkKey;
-  readonly blk: number;
-  readonly lsn: Lsn;
-  /** First byte that differs; undefined when the page could not be read. */
-  readonly offset: number | undefined;
-  readonly reason: string;
-}
-
-/** As PageDifference, of what is no page of a relation. */
-export interface BranchFileDifference extends FileDifference {
-  readonly branch: string;
-  readonly lsn: Lsn;
-}
-
-export interface BranchReplay {
-  readonly branch: string;
-  readonly timelineId: string;
-  /** The WAL that was replayed; absent when there was none. */
-  readonly fromLsn?: Lsn;
-  readonly toLsn?: Lsn;
-  /** From the beginning of the branch to what is in layers. */
-  readonly walBytes: number;
-  readonly records: number;
-  readonly compared: number;
-  /** Of those, made from WAL alone; the others begin with a page of the store. */
-  readonly fromWalAlone: number;
-  /** Not compared, because the replay could not make them. */
-  readonly refused: number;
-  /** Files (of SLRUs, filenode maps, prepared transactions) and forks' sizes that were compared. */
-  readonly files: number;
-  /** Why nothing was compared. */
-  readonly skipped?: string;
-}
-
-export interface PlatformScrub extends StoreScrub {
-  readonly seed: number;
-  readonly objectStore: string | undefined;
-  readonly replays: readonly BranchReplay[];
-  readonly differences: readonly PageDifference[];
-  readonly fileDifferences: readonly BranchFileDifference[];
-  /** Of findings: those that the pageserver has mended. */
-  readonly repaired: readonly Finding[];
-}
-
-export async function scrubPlatform(options: PlatformScrubOptions): Promise<PlatformScrub> {
+export async function scrubPlatform(options: PlatformScrubOptions): Promise<ScrubReport> {
   const { dataDirectory, file, timelineIds, branches, sample, seed, deleteOrphans, onProgress, signal } = options;
   beGentle();
   const { platformSecret } = readSecrets(dataDirectory);
@@ -116,10 +60,17 @@ export async function scrubPlatform(options: PlatformScrubOptions): Promise<Plat
         onProgress(`${where === 'local' ? 'layers' : 'objects'}: ${layers} looked at, ${(bytes / 1e6).toFixed(0)} MB`),
       signal,
     });
-    const repaired = options.repair ? await repair(pageserver, stored.findings) : [];
+    const wal =
+      store === undefined ? undefined : await scrubWalOf(options, store, token, await startLsnsOf(pageserver));
+    const findings: Finding[] = [...stored.findings, ...(wal?.scrub.findings ?? [])];
+    const repaired: Finding[] = [];
+    if (options.repair) {
+      repaired.push(...(await repair(pageserver, stored.findings)));
+      if (wal !== undefined) repaired.push(...(await restoreWal(wal.options, wal.scrub.findings)));
+    }
     const replays: BranchReplay[] = [];
     const differences: PageDifference[] = [];
-    const fileDifferences: BranchFileDifference[] = [];
+    const fileDifferences: FileDifference[] = [];
     if (sample > 0) {
       for (const [number, branch] of branches.entries()) {
         signal.throwIfAborted();
@@ -129,11 +80,38 @@ export async function scrubPlatform(options: PlatformScrubOptions): Promise<Plat
         fileDifferences.push(...replay.fileDifferences);
       }
     }
-    return { ...stored, seed, objectStore: store?.description, replays, differences, fileDifferences, repaired };
+    const { objects, bytes } = wal?.scrub ?? { objects: 0, bytes: 0 };
+    const looked = { ...stored, findings, wal: { objects, bytes } };
+    return { ...looked, seed, objectStore: store?.description, replays, differences, fileDifferences, repaired };
   } finally {
     rmSync(scratchDirectory, { recursive: true, force: true });
     await pageserver.close();
   }
+}
+
+/** Where the logs of all timelines begin. */
+async function startLsnsOf(pageserver: PageserverClient): Promise<Map<string, Lsn>> {
+  const timelines = await pageserver.listTimelines();
+  return new Map(timelines.flatMap((each) => (each.kind === 'loaded' ? [[each.timelineId, each.startLsn]] : [])));
+}
+
+async function scrubWalOf(
+  { dataDirectory, file, timelineIds, onProgress, signal }: PlatformScrubOptions,
+  store: ObjectStore,
+  token: string,
+  startLsns: ReadonlyMap<string, Lsn>,
+): Promise<{ readonly options: WalScrubOptions; readonly scrub: WalScrub }> {
+  const wanted = timelineIds === undefined ? undefined : new Set(timelineIds);
+  const options: WalScrubOptions = {
+    store,
+    safekeepers: file.safekeepers.map((address) => ({ address, token })),
+    isWanted: (timelineId) => wanted === undefined || wanted.has(timelineId),
+    startLsns,
+    rebuilt: new Set(readRebuiltLogs(dataDirectory).map(({ timelineId }) => timelineId)),
+    onProgress: (objects, bytes) => onProgress(`WAL: ${objects} objects looked at, ${(bytes / 1e6).toFixed(0)} MB`),
+    signal,
+  };
+  return { options, scrub: await scrubWal(options) };
 }
 
 async function flush(pageserver: PageserverClient, timelineId: string): Promise<void> {
@@ -192,7 +170,7 @@ interface ComparisonJob extends PlatformScrubOptions {
 interface Comparison {
   readonly replay: BranchReplay;
   readonly differences: PageDifference[];
-  readonly fileDifferences: BranchFileDifference[];
+  readonly fileDifferences: FileDifference[];
 }
 
 async function compareBranch(job: ComparisonJob): Promise<Comparison> {
@@ -293,7 +271,9 @@ async function compareWindow(
     }
   }
   const stored = (await pages.files(files.lsn)) ?? (await pageserver.basebackup(timelineId, files.lsn));
-  const fileDifferences = files.compare(stored).map((each) => ({ ...each, branch: branch.name, lsn: files.lsn }));
+  const fileDifferences = files
+    .compare(stored)
+    .map((each) => ({ ...each, branch: branch.name, timelineId, lsn: files.lsn }));
   return {
     replay: {
       files: files.count,

@@ -90,9 +90,15 @@ export class KeptWal {
     };
   }
 
-  /** Everything before `lsn` was seen in the object store; written down by the next `save`. */
-  offloaded(lsn: Lsn): void {
-    if (lsn > this.#extent.offloadedLsn) this.#extent = { ...this.#extent, offloadedLsn: lsn };
+  /** `[fromLsn, endLsn)` was seen in the object store; written down by the next `save`. Means nothing when what is before was not. */
+  offloaded(fromLsn: Lsn, endLsn: Lsn): void {
+    const { offloadedLsn } = this.#extent;
+    if (fromLsn <= offloadedLsn && endLsn > offloadedLsn) this.#extent = { ...this.#extent, offloadedLsn: endLsn };
+  }
+
+  /** Nothing of what is on this disk counts as seen in the object store any more. */
+  forgetOffloaded(): void {
+    this.#extent = { ...this.#extent, offloadedLsn: Math.max(this.#extent.logStartLsn, this.#extent.localStartLsn) };
   }
 
   /** Durable when it resolves. */

@@ -76,6 +76,27 @@ test('an extent is encoded as its header says, and damage is refused', () => {
   }
 });
 
+test('what the object store has lost is offloaded again, from what is still on the disk, when that is asked for', async (context) => {
+  const store = mkdtempSync(join(tmpdir(), 'strata-store-'));
+  context.after(() => rmSync(store, { recursive: true, force: true }));
+  const led = await startLedTimeline(context, { pgVersion: 17, objectStore: store, offload: QUICK });
+  const wal = makeWal(
+    MID_SEGMENT_LSN,
+    Array.from({ length: 500 }, (_, index) => 90_000 + index),
+  );
+  led.append(wal.bytes, MID_SEGMENT_LSN, wal.endLsn, wal.endLsn);
+  await led.flushed(wal.endLsn);
+  await eventually(async () => (await objectsOf(store)).some((name) => name.endsWith(hex(wal.endLsn))), 'all of it');
+  const before = await objectsOf(store);
+  assert(before.length >= 3);
+  for (const name of [before[0]!, before[1]!]) rmSync(join(store, name));
+  const client = new SafekeeperClient(led.endpoint);
+  context.after(() => client.close());
+  await client.offloadAgain(led.timeline.tenantId, led.timeline.timelineId);
+  await eventually(async () => (await objectsOf(store)).length === before.length, 'all of it again');
+  assert.deepEqual(await objectsOf(store), before);
+});
+
 test('the removal horizon never passes what anybody needs', () => {
   const lsn = fc.integer({ min: 0, max: 100 * WAL_SEGMENT_SIZE });
   const input = fc.record({

@@ -235,7 +235,7 @@ export class Offloader {
       const range = `${formatLsn(fromLsn)} to ${formatLsn(endLsn)}`;
       log.debug({ timelineId: identity.timelineId, range }, 'WAL offloaded');
     }
-    kept.offloaded(endLsn);
+    kept.offloaded(fromLsn, endLsn);
     return true;
   }
 

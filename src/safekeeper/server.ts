@@ -332,6 +332,10 @@ class Connection implements ProposerLink {
       case 'walStatus':
         this.#requirePlatform();
         return timelines.walStatus();
+      case 'offloadAgain':
+        this.#requirePlatform();
+        await timelines.offloadAgain(tenantId, timelineId);
+        return null;
       case 'list':
         this.#requirePlatform();
         return timelines.list();

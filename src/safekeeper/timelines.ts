@@ -207,6 +207,15 @@ export class Timelines {
     }));
   }
 
+  /** Has what is on this disk brought to the object store again where it is not there any more. */
+  async offloadAgain(tenantId: string, timelineId: string): Promise<void> {
+    const timeline = this.get(tenantId, timelineId);
+    await timeline.open();
+    timeline.kept.forgetOffloaded();
+    await timeline.kept.save();
+    this.#offloading?.offloader.notice(timeline);
+  }
+
   /** Without those that are damaged. */
   list(): TimelineProgress[] {
     return Array.from(this.#timelines.values())

@@ -12,7 +12,7 @@ import { LayerCache, LayerFile } from '../../src/pageserver/layers/layer-file.ts
 import { layerFileName } from '../../src/pageserver/layers/layer-format.ts';
 import { LayerWriter } from '../../src/pageserver/layers/layer-writer.ts';
 import { decodeTimelineIndex, encodeTimelineIndex } from '../../src/pageserver/timeline-index.ts';
-import { TestPlatform } from './platform.ts';
+import { TestPlatform, waitUntil } from './platform.ts';
 
 interface Finding {
   readonly where: string;
@@ -25,6 +25,7 @@ interface Report {
   readonly seed: number;
   readonly local_layers: number;
   readonly object_layers: number;
+  readonly wal_objects: number;
   readonly findings: readonly Finding[];
   readonly repaired: readonly Finding[];
   readonly orphans: readonly { readonly name: string }[];
@@ -200,6 +201,35 @@ describe('scrub', () => {
     const gone = await scrub('--sample', '0', '--delete-orphans');
     assert.equal(gone.report.orphans_deleted, gone.report.orphans.length);
     assert(!existsSync(join(root, orphan)));
+  });
+
+  test('damaged and missing objects of WAL are named, and come again from the safekeepers’ disks when that is asked for', async () => {
+    const root = join(platform.dataDir, 'object-store');
+    const list = (): string[] =>
+      readdirSync(join(root, 'wal'), { recursive: true, encoding: 'utf8' })
+        .filter((name) => name.includes(timelineId) && /[0-9A-F]{16}-[0-9A-F]{16}$/.test(name))
+        .map((name) => join('wal', name))
+        .sort();
+    await waitUntil(() => list().length > 0, 'WAL is offloaded', 90_000);
+    const clean = await scrub('--sample', '0');
+    assert.equal(clean.code, 0, JSON.stringify(clean.report));
+    assert(clean.report.wal_objects > 0);
+    const [name] = list() as [string];
+    const bytes = readFileSync(join(root, name));
+    const damaged = Buffer.from(bytes);
+    damaged[Math.floor(bytes.length / 2)]! ^= 4;
+    replace(join(root, name), damaged);
+    const flipped = await scrub('--sample', '0');
+    assert.deepEqual([flipped.code, flipped.report.findings.map((each) => each.name)], [1, [name]]);
+    assert.match(flipped.report.findings[0]!.reason, /CRC/);
+    rmSync(join(root, name));
+    const missing = await scrub('--sample', '0');
+    assert.equal(missing.code, 1);
+    assert.match(missing.report.findings[0]!.reason, /no object has the WAL from/);
+    replace(join(root, name), damaged);
+    const repaired = await scrub('--sample', '0', '--repair');
+    assert.equal(repaired.code, 0, JSON.stringify(repaired.report));
+    assert.deepEqual((await scrub('--sample', '0')).report.findings, []);
   });
 
   test('a wrong page in a layer whose checksums are right is found by replaying WAL', async () => {
