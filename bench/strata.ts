@@ -9,6 +9,10 @@ import { Client } from 'pg';
 import { TestPlatform, withoutVerification } from '../test/end-to-end/platform.ts';
 import { elapsedMs } from './measure.ts';
 
+const IDLE_LOOK_MS = 2_000;
+/** Of a core, by all processes of storage together. */
+const IDLE_SHARE = 0.2;
+
 export class BenchedPlatform {
   readonly #platform: TestPlatform;
   readonly #projectId: string;
@@ -124,16 +128,30 @@ export class BenchedPlatform {
     }
   }
 
-  /** Resolves when all WAL is in pages and all pages that were flushed are in the object store. */
+  /** Resolves when all WAL is in pages, all pages that were flushed are in the object store, and no process of storage has work left (merges of layers). */
   async caughtUp(): Promise<void> {
     for (;;) {
       const { wal, object_store: store } = await this.#platform.cliJson<{
         readonly wal: readonly { readonly not_in_pages_size: number }[];
         readonly object_store?: { readonly pending_size: number };
       }>(['status']);
-      if (wal.every((lag) => lag.not_in_pages_size === 0) && (store?.pending_size ?? 0) === 0) return;
-      await sleep(500);
+      const isDone = wal.every((lag) => lag.not_in_pages_size === 0) && (store?.pending_size ?? 0) === 0;
+      const busySeconds = this.#storageCpuSeconds();
+      await sleep(IDLE_LOOK_MS);
+      if (isDone && this.#storageCpuSeconds() - busySeconds < IDLE_SHARE * (IDLE_LOOK_MS / 1000)) return;
     }
+  }
+
+  #storageCpuSeconds(): number {
+    const storage = this.processes().filter(({ command }) => /(pageserver|safekeeper \d+)$/.test(command));
+    return storage.reduce((sum, { pid }) => {
+      const stat = readFileSync(`/proc/${pid}/stat`, 'utf8');
+      const [user, system] = stat
+        .slice(stat.lastIndexOf(')') + 2)
+        .split(' ')
+        .slice(11, 13); // hundredths of seconds
+      return sum + (Number(user) + Number(system)) / 100;
+    }, 0);
   }
 
   async suspend(): Promise<void> {
