@@ -1,24 +1,28 @@
 import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
 import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
 import fc from 'fast-check';
 import { encodePoke, replayPoke } from '../../test/pageserver/history-model.ts';
 import { createLog } from '../base/log.ts';
 import { deltaRuns, planMerge, RUN_BYTES_MIN, runCountMax, RUNS_TO_MERGE } from './compaction-plan.ts';
 import type { LayerRun } from './compaction-plan.ts';
-import { ThreadCompactor } from './compactor.ts';
+import { inlineCompactor, ThreadCompactor } from './compactor.ts';
 import type { Compactor } from './compactor.ts';
 import { ALL_KEYS, databaseKey, relationBlockKey } from './key.ts';
 import { HOT_CHANGES_MAX } from './layers/memory-layer.ts';
 import { CHAIN_RECORDS_MAX, TAIL_RECORDS_MAX } from './merge.ts';
 import type { Timeline } from './timeline.ts';
 import { Timelines } from './timelines.ts';
+import type { StoreLimits } from './timelines.ts';
 import { encodeImage } from './value.ts';
 
 const ID = 'c'.repeat(32);
 const LSN = 0x1000000;
+const id = (n: number): string => n.toString(16).padStart(32, '0');
 const log = createLog({ name: 'test', level: 'silent' });
 
 test('sizes at least double from run to run when nothing is left to merge, whatever the flushes were', () => {
@@ -45,14 +49,14 @@ describe('compaction', () => {
   let timelines: Timelines;
   let replayCount = 0;
 
-  async function open(compactor?: Compactor): Promise<void> {
+  async function open(compactor?: Compactor, limits: Partial<StoreLimits> = {}): Promise<void> {
     timelines = await Timelines.open(directory, {
       replay: (page, value) => {
         replayCount++;
         replayPoke(page, value);
       },
       log,
-      limits: { pageCacheBytes: 0 },
+      limits: { pageCacheBytes: 0, ...limits },
       ...(compactor === undefined ? {} : { compactor }),
     });
   }
@@ -139,6 +143,58 @@ describe('compaction', () => {
     root.getImage(key, root.lastRecordLsn);
     assert(replayCount <= CHAIN_RECORDS_MAX, `${replayCount} records`);
   });
+
+  test(
+    'small merges do not wait for a large one, but those of its ancestors and descendants do',
+    { timeout: 60_000 },
+    async () => {
+      const gate = Promise.withResolvers<void>();
+      const begun = Promise.withResolvers<void>();
+      const inline = inlineCompactor(replayPoke);
+      const merged: string[] = [];
+      const compactor: Compactor = {
+        merge: async (job) => {
+          const isGated = job.timelineId === id(2) && merged.length === 0;
+          if (isGated) begun.resolve();
+          if (isGated) await gate.promise;
+          merged.push(job.timelineId);
+          return inline.merge(job);
+        },
+        close: () => inline.close(),
+      };
+      await open(compactor, { largeMergeBytes: 20_000 });
+      const root = await importRoot();
+      const ids = { tenantId: ID, ancestorTimelineId: ID, ancestorLsn: LSN, ancestorRecordLsn: LSN - 8 };
+      const [large, small] = [
+        await timelines.create({ ...ids, timelineId: id(2) }),
+        await timelines.create({ ...ids, timelineId: id(3) }),
+      ];
+      const child = await timelines.create({ ...ids, timelineId: id(4), ancestorTimelineId: id(2) });
+      const write = async (timeline: Timeline, bytes: number): Promise<void> => {
+        for (let i = 0; i < RUNS_TO_MERGE; i++) {
+          const lsn = timeline.lastRecordLsn + 8;
+          timeline.put(databaseKey(1663, 5), lsn, encodeImage(randomBytes(bytes)));
+          timeline.advance(lsn, lsn - 8);
+          await timeline.flush();
+        }
+      };
+      await write(large, 8_000);
+      await begun.promise;
+      await write(child, 10);
+      await write(root, 10);
+      await write(small, 10);
+      while (deltaRuns(small.index.layers).length >= RUNS_TO_MERGE) await sleep(5);
+      assert.deepEqual(merged, [id(3)]);
+      assert.equal(deltaRuns(child.index.layers).length, RUNS_TO_MERGE);
+      assert.equal(deltaRuns(root.index.layers).length, RUNS_TO_MERGE);
+      gate.resolve();
+      await timelines.compaction.settled();
+      assert.deepEqual(merged.toSorted(), [ID, id(2), id(3), id(4)].toSorted());
+      for (const timeline of [root, large, small, child]) {
+        assert(deltaRuns(timeline.index.layers).length < RUNS_TO_MERGE);
+      }
+    },
+  );
 
   test('merges run in a thread, a closed store gives them up, and the folder holds what the index names', async () => {
     await open(new ThreadCompactor());

@@ -1,7 +1,8 @@
 /**
  * Compaction of all timelines of a pageserver: which one is next, its merge, and the switch to the merged layers.
  *
- * A timeline is looked at after each of its flushes. One merge at a time; a merge that fails is tried again after the timeline's next flush, and
+ * A timeline is looked at after each of its flushes. One merge at a time, each timeline in its turn; but beside a large one, which takes minutes, small ones
+ * of timelines that have nothing to do with it. A merge that fails is tried again after the timeline's next flush, and
  * harms nothing, as its layers count only once the timeline's index names them.
  *
  * Steps, between any two of which a crash may fall: 'compaction begins', new layers durable ('compacted layers written'), the index names them
@@ -36,18 +37,25 @@ export interface CompactionOptions {
   /** Makes a damaged layer whole that a merge has met. */
   readonly repair?: (damage: LayerDamagedError) => Promise<void>;
   readonly onStep?: OnStep;
+  /** More than this is a large merge. */
+  readonly largeBytes: number;
 }
 
 export class Compaction {
   readonly #options: CompactionOptions;
+  readonly #largeBytes: number;
   readonly #waiting = new Set<Timeline>();
   #running: Promise<void> | undefined;
+  /** The timeline of which a large merge is under way, and the small ones beside it: they begin while it runs, and whatever comes next waits for them. */
+  #large: Timeline | undefined;
+  #small: Promise<void> | undefined;
   /** What was asked for last. */
   #last: Promise<unknown> = Promise.resolve();
   #isClosed = false;
 
   constructor(options: CompactionOptions) {
     this.#options = options;
+    this.#largeBytes = options.largeBytes;
   }
 
   /** Has the timeline looked at, soon. */
@@ -55,12 +63,14 @@ export class Compaction {
     if (this.#isClosed || planMerge(deltaRuns(timeline.index.layers)) === undefined) return;
     this.#waiting.add(timeline);
     this.#running ??= this.#run().finally(() => (this.#running = undefined));
+    this.#startSmall();
   }
 
   /** Resolves when no merge is under way or wanted. */
   async settled(): Promise<void> {
     while (this.#running !== undefined) await this.#running;
     await this.#last;
+    await this.#small;
   }
 
   /** No merge begins any more; the one under way ends with its timeline. */
@@ -74,13 +84,12 @@ export class Compaction {
     return this.exclusively(async () => {
       const runs = timeline.isStopped || this.#isClosed ? undefined : choose(deltaRuns(timeline.index.layers));
       if (runs === undefined || runs.length === 0) return false;
-      const cancel = new Int32Array(new SharedArrayBuffer(4));
-      const work = (): Promise<void> => this.#merge(timeline, runs, cancel);
       try {
-        await timeline.inBackground(work, () => Atomics.store(cancel, 0, 1));
-      } catch (error) {
-        if (error instanceof LayerDamagedError) this.#repair(timeline, error);
-        throw error;
+        if (bytesOf(runs) > this.#largeBytes) this.#large = timeline;
+        this.#startSmall();
+        await this.#mergeRuns(timeline, runs);
+      } finally {
+        this.#large = undefined;
       }
       return true;
     });
@@ -88,7 +97,7 @@ export class Compaction {
 
   /** Does what replaces layers, after all that was asked for before: one such thing at a time. */
   exclusively<T>(work: () => Promise<T>): Promise<T> {
-    const done = this.#last.then(work);
+    const done = this.#last.then(() => this.#small).then(work);
     this.#last = done.catch(() => {});
     return done;
   }
@@ -96,13 +105,57 @@ export class Compaction {
   async #run(): Promise<void> {
     for (const timeline of this.#waiting) {
       this.#waiting.delete(timeline);
-      try {
-        while (await this.merge(timeline, planMerge));
-      } catch (error) {
-        if (error instanceof MergeCancelled || timeline.isStopped) continue;
-        this.#options.log.error({ timelineId: timeline.timelineId, err: error }, 'compaction failed');
-      }
+      // What it needs beyond one merge comes after the others'.
+      await this.merge(timeline, planMerge)
+        .then((isMerged) => isMerged && this.request(timeline))
+        .catch((error: unknown) => this.#failed(timeline, error));
     }
+  }
+
+  #startSmall(): void {
+    if (this.#large === undefined || this.#small !== undefined) return;
+    this.#small = this.#runSmall().finally(() => (this.#small = undefined));
+  }
+
+  /** Never rejects. */
+  async #runSmall(): Promise<void> {
+    for (let next = this.#nextSmall(); next !== undefined; next = this.#nextSmall()) {
+      const { timeline, runs } = next;
+      this.#waiting.delete(timeline);
+      await this.#mergeRuns(timeline, runs)
+        .then(() => this.request(timeline))
+        .catch((error: unknown) => this.#failed(timeline, error));
+    }
+  }
+
+  /** A merge reads what is inherited, so none runs beside that of an ancestor or a descendant. */
+  #nextSmall(): { readonly timeline: Timeline; readonly runs: readonly LayerRun[] } | undefined {
+    const large = this.#large;
+    if (large === undefined || this.#isClosed) return undefined;
+    const above = new Set(large.ancestors());
+    for (const timeline of this.#waiting) {
+      if (timeline === large || timeline.isStopped || above.has(timeline)) continue;
+      const runs = planMerge(deltaRuns(timeline.index.layers));
+      if (runs === undefined || bytesOf(runs) > this.#largeBytes || timeline.ancestors().includes(large)) continue;
+      return { timeline, runs };
+    }
+    return undefined;
+  }
+
+  async #mergeRuns(timeline: Timeline, runs: readonly LayerRun[]): Promise<void> {
+    const cancel = new Int32Array(new SharedArrayBuffer(4));
+    const work = (): Promise<void> => this.#merge(timeline, runs, cancel);
+    try {
+      await timeline.inBackground(work, () => Atomics.store(cancel, 0, 1));
+    } catch (error) {
+      if (error instanceof LayerDamagedError) this.#repair(timeline, error);
+      throw error;
+    }
+  }
+
+  #failed(timeline: Timeline, error: unknown): void {
+    if (error instanceof MergeCancelled || timeline.isStopped) return;
+    this.#options.log.error({ timelineId: timeline.timelineId, err: error }, 'compaction failed');
   }
 
   /** Not waited for: it is done when it is its turn, and the merge tried again. */
@@ -172,6 +225,10 @@ export class Compaction {
       }
     }
   }
+}
+
+function bytesOf(runs: readonly LayerRun[]): number {
+  return runs.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
 }
 
 function byKey(a: LayerRun['layers'][number], b: LayerRun['layers'][number]): number {

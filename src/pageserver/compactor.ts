@@ -1,7 +1,7 @@
 /**
  * Where merges run: in a thread of their own, so that page reads and ingest stay smooth; or, for tests and tools, in this one.
  *
- * The thread is started when it is first needed, and again when it died. One merge at a time.
+ * The thread is started when it is first needed, and again when it died. Merges that run at the same time take turns in it, a few milliseconds each.
  */
 
 import { Worker } from 'node:worker_threads';
@@ -29,34 +29,35 @@ export function inlineCompactor(replay: Replay): Compactor {
   return { merge: (job) => mergeLayers(job, replay), close: () => Promise.resolve() };
 }
 
+/** To the thread; `id` is in the answer. */
+export interface MergeRequest {
+  readonly id: number;
+  readonly job: MergeJob;
+}
+
+export interface MergeAnswer {
+  readonly id: number;
+  readonly reply: MergeReply;
+}
+
+interface RunningMerge {
+  readonly resolve: (layers: LayerDescription[]) => void;
+  readonly reject: (error: Error) => void;
+}
+
 export class ThreadCompactor implements Compactor {
   #worker: Worker | undefined;
+  readonly #running = new Map<number, RunningMerge>();
+  #lastId = 0;
 
   merge(job: MergeJob): Promise<LayerDescription[]> {
     const worker = (this.#worker ??= this.#start());
+    const id = ++this.#lastId;
+    const { promise, resolve, reject } = Promise.withResolvers<LayerDescription[]>();
+    this.#running.set(id, { resolve, reject });
     worker.ref();
-    return new Promise<LayerDescription[]>((resolve, reject) => {
-      const finish = (): void => {
-        worker.off('message', onMessage);
-        worker.off('error', onError);
-        worker.off('exit', onExit);
-        worker.unref();
-      };
-      const onMessage = (reply: MergeReply): void => {
-        finish();
-        if (reply.kind === 'merged') resolve(reply.layers);
-        else reject(errorOf(reply));
-      };
-      const onError = (error: unknown): void => {
-        finish();
-        reject(error instanceof Error ? error : new Error(String(error)));
-      };
-      const onExit = (): void => onError(new Error('the compaction thread ended'));
-      worker.on('message', onMessage);
-      worker.on('error', onError);
-      worker.on('exit', onExit);
-      worker.postMessage(job);
-    });
+    worker.postMessage({ id, job } satisfies MergeRequest);
+    return promise;
   }
 
   async close(): Promise<void> {
@@ -65,11 +66,22 @@ export class ThreadCompactor implements Compactor {
 
   #start(): Worker {
     const worker = new Worker(new URL('merge-thread.ts', import.meta.url));
-    worker.once('exit', () => {
-      if (this.#worker === worker) this.#worker = undefined;
+    worker.on('message', ({ id, reply }: MergeAnswer) => {
+      const merge = this.#running.get(id);
+      this.#running.delete(id);
+      if (this.#running.size === 0) worker.unref();
+      if (reply.kind === 'merged') merge?.resolve(reply.layers);
+      else merge?.reject(errorOf(reply));
     });
-    // Without a job nobody listens; an error then ends the thread, and the next job starts another.
-    worker.on('error', () => {});
+    const died = (error: Error): void => {
+      if (this.#worker !== worker) return;
+      this.#worker = undefined;
+      const lost = [...this.#running.values()];
+      this.#running.clear();
+      for (const { reject } of lost) reject(error);
+    };
+    worker.on('error', (error) => died(error instanceof Error ? error : new Error(String(error))));
+    worker.once('exit', () => died(new Error('the compaction thread ended')));
     return worker;
   }
 }

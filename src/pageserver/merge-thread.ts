@@ -1,13 +1,12 @@
-/** The thread of ThreadCompactor (compactor.ts): takes merges and answers each with a MergeReply. */
+/** The thread of ThreadCompactor (compactor.ts): takes merges, several at a time, and answers each. */
 
 import { parentPort } from 'node:worker_threads';
-import type { MergeReply } from './compactor.ts';
+import type { MergeAnswer, MergeReply, MergeRequest } from './compactor.ts';
 import { LayerAbsentError, LayerDamagedError } from './layers/block.ts';
 import { MergeCancelled, mergeLayers } from './merge.ts';
-import type { MergeJob } from './merge.ts';
 import { replayValue } from './replay.ts';
 
-parentPort?.on('message', (job: MergeJob) => {
+parentPort?.on('message', ({ id, job }: MergeRequest) => {
   mergeLayers(job, replayValue)
     .then((layers): MergeReply => ({ kind: 'merged', layers }))
     .catch((error: unknown): MergeReply => {
@@ -18,7 +17,7 @@ parentPort?.on('message', (job: MergeJob) => {
       }
       return { kind: 'failed', message: error instanceof Error ? error.message : String(error) };
     })
-    .then((reply) => parentPort?.postMessage(reply))
+    .then((reply) => parentPort?.postMessage({ id, reply } satisfies MergeAnswer))
     .catch((error: unknown) => {
       throw error;
     });

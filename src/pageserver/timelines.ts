@@ -59,6 +59,8 @@ export interface StoreLimits {
   readonly openFilesMax: number;
   /** Layers below the horizon are rewritten when this much has come there. */
   readonly collectBytesMin: number;
+  /** A merge of more than this does not hold up smaller ones. */
+  readonly largeMergeBytes: number;
   /** How long a lease on an LSN lasts that is not renewed. */
   readonly leaseMs: number;
 }
@@ -73,6 +75,7 @@ export const DEFAULT_LIMITS: StoreLimits = {
   pageCacheBytes: 128 * 1024 * 1024,
   openFilesMax: 512,
   collectBytesMin: 16 * 1024 * 1024,
+  largeMergeBytes: 256 * 1024 * 1024,
   leaseMs: LEASE_MS,
 };
 
@@ -179,6 +182,7 @@ export class Timelines {
     this.compaction = new Compaction({
       compactor: this.#compactor,
       log: options.log,
+      largeBytes: limits.largeMergeBytes,
       retentionOf: (timeline) => this.garbage.retentionOf(timeline),
       fetch: (damage) => this.fetch(damage),
       ...(options.repair === undefined ? {} : { repair: options.repair }),
