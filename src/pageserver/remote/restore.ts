@@ -51,6 +51,16 @@ export async function restoreTimeline(
   return gone;
 }
 
+/** What fails here is of no importance: it takes space. */
+async function removeUnfinished({ store, log }: StartLook): Promise<void> {
+  try {
+    const count = await store.removeUnfinished(ORPHAN_AGE_MS);
+    if (count > 0) log.info({ count }, 'uploads that never ended were removed from the object store');
+  } catch (error) {
+    log.warn({ err: error }, 'uploads that never ended cannot be removed from the object store');
+  }
+}
+
 export interface StartLook extends RestoreOptions {
   readonly store: ObjectStore;
   readonly timelines: () => Iterable<UploadedTimeline>;
@@ -73,8 +83,7 @@ export async function restoreAtStart(options: StartLook): Promise<boolean> {
         const isThere = found.get(timeline.timelineId)?.some((index) => index.name === name) === true;
         if (!isThere) await restoreTimeline(options, timeline);
       }
-      const count = await store.removeUnfinished(ORPHAN_AGE_MS);
-      if (count > 0) log.info({ count }, 'uploads that never ended were removed from the object store');
+      await removeUnfinished(options);
       return true;
     } catch (error) {
       if (remote.isOver) return false;
