@@ -31,7 +31,14 @@ function frame(...bytes: Buffer[]): { type: number; payload: Buffer } {
 const plain = { noNullPrototype: true };
 const u64 = fc.integer({ min: 0, max: Number.MAX_SAFE_INTEGER });
 const u32 = fc.nat({ max: 0xffffffff });
-const history = fc.array(fc.record({ term: u64, startLsn: u64 }, plain), { maxLength: 20 });
+/** Terms and LSNs in order. */
+const history = fc
+  .array(fc.record({ term: u64, startLsn: u64 }, plain), { minLength: 1, maxLength: 20 })
+  .map((entries) => {
+    const terms = [...new Set(entries.map(({ term }) => term))].sort((a, b) => a - b);
+    const lsns = entries.map(({ startLsn }) => startLsn).sort((a, b) => a - b);
+    return terms.map((term, index) => ({ term, startLsn: lsns[index]! }));
+  });
 const nodeIds = fc.array(u32, { maxLength: 7 });
 const configuration = fc.oneof(
   fc.record({ version: u32, members: nodeIds }, plain),

@@ -311,8 +311,8 @@ export function decodeProposerMessage(type: number, payload: Buffer): ProposerMe
       need(payload, 16, 'elected');
       return {
         kind: 'elected',
-        term: readLsn(payload, 0),
-        startLsn: readLsn(payload, 8),
+        term: readNumber(payload, 0),
+        startLsn: readNumber(payload, 8),
         history: decodeHistory(payload, 16),
       };
     default:
@@ -507,7 +507,7 @@ function decodeConfiguration(payload: Buffer, start: number): { configuration: C
 
 function decodeVote(payload: Buffer): Omit<VoteRequest, 'kind'> {
   const { configuration } = decodeConfiguration(payload, VOTE_BYTES);
-  return { term: readLsn(payload, 0), generation: payload.readUInt32LE(8), configuration };
+  return { term: readNumber(payload, 0), generation: payload.readUInt32LE(8), configuration };
 }
 
 function encodeHistory(history: TermHistory): Buffer {
@@ -529,9 +529,21 @@ function decodeHistory(payload: Buffer, start: number): TermHistory {
   const history: TermStart[] = [];
   for (let index = 0; index < count; index++) {
     const offset = start + 4 + index * HISTORY_ENTRY_BYTES;
-    history.push({ term: readLsn(payload, offset), startLsn: readLsn(payload, offset + 8) });
+    const entry = { term: readNumber(payload, offset), startLsn: readNumber(payload, offset + 8) };
+    const before = history[index - 1];
+    if (before !== undefined && (entry.term <= before.term || entry.startLsn < before.startLsn))
+      throw new StrataError('bad-request', `a history goes back at its entry ${index}`);
+    history.push(entry);
   }
+  if (count === 0) throw new StrataError('bad-request', 'a history has no entry');
   return history;
+}
+
+/** A term or an LSN that comes rarely enough to be looked at. */
+function readNumber(payload: Buffer, offset: number): number {
+  const value = readLsn(payload, offset);
+  if (!Number.isSafeInteger(value)) throw new StrataError('bad-request', `${value} is no term and no LSN`);
+  return value;
 }
 
 function need(payload: Buffer, bytes: number, name: string): void {

@@ -150,6 +150,7 @@ test('a proposer that is closed has sent everything to all safekeepers, to those
   let at = MID_SEGMENT_LSN;
   for (let round = 0; round < 10; round++) {
     const proposer = await cluster.elect();
+    await proposer.waitEqual(AbortSignal.timeout(20_000)); // All are connected, also on a busy machine.
     for (const endLsn of wal.ends.slice(4 * round, 4 * round + 4)) {
       proposer.append(at, wal.bytes.subarray(at - MID_SEGMENT_LSN, endLsn - MID_SEGMENT_LSN));
       at = endLsn;

@@ -20,7 +20,14 @@ import assert from 'node:assert/strict';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { type Configuration, isMember, NO_CONFIGURATION } from './configuration.ts';
 import type { AcceptorMessage, Append, Elected, ProposerMessage, Renew, TermHistory, VoteRequest } from './messages.ts';
-import { compareLogs, type LogPosition, highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
+import {
+  compareLogs,
+  contradiction,
+  type LogPosition,
+  highestCommonPoint,
+  historyUpTo,
+  lastLogTerm,
+} from './term-history.ts';
 
 /** What must survive a restart, replaced as a whole. */
 export interface AcceptorState {
@@ -321,6 +328,11 @@ export class Acceptor<Sender> {
     }
     if (history[history.length - 1]?.term !== term) {
       this.#refuse(sender, `the history of the leader of term ${term} does not end with its term`, actions);
+      return;
+    }
+    const reason = contradiction(history, this.#history);
+    if (reason !== undefined) {
+      this.#refuse(sender, `this is no log of this timeline: ${reason}`, actions);
       return;
     }
     const commonLsn = highestCommonPoint(history, this.#history, this.#flushLsn);

@@ -38,7 +38,7 @@ import type { Lsn } from '../postgres/lsn.ts';
 import { type AcceptorState, blankState } from './acceptor.ts';
 import { type Configuration, isQuorum, nodesOf, quorumLsn } from './configuration.ts';
 import type { AcceptorMessage, AppendReply, Elected, Renew, TermHistory, VoteReply, VoteRequest } from './messages.ts';
-import { compareLogs, highestCommonPoint, lastLogTerm } from './term-history.ts';
+import { compareLogs, contradiction, highestCommonPoint, lastLogTerm } from './term-history.ts';
 
 export type ProposerAction =
   | { readonly kind: 'send'; readonly peer: number; readonly message: VoteRequest | Elected | Renew }
@@ -520,6 +520,14 @@ export class ProposerState {
     const isOther =
       this.#generation !== this.#candidateGeneration || this.#configuration.version !== this.#candidateVersion;
     if (this.#phase === 'electing' && isOther) return; // A vote may be void, or be no part of a quorum.
+    const origin: TermHistory = [{ term: 0, startLsn: this.#origin.startLsn }];
+    const known = this.#phase === 'electing' ? origin : this.#history;
+    const contradicts = contradiction(reply.history, known);
+    if (contradicts !== undefined || reply.flushLsn < this.#origin.startLsn) {
+      const reason = `its log is none of this timeline: ${contradicts ?? 'it ends before it begins'}`;
+      actions.push({ kind: 'reconnect', peer: index, reason });
+      return;
+    }
     if (reply.granted) peer.votedTerm = reply.term;
     if (this.#phase === 'electing' && peer.votedTerm !== this.#candidateTerm && reply.isVoter) {
       this.#retry(`a vote for term ${reply.term} went to another proposer, or was lost on the way`, actions);

@@ -5,7 +5,7 @@
  * begins as its leader's does.
  */
 import assert from 'node:assert/strict';
-import type { Lsn } from '../postgres/lsn.ts';
+import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import type { TermHistory } from './messages.ts';
 
 /** The entries of a log that ends at `endLsn`. */
@@ -44,6 +44,16 @@ export function acknowledgedBound(
   if (voters.length < quorum) return undefined;
   const silent = acceptorCount - voters.length;
   return voters.map((position) => position.flushLsn).sort((a, b) => b - a)[quorum - silent - 1];
+}
+
+/** Why the two are not histories of logs of one timeline; undefined when they may be. Each for itself is sound. */
+export function contradiction(a: TermHistory, b: TermHistory): string | undefined {
+  for (let index = 0; index < a.length && index < b.length && a[index]!.term === b[index]!.term; index++) {
+    const [one, other] = [a[index]!, b[index]!];
+    if (one.startLsn !== other.startLsn)
+      return `term ${one.term} starts at ${formatLsn(one.startLsn)} and at ${formatLsn(other.startLsn)}`;
+  }
+  return a[0]?.term === b[0]?.term ? undefined : 'the histories do not begin with the same entry';
 }
 
 /** The highest LSN up to which the leader's log and that of an acceptor are the same; the leader's last term has no end. */

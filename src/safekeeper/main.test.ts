@@ -305,3 +305,46 @@ function openFiles(directory: string): string[] {
   }
   return files.filter((file) => file.startsWith(directory));
 }
+
+test('a history that no log of the timeline can have is refused, and stops nobody', async (context) => {
+  const served = await serve(context);
+  const begin = MID_SEGMENT_LSN;
+  const histories = [
+    [{ term: 7, startLsn: begin }],
+    [{ term: 0, startLsn: begin + 8 }],
+    [
+      { term: 0, startLsn: begin },
+      { term: 0, startLsn: begin },
+    ],
+    [],
+  ].map((past) => (past.length === 0 ? [] : [...past, { term: 8, startLsn: begin + 8 }]));
+  for (const history of histories) {
+    const proposer = new RawProposer(served.endpoint, newTimeline());
+    assert.equal(await proposer.next(), 'greeted');
+    // At once: it is looked at when the vote is durable.
+    proposer.send({ kind: 'vote', term: 8, generation: 0, configuration: NO_CONFIGURATION });
+    proposer.send({ kind: 'elected', term: 8, startLsn: begin, history });
+    const answer = await Promise.race([
+      proposer.closed.then(({ code }) => code),
+      proposer.next().then(async () => {
+        const reply = await proposer.next();
+        return reply === 'greeted' ? reply : reply.kind;
+      }),
+    ]);
+    assert(answer === 'refusal' || answer === 'bad-request', answer);
+    proposer.close();
+  }
+});
+
+test('a connection has one use', async (context) => {
+  const served = await serve(context);
+  let refused: (error: StrataError) => void = () => {};
+  const closed = new Promise<StrataError>((resolve) => (refused = resolve));
+  const connection = new SafekeeperConnection(served.endpoint, {
+    onFrame: () => {},
+    onClose: (error) => refused(error),
+  });
+  connection.write(encodeJson(FRAME.watch, {}), encodeJson(FRAME.watch, {}));
+  const error = await closed;
+  assert.deepEqual([error.code, /a watcher's connection/.test(error.message)], ['bad-request', true]);
+});

@@ -1,6 +1,7 @@
 /** A safekeeper read by Postgres' own client, where one is installed. */
 import assert from 'node:assert/strict';
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync } from 'node:fs';
 import { connect, type Socket } from 'node:net';
@@ -177,6 +178,22 @@ test('who may not read, asks for what is not there, or speaks nonsense is told s
   const stranger = open();
   await stranger.logIn(led, led.timeline.timelineId, 'no token');
   assert.equal((await stranger.error()).code, '28P01');
+  const token = await signToken(led.secret, { scope: 'timeline', timelineId: led.timeline.timelineId });
+  const otherToken = await signToken(led.secret, { scope: 'timeline', timelineId: 'e'.repeat(32) });
+  const forged = await signToken(randomBytes(32), { scope: 'platform' });
+  for (const [user, password, code] of [
+    [led.timeline.timelineId, otherToken, '28000'],
+    ['e'.repeat(32), token, '28000'],
+    ['', token, '28000'],
+    [led.timeline.timelineId, forged, '28P01'],
+    [led.timeline.timelineId, `${token.slice(0, -1)}${token.endsWith('A') ? 'B' : 'A'}`, '28P01'],
+    [led.timeline.timelineId, '', '28P01'],
+  ] as const) {
+    const thief = open();
+    await thief.logIn(led, user, password);
+    assert.equal((await thief.error()).code, code, `${user} ${password}`);
+    await once(thief.socket, 'close');
+  }
   const elsewhere = open();
   await elsewhere.logIn(led, 'f'.repeat(32));
   assert.equal((await elsewhere.error()).code, '57P03', 'libpq tries the next host');

@@ -44,6 +44,8 @@ const HELLO_TIMEOUT_MS = 10_000;
 const WATCH_INTERVAL_MS = 20;
 const WATCH_BATCH = 1_000;
 const MAX_QUEUED_FRAMES = 64;
+/** From who has not shown the platform's token. */
+const MAX_STRANGER_FRAME_BYTES = 16 * 1024;
 /** First bytes of the codes in startup packets: versions 3.x, and requests for encryption. */
 const POSTGRES_CODES: readonly number[] = [0x00, 0x04];
 
@@ -77,7 +79,7 @@ export function serveConnection(socket: Socket, context: ServerContext): void {
 class Connection implements ProposerLink {
   readonly #socket: Socket;
   readonly #context: ServerContext;
-  readonly #reader = new FrameReader(MAX_FRAME_BYTES);
+  readonly #reader = new FrameReader(MAX_STRANGER_FRAME_BYTES);
   readonly #frames: Frame[] = [];
   readonly #gone = new AbortController();
   #claims: TokenClaims | undefined;
@@ -87,6 +89,7 @@ class Connection implements ProposerLink {
   /** The piece of a large append that was taken last, and how much of it is still to come. */
   #append: (Append & { readonly leftBytes: number }) | undefined;
   #busy = false;
+  #use: 'proposer' | 'reader' | 'watcher' | undefined;
   /** Of a reader. */
   readonly #hurry = new Hurry();
 
@@ -111,19 +114,30 @@ class Connection implements ProposerLink {
       try {
         this.#reader.push(chunk);
         this.#readAppend();
-        for (let frame = this.#reader.next(); frame !== undefined; frame = this.#reader.next()) {
-          if (frame.type === FRAME.hurry && this.#timeline === undefined) this.#hurry.raise(decodeHurry(frame.payload));
-          else if (this.#busy) this.#frames.push(frame);
-          else this.#handle(frame);
-        }
-        if (this.#timeline !== undefined && this.#frames.length === 0) this.#beginAppend(this.#timeline);
-        if (this.#frames.length > MAX_QUEUED_FRAMES) socket.pause();
+        this.#readFrames();
       } catch (error) {
         this.fail(toStrataError(error));
       }
     };
     socket.on('data', onData);
     onData(opening);
+  }
+
+  #readFrames(): void {
+    while (!this.#isBeingVerified) {
+      const frame = this.#reader.next();
+      if (frame === undefined) break;
+      if (frame.type === FRAME.hurry && this.#timeline === undefined) this.#hurry.raise(decodeHurry(frame.payload));
+      else if (this.#busy) this.#frames.push(frame);
+      else this.#handle(frame);
+    }
+    if (this.#timeline !== undefined && this.#frames.length === 0) this.#beginAppend(this.#timeline);
+    if (this.#frames.length > MAX_QUEUED_FRAMES || this.#isBeingVerified) this.#socket.pause();
+  }
+
+  /** The hello is looked at: what comes after it is not, before it is known whose it is. */
+  get #isBeingVerified(): boolean {
+    return this.#busy && this.#claims === undefined;
   }
 
   // ProposerLink
@@ -190,7 +204,9 @@ class Connection implements ProposerLink {
         if (frame === undefined) break;
         this.#handle(frame);
       }
-      if (this.#frames.length === 0) this.#socket.resume();
+      if (this.#frames.length > 0) return;
+      this.#socket.resume();
+      this.#readFrames();
     } catch (error) {
       this.fail(toStrataError(error));
     }
@@ -228,11 +244,20 @@ class Connection implements ProposerLink {
   }
 
   async #hello(payload: Buffer): Promise<void> {
+    if (this.#claims !== undefined) throw new StrataError('bad-request', 'a second hello');
     this.#claims = await verifyToken(this.#context.secret, decodeHello(payload));
+    if (this.#claims.scope === 'platform') this.#reader.maxPayloadBytes = MAX_FRAME_BYTES;
     this.#socket.write(encodeHelloReply(this.#context.nodeId));
   }
 
+  /** A connection has one use. */
+  #begin(use: 'proposer' | 'reader' | 'watcher'): void {
+    if (this.#use !== undefined) throw new StrataError('bad-request', `a ${this.#use}'s connection has no other use`);
+    this.#use = use;
+  }
+
   async #greeting(greeting: Greeting): Promise<void> {
+    this.#begin('proposer');
     const { tenantId, timelineId, startLsn, pgVersion, systemId } = greeting;
     this.#requirePlatform(); // a compute's token lets it read; who may propose may also take the lead and write
     const identity: TimelineIdentity = { tenantId, timelineId, startLsn, pgVersion, systemId };
@@ -268,6 +293,7 @@ class Connection implements ProposerLink {
   }
 
   async #read(request: ReadRequest): Promise<void> {
+    this.#begin('reader');
     this.#authorize(request.timelineId);
     const timeline = this.#context.timelines.get(request.tenantId, request.timelineId);
     if (request.isRebuild === true) this.#requirePlatform();
@@ -277,6 +303,7 @@ class Connection implements ProposerLink {
 
   #watch(): void {
     this.#requirePlatform();
+    this.#begin('watcher');
     const { timelines } = this.#context;
     const moved = new Set<Timeline>();
     let timer: NodeJS.Timeout | undefined;
