@@ -24,6 +24,8 @@ export function computeSettings(options: { pgVersion: PgVersion; socketDir: stri
     log_timezone: 'UTC',
     datestyle: 'iso, mdy',
     default_text_search_config: 'pg_catalog.english',
+    // So many pages may be on their way from the pageserver; until 17 Postgres would ask for one at a time.
+    effective_io_concurrency: '64',
     // Whoever may create a role may also become it, as a superuser could (from 16 that is no longer implied).
     ...(pgVersion >= 16 ? { createrole_self_grant: 'set, inherit' } : {}),
     ...extra,
