@@ -54,6 +54,25 @@ export function compressTo(raw: Buffer, out: Buffer, at: number): number {
   return zstdCompressSync(raw, OPTIONS).copy(out, at);
 }
 
+/** What a block of a frame has at most, and takes at least: so a frame has no more than so many times its own length. */
+const EXPANSION_MAX = (128 * 1024) / 4;
+/** Of the fields of a frame's header, by what its descriptor says (RFC 8878, 3.1.1.1). */
+const CONTENT_SIZE_BYTES = [0, 2, 4, 8] as const;
+const DICTIONARY_ID_BYTES = [0, 1, 2, 4] as const;
+
+/** Whether the frame that is `stored` from `at` on may have `rawLength` bytes of content, by its length and what its header says: to be asked before memory is taken for it. */
+export function mayHave(stored: Buffer, at: number, rawLength: number): boolean {
+  const length = stored.length - at;
+  if (length < 6 || rawLength > length * EXPANSION_MAX) return false;
+  const descriptor = stored[at + 4]!;
+  const isSingleSegment = (descriptor & 0x20) !== 0;
+  const sizeBytes = descriptor < 0x40 && isSingleSegment ? 1 : CONTENT_SIZE_BYTES[descriptor >>> 6]!;
+  const sizeAt = at + 5 + (isSingleSegment ? 0 : 1) + DICTIONARY_ID_BYTES[descriptor & 3]!;
+  if (sizeBytes === 0 || sizeAt + sizeBytes > stored.length) return sizeBytes === 0;
+  const size = stored.readUIntLE(sizeAt, Math.min(sizeBytes, 6)) + (sizeBytes === 2 ? 256 : 0);
+  return size === rawLength;
+}
+
 /** With one byte to spare, a frame that has more than it should shows. */
 export const SPARE_BYTES = 1;
 

@@ -68,7 +68,9 @@ export function encodeTimelineIndex(index: TimelineIndex): Buffer {
 export function decodeTimelineIndex(bytes: Buffer, file: string): TimelineIndex {
   const damaged = (reason: string): StrataError =>
     new StrataError('internal', `timeline index ${file} is damaged: ${reason}`);
-  return timelineIndexFromJson(decodeChecked(bytes, MAGIC, VERSION, damaged) as TimelineIndexJson, damaged);
+  return decodeChecked(bytes, MAGIC, VERSION, damaged, (json) =>
+    timelineIndexFromJson(json as TimelineIndexJson, damaged),
+  );
 }
 
 export function timelineIndexToJson(index: TimelineIndex): TimelineIndexJson {
@@ -95,13 +97,14 @@ export function encodeChecked(magic: string, version: number, json: unknown): Bu
   return Buffer.concat([Buffer.from(`${magic} ${version} ${rest.length} ${checksum}\n`), rest]);
 }
 
-/** Throws what `damaged` makes of the reason when the bytes are not what encodeChecked makes. */
-export function decodeChecked(
+/** What `read` makes of the JSON. Throws what `damaged` makes of the reason when the bytes are not what encodeChecked makes, or `read` throws. */
+export function decodeChecked<T>(
   bytes: Buffer,
   magic: string,
   version: number,
   damaged: (reason: string) => StrataError,
-): unknown {
+  read: (json: unknown) => T,
+): T {
   const lineEnd = bytes.indexOf(0x0a);
   const head = /^([a-z-]+) (\d+) (\d+) ([0-9a-f]{8})$/.exec(bytes.toString('latin1', 0, Math.max(0, lineEnd)));
   if (head === null || head[1] !== magic) throw damaged('it does not begin as an index');
@@ -110,7 +113,12 @@ export function decodeChecked(
   if (rest.length !== Number(head[3])) throw damaged(`it has ${rest.length} bytes, its first line says ${head[3]}`);
   const checksum = crc32c(rest);
   if (checksum !== parseInt(head[4]!, 16)) throw damaged(`checksum is ${checksum.toString(16)}, not ${head[4]}`);
-  return JSON.parse(rest.toString('utf8'));
+  try {
+    return read(JSON.parse(rest.toString('utf8')));
+  } catch (error) {
+    if (error instanceof StrataError) throw error;
+    throw damaged(`what it says cannot be: ${(error as Error).message}`);
+  }
 }
 
 export function timelineIndexFromJson(

@@ -17,7 +17,7 @@
 import { CRC32C_INIT, crc32cExtendView, crc32cFinish } from '../../base/crc32c.ts';
 import { StrataError } from '../../base/errors.ts';
 import type { ByteRange } from './partial-layer.ts';
-import { compressedLengthMax, compressTo, decompress, SPARE_BYTES } from '../../base/zstd.ts';
+import { compressedLengthMax, compressTo, decompress, mayHave, SPARE_BYTES } from '../../base/zstd.ts';
 import type { WriteBuffer } from './write-buffer.ts';
 
 export const BLOCK_HEADER_BYTES = 16;
@@ -107,6 +107,9 @@ export function decodeBlock(block: Buffer, type: number, file: string, offset: n
     const stored = block.subarray(BLOCK_HEADER_BYTES);
     raw = memory === undefined ? stored : copied(stored, memory(stored.length));
   } else if (block[5] === COMPRESSION_ZSTD && rawLength <= MAX_BLOCK_BYTES) {
+    if (!mayHave(block, BLOCK_HEADER_BYTES, rawLength)) {
+      throw new LayerDamagedError(file, offset, `${storedLength} compressed bytes do not have ${rawLength}`);
+    }
     raw = decompressBlock(block, rawLength, file, offset, memory?.(rawLength + SPARE_BYTES));
   } else {
     throw new LayerDamagedError(file, offset, `compression ${block[5]} of ${rawLength} bytes is not known`);

@@ -237,6 +237,10 @@ export class LayerFile implements ValueSource {
 
   #read(file: number, offset: number, length: number): Buffer {
     if (offset < 0) throw new LayerDamagedError(this.path, 0, 'file is too short to be a layer');
+    const { sizeBytes } = this.description;
+    if (offset + length > sizeBytes) {
+      throw new LayerDamagedError(this.path, offset, `${length} bytes are wanted there, and it has ${sizeBytes}`);
+    }
     const missing = this.partial?.missing(offset, length);
     if (missing !== undefined) throw new LayerAbsentError(this.path, missing);
     const bytes = length <= READ_MEMORY_BYTES ? this.#cache.readMemory.subarray(0, length) : Buffer.allocUnsafe(length);

@@ -69,7 +69,10 @@ export function encodeRemoteIndex(index: RemoteIndex): Buffer {
 export function decodeRemoteIndex(bytes: Buffer, name: string): RemoteIndex {
   const damaged = (reason: string): StrataError =>
     new StrataError('internal', `index object ${name} is damaged: ${reason}`);
-  const json = decodeChecked(bytes, MAGIC, VERSION, damaged) as RemoteIndexJson;
+  return decodeChecked(bytes, MAGIC, VERSION, damaged, (json) => remoteIndexFromJson(json as RemoteIndexJson, damaged));
+}
+
+function remoteIndexFromJson(json: RemoteIndexJson, damaged: (reason: string) => StrataError): RemoteIndex {
   const layers = json.layers.map(([fileName, sizeBytes, crc32, generation]): RemoteLayer => {
     return { description: parseLayer(fileName, sizeBytes, damaged), crc32: parseInt(crc32, 16), generation };
   });

@@ -3,8 +3,11 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, test } from 'node:test';
+import fc from 'fast-check';
+import { StrataError } from '../../base/errors.ts';
 import { FileSystemStore } from '../../object-store/file-system-store.ts';
 import { ALL_KEYS } from '../key.ts';
+import { decodeTimelineIndex, encodeChecked, encodeTimelineIndex } from '../timeline-index.ts';
 import type { TimelineIndex } from '../timeline-index.ts';
 import { indexObjectName, layerObjectName, parseIndexName, parseLayerName } from './object-names.ts';
 import { decodeRemoteIndex, encodeRemoteIndex, objectNameOf } from './remote-index.ts';
@@ -93,6 +96,46 @@ async function put(written: RemoteIndex): Promise<void> {
   const name = { tenantId: TENANT, timelineId: TIMELINE, generation, sequence, isDeleted: timeline.isDeleted };
   await store.put(indexObjectName(name), encodeRemoteIndex(written));
 }
+
+test('an index whose checksum is right and that says what cannot be is damaged too, whatever it says', () => {
+  const written = index(3, 9, [layer(0x2000, 1), layer(0x3000, 3)]);
+  const files = [
+    { bytes: encodeRemoteIndex(written), decode: (bytes: Buffer) => void decodeRemoteIndex(bytes, 'its name') },
+    {
+      bytes: encodeTimelineIndex(written.timeline),
+      decode: (bytes: Buffer) => void decodeTimelineIndex(bytes, 'its name'),
+    },
+  ];
+  const values = [null, -1, 1e300, '', 'x', '0'.repeat(16), [], {}, [[]], true];
+  for (const { bytes, decode } of files) {
+    const [head, rest] = bytes.toString('utf8').split('\n') as [string, string];
+    fc.assert(
+      fc.property(fc.nat(), fc.constantFrom(...values), fc.boolean(), (which, value, isRemoved) => {
+        const places: (() => void)[] = [];
+        const json = JSON.parse(rest) as Record<string, unknown>;
+        const visit = (of: Record<string, unknown>): void => {
+          for (const key of Object.keys(of)) {
+            places.push(() => {
+              if (isRemoved) delete of[key];
+              else of[key] = value;
+            });
+            if (typeof of[key] === 'object' && of[key] !== null) visit(of[key] as Record<string, unknown>);
+          }
+        };
+        visit(json);
+        places[which % places.length]!();
+        const [magic, version] = head.split(' ') as [string, string];
+        try {
+          decode(encodeChecked(magic, Number(version), json));
+        } catch (error) {
+          assert(error instanceof StrataError && error.code === 'internal', String(error));
+          assert.match(error.message, /its name is damaged/);
+        }
+      }),
+      { numRuns: 500 },
+    );
+  }
+});
 
 test('the newest index is of the highest generation that counts, and tells what is nobody’s', async () => {
   const old = layer(0x1000, 1);
