@@ -6,7 +6,7 @@ import { type ChildProcess, fork } from 'node:child_process';
 import { once } from 'node:events';
 import { connect, createServer, type Socket } from 'node:net';
 import { createSecureContext, TLSSocket } from 'node:tls';
-import { freePort } from '../test/end-to-end/platform.ts';
+import { freePort } from '../src/base/free-port.ts';
 
 interface RelayOptions {
   readonly port: number;

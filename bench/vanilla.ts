@@ -4,7 +4,7 @@
 import { chownSync, mkdtempSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { freePort } from '../test/end-to-end/platform.ts';
+import { freePort } from '../src/base/free-port.ts';
 import { ADMIN_ROLE, encodeSettings } from '../src/compute/settings.ts';
 import { findInstallation, unprivilegedUser } from '../src/compute/installation.ts';
 import { PostgresProcess } from '../src/compute/postgres-process.ts';

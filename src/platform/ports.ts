@@ -6,6 +6,7 @@ import { readFileSync } from 'node:fs';
 import { createServer, type Server } from 'node:net';
 import { join } from 'node:path';
 import { writeFileDurably } from '../base/durable-file.ts';
+import { listenOnFreePort } from '../base/free-port.ts';
 import { listen } from '../base/rpc.ts';
 
 const FILE_NAME = 'ports.json';
@@ -24,10 +25,9 @@ export async function servicePorts(dataDir: string, host: string, safekeeperCoun
   const ports: number[] = [];
   try {
     for (let index = 0; index < 2 + safekeeperCount; index++) {
-      const server = await listenOn(host, kept[index] ?? 0).catch(() => listenOn(host, 0));
+      const server = createServer();
       servers.push(server);
-      const address = server.address();
-      ports.push(typeof address === 'object' && address !== null ? address.port : 0);
+      ports.push(await listenAgain(server, host, kept[index]));
     }
   } finally {
     await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
@@ -39,10 +39,14 @@ export async function servicePorts(dataDir: string, host: string, safekeeperCoun
   return { rpcPort: rpcPort!, pagePort: pagePort!, safekeeperPorts };
 }
 
-async function listenOn(host: string, port: number): Promise<Server> {
-  const server = createServer();
-  await listen(server, host, port);
-  return server;
+async function listenAgain(server: Server, host: string, port: number | undefined): Promise<number> {
+  if (port === undefined) return listenOnFreePort(server, host);
+  try {
+    await listen(server, host, port);
+    return port;
+  } catch {
+    return listenOnFreePort(server, host);
+  }
 }
 
 /** Of the pageserver's calls, its pages, and of each safekeeper. */

@@ -7,7 +7,6 @@
  * member is removed.
  */
 import { existsSync, readdirSync, renameSync, rmSync } from 'node:fs';
-import { createServer } from 'node:net';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { SafekeeperAdmin, SafekeeperChange, SafekeeperListing } from '../api/control.ts';
@@ -15,7 +14,7 @@ import { type SafekeeperAddress, SafekeeperClient, type TimelineProgress } from 
 import type { SafekeeperDirectory, SafekeeperSet } from '../api/safekeeper-set.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
-import { listen } from '../base/rpc.ts';
+import { freePort } from '../base/free-port.ts';
 import { abandonedConfiguration, type Configuration, jointConfiguration, nodesOf } from '../consensus/configuration.ts';
 import type { Settings } from '../control/settings.ts';
 import type { ChildService } from './child-service.ts';
@@ -372,12 +371,4 @@ function directoryIds(dataDir: string): number[] {
 
 function addressText(address: SafekeeperAddress | undefined): string {
   return address === undefined ? 'none' : `${address.host}:${address.port}`;
-}
-
-async function freePort(host: string): Promise<number> {
-  const server = createServer();
-  await listen(server, host, 0);
-  const address = server.address();
-  await new Promise((resolve) => server.close(resolve));
-  return typeof address === 'object' && address !== null ? address.port : 0;
 }

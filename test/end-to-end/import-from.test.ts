@@ -7,7 +7,8 @@ import { spawn } from 'node:child_process';
 import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
-import { freePort, TestPlatform, waitUntil } from './platform.ts';
+import { freePort } from '../../src/base/free-port.ts';
+import { TestPlatform, waitUntil } from './platform.ts';
 import { contentsOf, VanillaPostgres } from './vanilla.ts';
 
 const PG_DUMP = '/usr/lib/postgresql/15/bin/pg_dump';

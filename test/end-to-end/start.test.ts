@@ -9,7 +9,8 @@ import { tmpdir } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { promisify } from 'node:util';
-import { freePort, TestPlatform } from './platform.ts';
+import { freePort } from '../../src/base/free-port.ts';
+import { TestPlatform } from './platform.ts';
 
 const executable = resolve(import.meta.dirname, '../../bin/strata');
 const run = promisify(execFile);
