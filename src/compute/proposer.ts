@@ -192,14 +192,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     );
     if (this.fenced || this.#closing !== undefined) return true;
     this.#buffer.append(bytes);
-    if (!this.#pumpScheduled) {
-      // Once for all that the caller appends now.
-      this.#pumpScheduled = true;
-      queueMicrotask(() => {
-        this.#pumpScheduled = false;
-        this.#pump();
-      });
-    }
+    this.#schedulePump();
     // Not what is committed counts, but what is taken in: one record can be larger than the bound.
     this.#full = this.#pendingBytes() >= this.#maxPendingBytes;
     return !this.#full;
@@ -360,6 +353,16 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     return this.#state.configuration.newMembers !== undefined || this.#eager.has(this.#active.indexOf(index));
   }
 
+  /** Once for all that has come from Postgres and from safekeepers by now. */
+  #schedulePump(): void {
+    if (this.#pumpScheduled) return;
+    this.#pumpScheduled = true;
+    setImmediate(() => {
+      this.#pumpScheduled = false;
+      this.#pump();
+    });
+  }
+
   /**
    * Small appends go to the eager safekeepers in rounds: the next one begins when a quorum has the last. A commit needs them all anyway, and one that was
    * ahead would only make more messages, writes and commits of the same WAL.
@@ -413,7 +416,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     const ackedByAll = Math.min(...this.#active.map((index) => this.#state.peer(index).ackedLsn));
     this.#buffer.trim(Math.min(lsn, Math.max(ackedByAll, lsn - (this.#options.retainedBytes ?? RETAINED_BYTES))));
     this.#startPause();
-    this.#pump(); // One that recovers may find a source now.
+    this.#schedulePump(); // One that recovers may find a source now.
   }
 
   #pendingBytes(): number {
@@ -422,7 +425,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
 
   /** A safekeeper has taken WAL in. */
   #acknowledged(): void {
-    this.#pump();
+    this.#schedulePump();
     if (!this.#full || this.#pendingBytes() >= this.#maxPendingBytes / 2) return;
     this.#full = false;
     this.emit('drain');

@@ -41,7 +41,7 @@ import { Hurry, streamWal } from './wal-stream.ts';
 
 const HELLO_TIMEOUT_MS = 10_000;
 /** How often progress is sent to watchers, the first after a silence at once: whoever follows a timeline closely reads its WAL. */
-const WATCH_INTERVAL_MS = 20;
+const WATCH_INTERVAL_MS = 100;
 const WATCH_BATCH = 1_000;
 const MAX_QUEUED_FRAMES = 64;
 /** From who has not shown the platform's token. */
