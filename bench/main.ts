@@ -39,7 +39,6 @@ export interface Contenders {
   readonly rounds: number;
   /** Of each pgbench run. */
   readonly seconds: number;
-  readonly branchCount: number;
   /** Of pgbench's tables. */
   readonly scale: number;
 }
@@ -102,9 +101,7 @@ console.log(values.json ? JSON.stringify(rows, undefined, 2) : formatTable(rows)
 async function askPlatform(vanilla: Vanilla): Promise<void> {
   const strata = await BenchedPlatform.start([], env);
   try {
-    const size = quick
-      ? { rounds: 1, seconds: 3, branchCount: 100, scale }
-      : { rounds: 3, seconds: 10, branchCount: 1000, scale };
+    const size = quick ? { rounds: 1, seconds: 3, scale } : { rounds: 3, seconds: 10, scale };
     console.error('loading both …');
     await load(vanilla.connectionString, scale);
     await load(strata.connectionString, scale);

@@ -154,6 +154,10 @@ export class BenchedPlatform {
     }, 0);
   }
 
+  async cli(args: readonly string[]): Promise<void> {
+    await this.#platform.cli(args);
+  }
+
   async suspend(): Promise<void> {
     await this.#platform.cli(['endpoints', 'suspend', this.#endpointId]);
   }
