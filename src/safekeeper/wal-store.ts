@@ -85,8 +85,10 @@ export class WalStore {
     if (segmentOffset(startLsn) === 0) return; // The first page header comes with the stream.
     const handle = await openHandle(segmentPath(this.#directory, startLsn), 'w', 0o600);
     try {
-      const head = firstSegmentHead(this.#identity, startLsn);
-      await handle.write(head, 0, head.length, 0);
+      // What is between is a hole: a log that begins late in its segment would else take megabytes of zeroes, for each branch.
+      for (const { offset, bytes } of firstPageHeaders(this.#identity, startLsn)) {
+        await handle.write(bytes, 0, bytes.length, offset);
+      }
       await handle.truncate(WAL_SEGMENT_SIZE);
       await handle.sync();
     } finally {
@@ -282,16 +284,26 @@ export class WalStore {
 }
 
 /** What is before `startLsn`, where a log begins, in its segment: zeroes, and the headers of the first page and of the page in which it begins. */
-export function firstSegmentHead({ pgVersion, systemId }: TimelineIdentity, startLsn: Lsn): Buffer {
+export function firstSegmentHead(identity: TimelineIdentity, startLsn: Lsn): Buffer {
   const head = Buffer.alloc(segmentOffset(startLsn));
-  for (const pageLsn of new Set([segmentStart(startLsn), pageStart(startLsn)])) {
-    if (pageLsn === startLsn) continue;
+  for (const { offset, bytes } of firstPageHeaders(identity, startLsn)) bytes.copy(head, offset);
+  return head;
+}
+
+function firstPageHeaders(
+  { pgVersion, systemId }: TimelineIdentity,
+  startLsn: Lsn,
+): { readonly offset: number; readonly bytes: Buffer }[] {
+  const pages = new Set([segmentStart(startLsn), pageStart(startLsn)]);
+  pages.delete(startLsn);
+  return Array.from(pages, (pageLsn) => {
     const size = pageHeaderSize(pageLsn);
+    const bytes = Buffer.alloc(size);
     const remaining = pageLsn === pageStart(startLsn) ? pageOffset(startLsn) - size : 0;
     const version = toPgVersion(pgVersion);
-    writePageHeader(head, segmentOffset(pageLsn), { pageLsn, remaining, systemId: BigInt(systemId), version });
-  }
-  return head;
+    writePageHeader(bytes, 0, { pageLsn, remaining, systemId: BigInt(systemId), version });
+    return { offset: segmentOffset(pageLsn), bytes };
+  });
 }
 
 /** Reads WAL for one reader, with one file open at most. What is read must be known to be there. */
