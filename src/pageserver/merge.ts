@@ -22,8 +22,9 @@ import { compareKeys, KEY_KIND, relationSizeKey } from './key.ts';
 import type { Key } from './key.ts';
 import { LayerAbsentError } from './layers/block.ts';
 import { LayerDamagedError } from './layers/block.ts';
+import type { Memory } from './layers/block.ts';
 import { LayerCache, LayerFile } from './layers/layer-file.ts';
-import type { LayerEntry } from './layers/layer-section.ts';
+import type { KeyEntries, LayerEntry } from './layers/layer-section.ts';
 import { layerPath } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerMap } from './layers/layer-map.ts';
@@ -38,6 +39,9 @@ export const TAIL_RECORDS_MAX = 20;
 const CHAIN_BYTES_MAX = 64 * 1024;
 const LAYER_BYTES = 128 * 1024 * 1024;
 const SLICE_MS = 5;
+/** Memory for blocks comes in multiples of this, so that what one leaves fits another; so many of each size are kept. */
+const MEMORY_STEP_BYTES = 16 * 1024;
+const FREE_COUNT_MAX = 4;
 
 /** What a merge needs to know; it can be sent to another thread. */
 export interface MergeJob {
@@ -128,6 +132,7 @@ class Merge {
         const entries: LayerEntry[] = [];
         for (const source of sources) source.take(key, entries);
         await this.#writeKey(key, entries);
+        for (const source of sources) source.recycle();
         if (performance.now() - sliceStartMs > SLICE_MS) {
           if (Atomics.load(cancel, 0) !== 0) throw new MergeCancelled('the merge was given up');
           await yieldToOthers();
@@ -238,7 +243,7 @@ class Merge {
     const value = encodeImage(image);
     return kept.flatMap((entry) => {
       const left = ofHorizon.has(entry) ? [] : [entry];
-      return entry === last ? [...left, { key, lsn: last.lsn, value }] : left;
+      return entry === last ? [...left, { lsn: last.lsn, value }] : left;
     });
   }
 
@@ -345,27 +350,50 @@ class ImageChain {
   }
 }
 
-/** Goes through the entries of a run in order. */
+/** Goes through the entries of a run in order, in memory that is used again: what was taken is good until `recycle`. */
 class RunCursor {
-  readonly #entries: Iterator<LayerEntry, undefined>;
-  current: LayerEntry | undefined;
+  readonly #entries: Iterator<KeyEntries, undefined>;
+  /** By its size. */
+  readonly #free = new Map<number, ArrayBufferLike[]>();
+  /** Has only values that were taken. */
+  readonly #left: ArrayBufferLike[] = [];
+  current: KeyEntries | undefined;
 
   constructor(layers: readonly LayerFile[]) {
-    this.#entries = entriesOf(layers);
+    this.#entries = entriesOf(layers, (sizeBytes) => this.#memory(sizeBytes));
     this.current = this.#entries.next().value;
   }
 
-  /** Moves the entries of `key` to `to`. */
+  /** Adds the entries of `key` to `to`. */
   take(key: Key, to: LayerEntry[]): void {
     while (this.current !== undefined && compareKeys(this.current.key, key) === 0) {
-      to.push(this.current);
+      const { entries, left } = this.current;
+      for (let i = 0; i < entries.length; i++) to.push(entries[i]!);
+      this.#left.push(...left);
       this.current = this.#entries.next().value;
     }
   }
+
+  /** Nobody looks any more at what was taken. */
+  recycle(): void {
+    for (let memory = this.#left.pop(); memory !== undefined; memory = this.#left.pop()) {
+      const alike = this.#free.get(memory.byteLength);
+      if (alike === undefined) this.#free.set(memory.byteLength, [memory]);
+      else if (alike.length < FREE_COUNT_MAX) alike.push(memory);
+    }
+  }
+
+  #memory(sizeBytes: number): Buffer {
+    const roundBytes = Math.ceil(sizeBytes / MEMORY_STEP_BYTES) * MEMORY_STEP_BYTES;
+    const free = this.#free.get(roundBytes)?.pop();
+    return free === undefined
+      ? Buffer.allocUnsafeSlow(roundBytes).subarray(0, sizeBytes)
+      : Buffer.from(free, 0, sizeBytes);
+  }
 }
 
-function* entriesOf(layers: readonly LayerFile[]): Generator<LayerEntry, undefined> {
-  for (const layer of layers) yield* layer.entries();
+function* entriesOf(layers: readonly LayerFile[], memory: Memory): Generator<KeyEntries, undefined> {
+  for (const layer of layers) yield* layer.entries(memory);
   return undefined;
 }
 

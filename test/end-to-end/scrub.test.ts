@@ -8,6 +8,7 @@ import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { PageserverClient } from '../../src/api/pageserver.ts';
 import { signToken } from '../../src/base/token.ts';
+import type { Key } from '../../src/pageserver/key.ts';
 import { LayerCache, LayerFile } from '../../src/pageserver/layers/layer-file.ts';
 import { layerFileName } from '../../src/pageserver/layers/layer-format.ts';
 import { LayerWriter } from '../../src/pageserver/layers/layer-writer.ts';
@@ -248,9 +249,11 @@ describe('scrub', () => {
       if (layer.kind === 'image') continue;
       const path = join(folder, layerFileName(layer));
       const file = new LayerFile(path, layer, cache);
-      if (![...file.entries()].some(({ value }) => value.includes('MARKER'))) continue;
+      const entries: { key: Key; lsn: number; value: Buffer }[] = [];
+      file.forEachValue((key, lsn, value) => entries.push({ key, lsn, value }));
+      if (!entries.some(({ value }) => value.includes('MARKER'))) continue;
       const writer = await LayerWriter.create(scratch, { ...layer, timelineId });
-      for (const { key, lsn, value } of file.entries()) {
+      for (const { key, lsn, value } of entries) {
         const bytes = Buffer.from(value);
         for (let at = bytes.indexOf('MARKER'); at >= 0; at = bytes.indexOf('MARKER', at)) {
           bytes.write('WRONG!', at);

@@ -152,6 +152,31 @@ describe('layer files', () => {
     );
   });
 
+  test('memory that a merge has left has no value that is still to come', async () => {
+    const written: Entry[] = [];
+    for (let blk = 0; blk < 400; blk++) {
+      const key = relationBlockKey(1663, 5, 16384, 0, blk);
+      for (let lsn = 0; lsn < 1 + ((blk * 7) % 40); lsn++) {
+        const payload = Buffer.from(`${blk}.${lsn} `.repeat(100));
+        written.push({ key, lsn: 2000 + lsn, value: encodeDerived(1, payload) });
+      }
+      if (blk % 3 === 0) written.push({ key, lsn: 3000 + (blk % 2), value: encodeImage(Buffer.alloc(8192, blk)) });
+    }
+    const layer = await write(written, 'delta', 2000, 4000);
+    const found: { key: string; lsn: number; value: Buffer }[] = [];
+    let leftCount = 0;
+    for (const { key, entries, left } of layer.entries((sizeBytes) => Buffer.allocUnsafeSlow(sizeBytes))) {
+      for (const { lsn, value } of entries) found.push({ key: formatKey(key), lsn, value: Buffer.from(value) });
+      for (const memory of left) {
+        Buffer.from(memory).fill(0xee);
+        leftCount++;
+      }
+    }
+    assert.ok(leftCount > 100, `${leftCount} blocks were left`);
+    const expected = written.map(({ key, lsn, value }) => ({ key: formatKey(key), lsn, value }));
+    assert.deepEqual(found, expected);
+  });
+
   test('any damaged byte is found, and the error names the file', async () => {
     const entries = Array.from({ length: 40 }, (_, i) => ({
       key: relationBlockKey(1663, 5, 16384, 0, i),

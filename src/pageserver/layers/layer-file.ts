@@ -11,13 +11,14 @@ import { compareKeys } from '../key.ts';
 import type { Key, KeyRange } from '../key.ts';
 import { BlockCache } from './block-cache.ts';
 import { BLOCK_TYPE, decodeBlock, LayerAbsentError, LayerDamagedError } from './block.ts';
+import type { Memory } from './block.ts';
 import type { Chain, ValueSource } from './chain.ts';
 import { GenerationCache } from './generation-cache.ts';
 import type { KeyBlock } from './key-block.ts';
 import { decodeFooter, decodeIndex, LAYER_FOOTER_BYTES } from './layer-format.ts';
 import type { LayerDescription, LayerFooter } from './layer-format.ts';
 import { LayerSection, mergeByKey } from './layer-section.ts';
-import type { LayerEntry, SectionSource } from './layer-section.ts';
+import type { KeyEntries, SectionSource } from './layer-section.ts';
 import type { PartialLayer } from './partial-layer.ts';
 
 const BLOCKS_PER_LAYER_MAX = 2 ** 24;
@@ -133,22 +134,17 @@ export class LayerFile implements ValueSource {
     return undefined;
   }
 
-  /** Every value in the layer's order, for merges. */
-  *entries(): Generator<LayerEntry, undefined> {
+  /** Every value in the layer's order, for merges; some keys come twice in a row. `memory` is asked for each block. */
+  entries(memory: Memory): Generator<KeyEntries, undefined> {
     const { history, newest } = this.#opened();
-    let last: Key | undefined;
-    for (const entry of mergeByKey(history.entries(), newest.entries(), ({ key }) => key)) {
-      // One object for all entries of a key, though they may lie in two sections.
-      const key = last !== undefined && compareKeys(last, entry.key) === 0 ? last : entry.key;
-      yield key === entry.key ? entry : { ...entry, key };
-      last = key;
-    }
-    return undefined;
+    return mergeByKey(history.entries(memory), newest.entries(memory), ({ key }) => key);
   }
 
   /** Every value in the layer's order, for verification and tests. */
   forEachValue(visit: (key: Key, lsn: Lsn, value: Buffer) => void): void {
-    for (const { key, lsn, value } of this.entries()) visit(key, lsn, value);
+    for (const { key, entries } of this.entries((sizeBytes) => Buffer.allocUnsafeSlow(sizeBytes))) {
+      for (const { lsn, value } of entries) visit(key, lsn, value);
+    }
   }
 
   /** What the file says of itself. */

@@ -15,9 +15,16 @@ import { decodeKeyBlock } from './layer-format.ts';
 import type { SectionIndex } from './layer-format.ts';
 
 export interface LayerEntry {
-  readonly key: Key;
   readonly lsn: Lsn;
   readonly value: Buffer;
+}
+
+/** Entries of one key, oldest first: those that one key block has. */
+export interface KeyEntries {
+  readonly key: Key;
+  readonly entries: readonly LayerEntry[];
+  /** Memory in which no values are but those of these entries and of what came before. */
+  readonly left: readonly ArrayBufferLike[];
 }
 
 /** The layer file as its sections see it. */
@@ -91,23 +98,24 @@ export class LayerSection {
     return undefined;
   }
 
-  /** Every entry, in order. Leaves the cache of value blocks as it is: values are in memory of their own. */
-  *entries(): Generator<LayerEntry, undefined> {
-    let key: Key | undefined;
-    let values: Buffer = Buffer.alloc(0);
+  /** Every entry, in order. Leaves the cache of value blocks as it is: values are in memory that is asked for, for each block. */
+  *entries(memory: Memory): Generator<KeyEntries, undefined> {
+    let values: Buffer | undefined;
     let valuesNumber = -1;
     for (let number = 0; number < this.#index.firstKeys.count; number++) {
       const block = this.#keyBlock(number);
       for (let i = 0; i < block.keys.count; i++) {
-        // One object for all entries of a key, though they may lie in two blocks.
-        if (key === undefined || block.keys.compare(i, key) !== 0) key = block.keys.get(i);
+        const entries: LayerEntry[] = [];
+        let left: ArrayBufferLike[] = NO_MEMORY;
         for (let entry = block.entryStart[i]!; entry < block.entryStart[i + 1]!; entry++) {
-          if (block.valueBlocks[entry] !== valuesNumber) {
+          if (values === undefined || block.valueBlocks[entry] !== valuesNumber) {
+            if (values !== undefined) left = [...left, values.buffer];
             valuesNumber = block.valueBlocks[entry]!;
-            values = this.#readValueBlock(valuesNumber, ownMemory);
+            values = this.#readValueBlock(valuesNumber, memory);
           }
-          yield { key, lsn: block.lsns[entry]!, value: this.#value(block, entry, values) };
+          entries.push({ lsn: block.lsns[entry]!, value: this.#value(block, entry, values) });
         }
+        yield { key: block.keys.get(i), entries, left };
       }
     }
     return undefined;
@@ -160,9 +168,7 @@ export class LayerSection {
   }
 }
 
-function ownMemory(sizeBytes: number): Buffer {
-  return Buffer.allocUnsafeSlow(sizeBytes);
-}
+const NO_MEMORY: ArrayBufferLike[] = [];
 
 /** Two generators in the order of keys as one; of equal keys the first one's comes first. What has no key is passed on at once. */
 export function* mergeByKey<T>(
