@@ -17,7 +17,7 @@ const RETRY_MS = 50;
 /** Takes the lock, waiting up to `waitMs` for a holder that is just stopping. Throws `conflict` when it is held for longer. */
 export async function lockDirectory(directory: string, waitMs: number): Promise<DirectoryLock> {
   mkdirSync(directory, { recursive: true, mode: 0o700 });
-  const deadline = Date.now() + waitMs;
+  const deadline = performance.now() + waitMs;
   for (;;) {
     const database = new DatabaseSync(join(directory, 'lock'));
     try {
@@ -27,7 +27,7 @@ export async function lockDirectory(directory: string, waitMs: number): Promise<
       database.close();
       const isBusy = error instanceof Error && /locked|busy/i.test(error.message);
       if (!isBusy) throw error;
-      if (Date.now() >= deadline)
+      if (performance.now() >= deadline)
         throw new StrataError('conflict', `${directory} is in use by another process`, { cause: error });
     }
     await sleep(RETRY_MS);

@@ -188,7 +188,7 @@ export class RpcClient {
   /** Rejects with the callee's coded error, `timeout`, or `unavailable`. */
   async call(method: string, params: unknown, options: CallOptions = {}): Promise<RpcReply> {
     const timeoutMs = options.timeoutMs ?? DEFAULT_TIMEOUT_MS;
-    const deadline = Date.now() + timeoutMs;
+    const deadline = performance.now() + timeoutMs;
     const socket = await this.#connected(deadline, options.signal);
     const id = this.#nextId++;
     return new Promise<RpcReply>((resolve, reject) => {
@@ -206,7 +206,7 @@ export class RpcClient {
           finish();
           reject(new StrataError('timeout', `${this.#options.service}.${method} gave no answer in ${timeoutMs} ms`));
         },
-        Math.max(1, deadline - Date.now()),
+        Math.max(1, deadline - performance.now()),
       );
       options.signal?.addEventListener('abort', onAbort, { once: true });
       this.#pending.set(id, {
@@ -239,7 +239,7 @@ export class RpcClient {
         return await attempt;
       } catch (error) {
         if (this.#socket === attempt) this.#socket = undefined;
-        if (Date.now() + RECONNECT_DELAY_MS >= deadline) {
+        if (performance.now() + RECONNECT_DELAY_MS >= deadline) {
           const { host, port, service } = this.#options;
           throw new StrataError('unavailable', `${service} at ${host}:${port} cannot be reached`, { cause: error });
         }

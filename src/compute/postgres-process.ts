@@ -104,14 +104,14 @@ export class PostgresProcess {
 
   async #waitUntilReady(signal: AbortSignal | undefined): Promise<void> {
     const pidFile = join(this.#options.dataDir, 'postmaster.pid');
-    const deadline = Date.now() + READY_TIMEOUT_MS;
+    const deadline = performance.now() + READY_TIMEOUT_MS;
     for (;;) {
       signal?.throwIfAborted();
       if (this.#exit !== undefined) {
         throw new StrataError('unavailable', `Postgres did not start (${this.#describeExit()}): ${this.#logTail()}`);
       }
       if (isReady(pidFile, this.#child.pid)) return;
-      if (Date.now() > deadline) {
+      if (performance.now() > deadline) {
         throw new StrataError(
           'timeout',
           `Postgres was not ready after ${READY_TIMEOUT_MS / 1000} s: ${this.#logTail()}`,

@@ -202,7 +202,8 @@ export class ProposerPeer {
     if (isUnconfirmed && this.#wasUnconfirmed) this.reconnect('it did not confirm the configuration');
     this.#wasUnconfirmed = isUnconfirmed;
     const owes = isAsked || (peer.state === 'streaming' && peer.writtenLsn < peer.sendLsn);
-    if (this.#connection !== undefined && owes && Date.now() - this.#heardAtMs > STALL_MS) this.reconnect('no answer');
+    if (this.#connection !== undefined && owes && performance.now() - this.#heardAtMs > STALL_MS)
+      this.reconnect('no answer');
   }
 
   async close(timeoutMs: number): Promise<void> {
@@ -221,7 +222,7 @@ export class ProposerPeer {
   #connect(): void {
     if (this.#closed) return;
     const { address, token, timeline, state, perform, index } = this.#options;
-    this.#heardAtMs = Date.now();
+    this.#heardAtMs = performance.now();
     const connection = new SafekeeperConnection(
       { address, token },
       {
@@ -253,7 +254,7 @@ export class ProposerPeer {
 
   #received(frame: Frame): void {
     const { state, perform, index } = this.#options;
-    this.#heardAtMs = Date.now();
+    this.#heardAtMs = performance.now();
     if (frame.type === FRAME.greetingReply) {
       this.#lastError = undefined;
       const greeting = decodeGreetingReply(frame.payload);

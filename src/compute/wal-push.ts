@@ -125,14 +125,14 @@ export class WalPush {
     this.#client = undefined;
     if (this.#ended) return;
     this.#options.log?.info({ reason }, 'the WAL stream broke, connecting anew');
-    const deadline = Date.now() + RECONNECT_FOR_MS;
+    const deadline = performance.now() + RECONNECT_FOR_MS;
     for (;;) {
       try {
         await sleep(RECONNECT_DELAY_MS);
         if (!this.#ended) await this.#connect();
         return;
       } catch (error) {
-        if (Date.now() > deadline) {
+        if (performance.now() > deadline) {
           this.#end(error instanceof Error ? error.message : String(error));
           return;
         }

@@ -98,7 +98,7 @@ export class ChildService {
 
   async #launch(): Promise<void> {
     const { name, command, nodeFlags = [], config, logFile, log } = this.#options;
-    const startedAtMs = Date.now();
+    const startedAtMs = performance.now();
     const logHandle = openSync(logFile, 'a', 0o600);
     const [, script] = process.argv;
     const child = spawn(process.execPath, [...process.execArgv, ...nodeFlags, script ?? '', ...command], {
@@ -130,7 +130,10 @@ export class ChildService {
       child.kill('SIGKILL');
       throw ready;
     }
-    log.info({ service: name, pid: child.pid, startMs: Date.now() - startedAtMs }, 'service is ready');
+    log.info(
+      { service: name, pid: child.pid, startMs: Math.round(performance.now() - startedAtMs) },
+      'service is ready',
+    );
     const pings = this.#ping(child);
     lines.on('line', (line) => {
       if (line === ALIVE) this.#unansweredPings = 0;
@@ -138,7 +141,7 @@ export class ChildService {
     });
     void exited.then((reason) => {
       clearInterval(pings);
-      return this.#restart(reason, Date.now() - startedAtMs);
+      return this.#restart(reason, performance.now() - startedAtMs);
     });
   }
 

@@ -328,15 +328,15 @@ export class LogRebuild {
   async #madeDurable(timelineId: string): Promise<PageserverTimelineStatus> {
     const { pageserver } = this.#options;
     await pageserver.flush(timelineId);
-    const deadlineMs = Date.now() + UPLOAD_WAIT_MS;
+    const deadlineMs = performance.now() + UPLOAD_WAIT_MS;
     for (;;) {
       const status = await pageserver.timelineStatus(timelineId);
       const { lastRecordLsn, diskConsistentLsn, remoteConsistentLsn, startLsn } = status;
       const isUploaded = remoteConsistentLsn >= lastRecordLsn;
       const neverUploads =
-        remoteConsistentLsn === startLsn && Date.now() > deadlineMs - UPLOAD_WAIT_MS + FIRST_UPLOAD_WAIT_MS;
+        remoteConsistentLsn === startLsn && performance.now() > deadlineMs - UPLOAD_WAIT_MS + FIRST_UPLOAD_WAIT_MS;
       if (diskConsistentLsn >= lastRecordLsn && (isUploaded || neverUploads)) return status;
-      if (Date.now() > deadlineMs) {
+      if (performance.now() > deadlineMs) {
         const has = `has ${formatLsn(lastRecordLsn)}, durable is ${formatLsn(Math.min(diskConsistentLsn, remoteConsistentLsn))}`;
         throw new StrataError('unavailable', `the pageserver ${has}: its log is rebuilt when that is durable`);
       }

@@ -2,10 +2,10 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
-import { existsSync, readdirSync, readlinkSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readlinkSync, writeFileSync } from 'node:fs';
 import { mkdir, rmdir, writeFile } from 'node:fs/promises';
 import { connect } from 'node:net';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import {
@@ -19,8 +19,10 @@ import {
 import { encodeHello, encodeJson, FRAME } from '../api/safekeeper-protocol.ts';
 import type { StrataError } from '../base/errors.ts';
 import { signToken } from '../base/token.ts';
+import { blankState } from '../consensus/acceptor.ts';
 import { NO_CONFIGURATION } from '../consensus/configuration.ts';
-import type { Lsn } from '../postgres/lsn.ts';
+import { type Lsn, segmentStart } from '../postgres/lsn.ts';
+import { CONTROL_FILE_NAME, encodeControlFile } from './control-file.ts';
 import { makeWal, MID_SEGMENT_LSN } from './made-wal.test-data.ts';
 import { newTimeline, RawProposer, SECRET, serve } from './served.test-data.ts';
 import { segmentPath } from './wal-store.ts';
@@ -231,33 +233,46 @@ test('strangers are disconnected: no hello, a frame too large, another protocol'
   }
 });
 
-test('hundreds of idle timelines hold no file open and are there quickly after a restart', async (context) => {
+test('a thousand idle timelines hold no file and no timer each, and are there quickly after a restart', async (context) => {
+  const COUNT = 1_000;
   const served = await serve(context);
-  const client = new SafekeeperClient(served.endpoint);
-  const timelines = Array.from({ length: 500 }, newTimeline);
-  for (let from = 0; from < timelines.length; from += 50) {
-    await Promise.all(timelines.slice(from, from + 50).map((timeline) => client.createTimeline(timeline)));
+  await served.safekeeper.close();
+  const tenantId = randomBytes(16).toString('hex');
+  const startLsn = segmentStart(MID_SEGMENT_LSN);
+  for (let index = 0; index < COUNT; index++) {
+    const identity = { ...newTimeline(), tenantId, startLsn };
+    const directory = join(served.dataDir, tenantId, identity.timelineId);
+    mkdirSync(directory, { recursive: true });
+    const control = encodeControlFile({ kind: 'timeline', identity, acceptor: blankState(startLsn) });
+    writeFileSync(join(directory, CONTROL_FILE_NAME), control);
   }
-  const proposer = new RawProposer(served.endpoint, timelines[0]!);
-  await proposer.lead(1);
-  proposer.send({
-    kind: 'append',
-    term: 1,
-    beginLsn: MID_SEGMENT_LSN,
-    commitLsn: 0,
-    bytes: makeWal(MID_SEGMENT_LSN, [100]).bytes,
-  });
-  await proposer.next();
-  assert.equal(openFiles(served.dataDir).length, 2, 'one segment and the lock');
-  proposer.close();
-  client.close();
   const startedAtMs = performance.now();
+  await served.start();
+  context.diagnostic(`start with ${COUNT} timelines: ${(performance.now() - startedAtMs).toFixed(0)} ms`);
+  const client = new SafekeeperClient(served.endpoint);
+  assert.equal((await client.list()).length, COUNT);
+
+  const timeline = newTimeline();
+  const proposer = new RawProposer(served.endpoint, timeline);
+  await proposer.lead(1);
+  const bytes = makeWal(MID_SEGMENT_LSN, [100]).bytes;
+  proposer.send({ kind: 'append', term: 1, beginLsn: MID_SEGMENT_LSN, commitLsn: 0, bytes });
+  await proposer.next();
+  const segment = `${timeline.timelineId}/${basename(segmentPath('', MID_SEGMENT_LSN))}`;
+  assert(openFiles(served.dataDir).some((file) => file.endsWith(segment)));
+  assert(openFiles(served.dataDir).length <= 3, 'its segment, its flush mark and the lock');
+  const timers = process.getActiveResourcesInfo().filter((name) => name === 'Timeout');
+  assert(timers.length < 20, `${timers.length} timers`);
+  proposer.close();
+  // One that has WAL is opened by who asks for its status, and is at rest again.
   await served.restart();
-  context.diagnostic(`restart with 500 timelines: ${(performance.now() - startedAtMs).toFixed(0)} ms`);
-  const again = new SafekeeperClient(served.endpoint);
-  assert.equal((await again.list()).length, 500);
-  assert.equal(openFiles(served.dataDir).length, 1);
-  again.close();
+  const asked = new SafekeeperClient(served.endpoint);
+  assert.equal((await asked.status(timeline.tenantId, timeline.timelineId)).flushLsn, MID_SEGMENT_LSN + bytes.length);
+  const deadline = performance.now() + 10_000;
+  while (openFiles(served.dataDir).length > 1 && performance.now() < deadline) await sleep(20);
+  assert.deepEqual(openFiles(served.dataDir).length, 1, `the lock: ${openFiles(served.dataDir).join()}`);
+  asked.close();
+  client.close();
 });
 
 test('after a failed write the timeline is not served, others are, and it is again when the disk works', async (context) => {
@@ -305,6 +320,35 @@ function openFiles(directory: string): string[] {
   }
   return files.filter((file) => file.startsWith(directory));
 }
+
+test('a vote that cannot be written down is not given, and the log is served again when it can be', async (context) => {
+  const served = await serve(context);
+  const timeline = newTimeline();
+  const first = new RawProposer(served.endpoint, timeline);
+  await first.lead(1);
+  const partial = join(served.dataDir, timeline.tenantId, timeline.timelineId, `${CONTROL_FILE_NAME}.partial`);
+  await mkdir(partial); // Its place is taken, as a full or failing disk refuses it.
+  const second = new RawProposer(served.endpoint, timeline);
+  assert.equal(await second.next(), 'greeted');
+  second.send({ kind: 'vote', term: 2, generation: 0, configuration: NO_CONFIGURATION });
+  assert.equal((await second.closed).code, 'unavailable', 'no answer but the end');
+  assert.equal((await first.closed).code, 'unavailable');
+  await rmdir(partial);
+  const client = new SafekeeperClient(served.endpoint);
+  let term: number | undefined;
+  for (
+    const deadline = performance.now() + 20_000;
+    term === undefined && performance.now() < deadline;
+    await sleep(50)
+  ) {
+    term = (await client.status(timeline.tenantId, timeline.timelineId).catch(() => undefined))?.term;
+  }
+  const again = new RawProposer(served.endpoint, timeline);
+  await again.lead(3);
+  assert.equal((await client.status(timeline.tenantId, timeline.timelineId)).term, 3);
+  again.close();
+  client.close();
+});
 
 test('a history that no log of the timeline can have is refused, and stops nobody', async (context) => {
   const served = await serve(context);

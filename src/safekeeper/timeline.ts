@@ -256,6 +256,7 @@ export class Timeline {
       this.#noteLoss(flushLsn, mark);
       // A control file that was renamed just before a kill may not be durable yet; what follows relies on it.
       await this.#writeControl();
+      await this.#store.release(); // Who only asks for its status writes nothing.
       this.#opened(flushLsn);
     } catch (error) {
       this.#isDamaged = (error as NodeJS.ErrnoException).code === undefined;
