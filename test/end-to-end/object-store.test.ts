@@ -7,6 +7,8 @@ import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
+import { isDeepStrictEqual } from 'node:util';
+import { parseIndexName } from '../../src/pageserver/remote/object-names.ts';
 import { FaultProxy } from '../object-store/fault-proxy.ts';
 import { startS3rver } from '../object-store/s3-servers.ts';
 import type { S3Server } from '../object-store/s3-servers.ts';
@@ -102,15 +104,24 @@ describe('with the object store in a directory', () => {
       const dev2 = await connectionString(platform, 'dev2');
       const sums = [await platform.psql(SUM), await platform.psql(SUM, dev2)];
       await platform.stop();
-      const indexes = (): number =>
-        readdirSync(join(platform.dataDir, 'object-store'), { recursive: true, encoding: 'utf8' }).filter((name) =>
-          /^indexes\/.*-[0-9a-f]{8}$/.test(name),
-        ).length;
-      const before = indexes();
+      // What an index was before it changed stays for a while, and is not to come back.
+      const timelines = (): readonly string[] => {
+        const names = readdirSync(join(platform.dataDir, 'object-store', 'indexes'), {
+          recursive: true,
+          encoding: 'utf8',
+        });
+        const found = names.flatMap((name) => parseIndexName(`indexes/${name}`) ?? []);
+        const deleted = new Set(found.filter(({ isDeleted }) => isDeleted).map(({ timelineId }) => timelineId));
+        return [...new Set(found.map(({ timelineId }) => timelineId))].filter((id) => !deleted.has(id)).sort();
+      };
+      const before = timelines();
+      assert(before.length >= 3, `${before.length} timelines`);
       rmSync(join(platform.dataDir, 'object-store'), { recursive: true });
       await assert.rejects(TestPlatform.start({ dataDir: platform.dataDir }), /--refill-object-store fills this one/);
       await platform.start(['--refill-object-store']);
-      await waitUntil(async () => indexes() >= before && (await isUploaded(platform)), 'all is uploaded again');
+      const isBack = async (): Promise<boolean> =>
+        isDeepStrictEqual(timelines(), before) && (await isUploaded(platform));
+      await waitUntil(isBack, 'all is uploaded again', 60_000);
       const { stdout } = await platform.cli(['scrub', '--sample', '50']);
       assert.match(stdout, /damaged or missing +0/);
       await platform.stop();
