@@ -27,6 +27,7 @@
 #define MAX_ASKED 64
 #define MAX_SKIP 4096
 #define SMALL_STEP 32
+#define SMALL_FILE 16
 #define MAX_ASKED_PAGES (2 * MAX_RUN)
 
 struct open_file open_files[MAX_TRACKED_FD];
@@ -410,9 +411,11 @@ static uint32_t next_run(const struct open_file *file, uint32_t block, bool cont
 			return block - file->miss_end <= SMALL_STEP ? file->run : 1;
 		doubles = true;
 	}
-	if (!doubles)
-		return 1;
-	return file->run == 0 ? 1 : file->run * 2 > MAX_RUN ? MAX_RUN : file->run * 2;
+	/* A small file, as most catalogs and their indexes are, comes at once: its other pages take less than another round trip. */
+	uint32_t least = file->entry->blocks <= SMALL_FILE ? SMALL_FILE : 1;
+	if (!doubles || file->run < least)
+		return least;
+	return file->run * 2 > MAX_RUN ? MAX_RUN : file->run * 2;
 }
 
 /* One attempt at the absent block `block` and those after it. */
