@@ -17,6 +17,7 @@ export interface ExportedDirectory {
   readonly systemId: string;
   readonly relationBytes: number;
   readonly fileCount: number;
+  /** Who owns the directory and may log in as the superuser. */
   readonly systemUsers: readonly string[];
 }
 

@@ -134,7 +134,7 @@ describe('timelines', () => {
     await open({ flushWalBytes: 1_000 });
     const root = await importRoot();
     const isDurable = async (lsn: number): Promise<boolean> => {
-      for (let n = 0; n < 100 && root.diskConsistentLsn < lsn; n++) await sleep(10);
+      for (let n = 0; n < 3000 && root.diskConsistentLsn < lsn; n++) await sleep(10);
       return root.diskConsistentLsn >= lsn;
     };
     root.advance(LSN + 992, LSN);

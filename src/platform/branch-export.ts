@@ -46,6 +46,7 @@ import {
   unprivilegedUser,
   type UnixUser,
 } from '../compute/installation.ts';
+import type { ExportedDirectory } from '../cli/export.ts';
 import { LsnLease } from '../compute/lsn-lease.ts';
 import { CONTROL_FILE_PATH, decodeControlFile } from '../postgres/control-file.ts';
 import { forgeShutdownCheckpoint } from '../postgres/forge-checkpoint.ts';
@@ -74,16 +75,6 @@ export interface BranchExportOptions {
 export interface ExportProgress {
   readonly doneBytes: number;
   readonly totalBytes: number;
-}
-
-export interface ExportedDirectory {
-  readonly path: string;
-  readonly pgVersion: number;
-  readonly systemId: string;
-  readonly relationBytes: number;
-  readonly fileCount: number;
-  /** Who owns the directory and may log in as the superuser. */
-  readonly systemUsers: readonly string[];
 }
 
 export const UNFINISHED_EXPORT = 'unfinished-export';

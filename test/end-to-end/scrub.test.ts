@@ -82,7 +82,7 @@ describe('scrub', () => {
     const head = await platform.psql('SELECT pg_current_wal_flush_lsn()');
     await platform.cli(['branches', 'at', head]);
     await pageserver.flush(timelineId);
-    for (let i = 0; i < 200; i++) {
+    for (let i = 0; i < 1200; i++) {
       const status = await pageserver.objectStoreStatus();
       if (status === undefined || status.pendingTimelines === 0) return;
       await new Promise((done) => setTimeout(done, 50));

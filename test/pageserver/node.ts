@@ -123,7 +123,7 @@ export class TestNode {
   /** As a stop does. */
   async close(): Promise<void> {
     await this.timelines.close();
-    await this.remote.settled(2_000);
+    await this.remote.settled(20_000);
     await this.remote.close();
   }
 
