@@ -12,6 +12,7 @@
  * horizon are needed, and below it those that have the last record at a retained LSN: searches go there (ingest/wal-search.ts).
  */
 
+import assert from 'node:assert/strict';
 import { rm } from 'node:fs/promises';
 import { setImmediate as yieldToOthers } from 'node:timers/promises';
 import type { Lsn } from '../postgres/lsn.ts';
@@ -95,6 +96,8 @@ class Merge {
   readonly #revision: number;
   readonly #written: LayerDescription[] = [];
   #writer: LayerWriter | undefined;
+  /** The value of the image that was made last: memory that is given up for each costs more than making it. */
+  readonly image = newImage();
   /** Sizes at the retained LSNs and at the horizon of the fork that was looked at last. */
   #sizesOf: Key | undefined;
   #sizes: number[] = [];
@@ -174,8 +177,8 @@ class Merge {
       if (isNewest && value[0] === VALUE_KIND.image) writer.addNewest(key, lsn, value);
       else writer.add(key, lsn, value);
       const image = chain?.add(value, lsn, nextLsn);
-      if (image !== undefined && isNewest) writer.addNewest(key, lsn, encodeImage(image));
-      else if (image !== undefined) writer.add(key, lsn, encodeImage(image));
+      if (image !== undefined && isNewest) writer.addNewest(key, lsn, image);
+      else if (image !== undefined) writer.add(key, lsn, image);
       if (writer.isBusy) await writer.drain();
     }
   }
@@ -313,7 +316,7 @@ class ImageChain {
     this.#key = key;
   }
 
-  /** Takes the next value; gives an image to be put after it, or undefined. `nextLsn` is that of the value after it. */
+  /** Takes the next value; gives the value of an image to be put after it, to be copied at once, or undefined. `nextLsn` is that of the value after it. */
   add(value: Buffer, lsn: Lsn, nextLsn: Lsn | undefined): Buffer | undefined {
     const kind = value[0]!;
     if (needsNoPrior(kind)) {
@@ -339,14 +342,18 @@ class ImageChain {
   }
 
   #image(): Buffer {
+    const image = this.#merge.image;
+    const page = image.subarray(IMAGE_HEADER_BYTES);
     const base = this.#isBaseKnown ? this.#page : this.#merge.read(this.#key, this.#merge.lsnStart - 1);
-    const page = base === undefined ? Buffer.alloc(BLOCK_SIZE) : Buffer.from(base);
+    assert(base === undefined || base.length === BLOCK_SIZE, 'what is replayed on is a page');
+    if (base === undefined) page.fill(0);
+    else if (base.buffer !== page.buffer) base.copy(page);
     for (const { value, lsn } of this.#values) this.#merge.apply(page, value, lsn);
     this.#page = page;
     this.#isBaseKnown = true;
     this.#values = [];
     this.#bytes = 0;
-    return page;
+    return image;
   }
 }
 
@@ -395,6 +402,12 @@ class RunCursor {
 function* entriesOf(layers: readonly LayerFile[], memory: Memory): Generator<KeyEntries, undefined> {
   for (const layer of layers) yield* layer.entries(memory);
   return undefined;
+}
+
+function newImage(): Buffer {
+  const image = Buffer.allocUnsafeSlow(IMAGE_HEADER_BYTES + BLOCK_SIZE);
+  image[0] = VALUE_KIND.image;
+  return image;
 }
 
 function holdsPages(key: Key): boolean {
