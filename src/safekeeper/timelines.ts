@@ -12,26 +12,26 @@ import { mkdir, readdir, rename, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
-import { readWal, type RebuildRequest, type SafekeeperAddress, type TimelineIdentity } from '../api/safekeeper.ts';
+import type { RebuildRequest, TimelineIdentity } from '../api/safekeeper.ts';
 import type { PageserverFeedback, TimelineProgress, TimelineWalStatus } from '../api/safekeeper-protocol.ts';
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration.ts';
-import { formatLsn, type Lsn, segmentStart } from '../postgres/lsn.ts';
-import { toPgVersion } from '../postgres/version.ts';
+import { formatLsn } from '../postgres/lsn.ts';
 import { syncDirectory } from '../base/durable-file.ts';
 import { type ControlFile, readControlFile, writeControlFile } from './control-file.ts';
 import { FLUSH_MARK_NAME } from './flush-mark.ts';
 import { KeptWal } from './kept-wal.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
 import type { Offloader } from './offloader.ts';
+import { copyWal, fetchWal } from './rebuilt-wal.ts';
 import { Timeline } from './timeline.ts';
+import { assertSameIdentity, checkIdentity, checkState, isId } from './timeline-checks.ts';
 import { EXTENT_FILE_NAME, readWalExtent, type WalExtent, wholeExtent, writeWalExtent } from './wal-extent.ts';
 import { WalStore } from './wal-store.ts';
 
 /** How long a commit LSN may be newer than the control file says, while commits go on. */
 const SAVE_DELAY_MS = 5_000;
 const LOAD_CONCURRENCY = 16;
-const COPY_TIMEOUT_MS = 10 * 60_000;
 
 /** Where WAL goes beside this disk. */
 export interface Offloading {
@@ -304,7 +304,7 @@ export class Timelines {
     if (this.#timelines.has(key) || this.#damaged.has(key)) await this.#putAside(identity);
     const makeWal = (directory: string): Promise<WalExtent> =>
       source === undefined
-        ? this.#fetchWal(directory, identity, logStartLsn, state.commitLsn)
+        ? fetchWal(directory, identity, logStartLsn, state.commitLsn, this.#offloading?.wal)
         : copyWal(directory, identity, logStartLsn, { ...source, token });
     const creation = this.#create(identity, state, makeWal, source === undefined).finally(() =>
       this.#creations.delete(key),
@@ -348,25 +348,6 @@ export class Timelines {
     this.#log.info({ tenantId, timelineId, startLsn: formatLsn(startLsn) }, 'timeline created');
     for (const callback of this.#watchers) callback(timeline);
     return timeline;
-  }
-
-  /** The WAL of a log that ends at `endLsn`: nothing when it begins there, else its last segment, from the object store. */
-  async #fetchWal(directory: string, identity: TimelineIdentity, logStartLsn: Lsn, endLsn: Lsn): Promise<WalExtent> {
-    const store = new WalStore(directory, identity, logStartLsn);
-    if (endLsn === logStartLsn) {
-      await store.create();
-      return wholeExtent(logStartLsn);
-    }
-    const wal = this.#offloading?.wal;
-    if (wal === undefined) throw new StrataError('bad-request', 'this safekeeper has no object store to rebuild from');
-    const localStartLsn = Math.max(logStartLsn, segmentStart(endLsn - 1));
-    if (localStartLsn === logStartLsn) await store.create();
-    for (let lsn = localStartLsn; lsn < endLsn;) {
-      const bytes = await wal.read(identity, lsn, endLsn);
-      await store.fill(lsn, bytes);
-      lsn += bytes.length;
-    }
-    return { logStartLsn, localStartLsn, offloadedLsn: endLsn };
   }
 
   #add(
@@ -416,31 +397,6 @@ export class Timelines {
   }
 }
 
-/** All that another safekeeper has of the log, from `logStartLsn` on. */
-async function copyWal(
-  directory: string,
-  identity: TimelineIdentity,
-  logStartLsn: Lsn,
-  source: { readonly address: SafekeeperAddress; readonly endLsn: Lsn; readonly token: string },
-): Promise<WalExtent> {
-  const { tenantId, timelineId } = identity;
-  const { endLsn, ...endpoint } = source;
-  const store = new WalStore(directory, identity, logStartLsn);
-  await store.create();
-  const signal = AbortSignal.timeout(COPY_TIMEOUT_MS);
-  let lsn = logStartLsn;
-  const chunks = readWal({ ...endpoint, tenantId, timelineId, fromLsn: lsn, isRebuild: true, signal });
-  while (lsn < endLsn) {
-    const { value: chunk } = await chunks.next();
-    if (chunk === undefined) throw new StrataError('timeout', `WAL was copied up to ${formatLsn(lsn)} only`);
-    const bytes = chunk.bytes.subarray(0, endLsn - lsn);
-    if (bytes.length > 0) await store.fill(lsn, bytes);
-    lsn += bytes.length;
-  }
-  await chunks.return();
-  return wholeExtent(logStartLsn);
-}
-
 export function progressOf(timeline: Timeline): TimelineProgress {
   const { tenantId, timelineId } = timeline.identity;
   return { tenantId, timelineId, commitLsn: timeline.commitLsn, flushLsn: timeline.flushLsn };
@@ -448,51 +404,6 @@ export function progressOf(timeline: Timeline): TimelineProgress {
 
 function keyOf(tenantId: string, timelineId: string): string {
   return `${tenantId}/${timelineId}`;
-}
-
-function isId(text: string): boolean {
-  return /^[0-9a-f]{32}$/.test(text);
-}
-
-function checkIdentity(identity: TimelineIdentity): void {
-  const { tenantId, timelineId, startLsn, pgVersion, systemId } = identity;
-  const isSound =
-    isId(tenantId) && isId(timelineId) && Number.isSafeInteger(startLsn) && startLsn > 0 && /^\d{1,20}$/.test(systemId);
-  if (!isSound) {
-    throw new StrataError('bad-request', `not a timeline: ${JSON.stringify(identity)}`);
-  }
-  try {
-    toPgVersion(pgVersion);
-  } catch (error) {
-    throw new StrataError('bad-request', (error as Error).message, { cause: error });
-  }
-}
-
-/** What a proposer may give to who has nothing: an empty log, from the timeline's start or, when that is gone, a later point of the leader's log. */
-function checkState(identity: TimelineIdentity, state: AcceptorState): void {
-  const { term, history, commitLsn, generation, votesFrom } = state;
-  const { startLsn } = identity;
-  const numbers = [term, generation, votesFrom?.lastLogTerm ?? 0, votesFrom?.flushLsn ?? 0];
-  const isSound =
-    numbers.every((number) => Number.isSafeInteger(number) && number >= 0) &&
-    Number.isSafeInteger(commitLsn) &&
-    commitLsn >= startLsn &&
-    history.length >= 1 &&
-    history[0]!.term === 0 &&
-    history[0]!.startLsn === startLsn &&
-    history.every((entry) => entry.startLsn <= commitLsn && entry.term <= term);
-  if (!isSound) throw new StrataError('bad-request', `not the state of an empty log: ${JSON.stringify(state)}`);
-}
-
-function assertSameIdentity(known: TimelineIdentity, told: TimelineIdentity): void {
-  for (const field of ['startLsn', 'pgVersion', 'systemId'] as const) {
-    if (known[field] !== told[field]) {
-      throw new StrataError(
-        'conflict',
-        `timeline ${known.timelineId} has ${field} ${known[field]}, not ${told[field]}`,
-      );
-    }
-  }
 }
 
 /** Like mkdir -p, durable when it resolves. */

@@ -1,7 +1,8 @@
 /** Small clusters, completely. `npm run simulate -- --explore` takes larger bounds. */
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { type Bounds, explore, type ExploredBug, SMALL_BOUNDS } from './explore.ts';
+import { explore, SMALL_BOUNDS } from './explore.ts';
+import type { Bounds, ExploredBug } from './explored-world.ts';
 import { Violation } from './invariants.ts';
 
 test('no state of two proposers and three acceptors breaks an invariant, within two terms and one entry', (context) => {

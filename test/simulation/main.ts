@@ -12,7 +12,8 @@
 import { parseArgs } from 'node:util';
 import { isMainThread, parentPort, Worker, workerData } from 'node:worker_threads';
 import { type RunOptions, simulate } from './cluster.ts';
-import { type Bounds, explore, SMALL_BOUNDS } from './explore.ts';
+import { explore, SMALL_BOUNDS } from './explore.ts';
+import type { Bounds } from './explored-world.ts';
 import { type Bug, BUGS } from './simulated-acceptor.ts';
 
 const PROGRESS_MS = 10_000;

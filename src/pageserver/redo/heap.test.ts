@@ -21,7 +21,7 @@ import { SLRU } from '../key.ts';
 import { openWalDirectory } from '../wal-directory.ts';
 import type { WalSource } from '../wal-directory.ts';
 import { verifyWal } from '../wal-verify.ts';
-import type { VerifyReport } from '../wal-verify.ts';
+import type { VerifyReport } from '../wal-verify-report.ts';
 import type { VerifyPages } from '../wal-verify-pages.ts';
 import { applyDerived } from './derived.ts';
 import { maskHeap } from './masks.ts';
