@@ -81,6 +81,11 @@ export class BenchedPlatform {
     process.kill(postmaster.pid, 'SIGKILL');
   }
 
+  /** Of the supervisor. */
+  get pid(): number {
+    return this.#platform.pid;
+  }
+
   /** The platform's own first. */
   processes(): readonly { readonly pid: number; readonly command: string }[] {
     return [{ pid: this.#platform.pid, command: 'platform' }, ...this.#platform.descendants()];

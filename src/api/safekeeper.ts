@@ -39,6 +39,8 @@ export type { PageserverFeedback, TimelineProgress, TimelineWalStatus, WalChunk 
 const CONNECT_TIMEOUT_MS = 5_000;
 const CALL_TIMEOUT_MS = 30_000;
 const RECEIVE_BYTES = 16 * 1024;
+/** What is smaller is joined by copying: that costs less than a write of several buffers. */
+const JOINED_BYTES_MAX = 4 * 1024;
 /** Frames that a stream's consumer has not taken yet; beyond it the socket is paused. */
 const MAX_QUEUED_FRAMES = 16;
 
@@ -324,8 +326,10 @@ export class SafekeeperConnection {
   /** The parts leave as one write. */
   write(...parts: readonly Uint8Array[]): void {
     if (this.#closed) return;
-    if (parts.length === 1) {
-      this.#socket.write(parts[0]!);
+    let bytes = 0;
+    for (const part of parts) bytes += part.length;
+    if (bytes <= JOINED_BYTES_MAX) {
+      this.#socket.write(parts.length === 1 ? parts[0]! : Buffer.concat(parts, bytes));
       return;
     }
     this.#socket.cork();
