@@ -5,6 +5,7 @@
  *
  * STRATA_BENCH_GB: the larger size in gigabytes, of tables and WAL each.
  */
+import { execFileSync } from 'node:child_process';
 import { readFileSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { elapsedMs, median, percentile, type Row } from './measure.ts';
@@ -88,6 +89,7 @@ async function atSize(platform: BenchedPlatform, fromGb: number, toGb: number): 
     }
   });
   const catchUpMs = await elapsedMs(() => platform.caughtUp());
+  writeBack();
   sampling.abort();
   await sampled;
   const createMs: number[] = [];
@@ -96,6 +98,7 @@ async function atSize(platform: BenchedPlatform, fromGb: number, toGb: number): 
   for (let n = 0; n < WAKES; n++) {
     await platform.suspend();
     platform.forgetCache();
+    writeBack();
     wakeMs.push(await elapsedMs(() => platform.firstRow(platform.connectionString)));
   }
   const readMs = await platform.timedQueries(
@@ -106,6 +109,14 @@ async function atSize(platform: BenchedPlatform, fromGb: number, toGb: number): 
     }),
   );
   return { createMs, wakeMs, readMs, loadSeconds: loadMs / 1000, catchUpSeconds: catchUpMs / 1000, rssMax };
+}
+
+/**
+ * Of the compute's own files, which are never synced, by the system: while it writes gigabytes of them back, and frees what was removed, each fsync on the same file system
+ * waits for that. It is the disk that is measured then.
+ */
+function writeBack(): void {
+  execFileSync('sync');
 }
 
 async function sampleMemory(
