@@ -11,6 +11,7 @@
  * with the time that has passed since the start.
  */
 
+import { setImmediate as yieldToOthers } from 'node:timers/promises';
 import type { Logger } from '../base/log.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
@@ -41,6 +42,8 @@ export interface GarbageCollectionOptions {
 
 /** How far the clock may get ahead of the time that passed, by being set right, before it is no longer followed. */
 const CLOCK_AHEAD_MAX_MS = 10 * 60_000;
+/** Most of thousands of timelines have nothing to collect; all the same, reads do not wait for the look at them. */
+const SLICE_MS = 5;
 
 export class GarbageCollection {
   readonly #options: GarbageCollectionOptions;
@@ -85,7 +88,12 @@ export class GarbageCollection {
   /** Goes through all timelines once. `isForced`: what can go goes, however little it is. */
   async run(timelines: Iterable<Timeline>, isForced = false): Promise<void> {
     if (!this.isAllowed) return;
+    let sliceStartMs = performance.now();
     for (const timeline of [...timelines]) {
+      if (performance.now() - sliceStartMs > SLICE_MS) {
+        await yieldToOthers();
+        sliceStartMs = performance.now();
+      }
       try {
         if (!timeline.isStopped) await this.#collect(timeline, isForced);
       } catch (error) {
