@@ -18,8 +18,7 @@
  *     18  term-notice     s → c      u64 term
  *     19  renew           c → s      u64 term, u32 generation, configuration
  *      9  create          c → s      JSON CreateRequest: only after a greeting-reply that there is no log; answered with greeting-reply
- *         history = u32 count, count × {u64 term, u64 start LSN}
- *         configuration = u32 version, u8 flags (1 joint), u8 count, count × u32 node id; when joint, u8 count, count × u32 node id of the new members
+ *         history, configuration: log-fields.ts
  *
  *     20  read            c → s      JSON ReadRequest; makes the connection a reader's
  *     21  wal             s → c      u64 LSN of the first byte, u64 commit LSN, WAL bytes (none: only the commit LSN is news)
@@ -38,15 +37,16 @@ import { StrataError } from '../base/errors.ts';
 import { encodeFrame, FRAME_HEADER_BYTES } from '../base/frames.ts';
 import type { AcceptorState } from '../consensus/acceptor.ts';
 import type { Configuration } from '../consensus/configuration.ts';
-import type {
-  AcceptorMessage,
-  Append,
-  ProposerMessage,
-  TermHistory,
-  TermStart,
-  VoteRequest,
-} from '../consensus/messages.ts';
+import type { AcceptorMessage, Append, ProposerMessage, VoteRequest } from '../consensus/messages.ts';
 import { type Lsn, readLsn, writeLsn } from '../postgres/lsn.ts';
+import {
+  decodeConfiguration,
+  decodeHistory,
+  encodeConfiguration,
+  encodeHistory,
+  need,
+  readNumber,
+} from './log-fields.ts';
 
 export const PROTOCOL_MAGIC = 0x53525453; // "STRS"
 export const PROTOCOL_VERSION = 3;
@@ -93,12 +93,9 @@ const FLAG_BLANK = 2;
 const FLAG_LED = 4;
 const FLAG_GRANTED = 1;
 const FLAG_VOTER = 2;
-const FLAG_JOINT = 1;
-const CONFIGURATION_FIXED_BYTES = 6;
 const WAL_FIXED_BYTES = 16;
 const PROGRESS_ENTRY_BYTES = 48;
 const FEEDBACK_ENTRY_BYTES = 48;
-const HISTORY_ENTRY_BYTES = 16;
 const VOTE_REPLY_FIXED_BYTES = 29;
 
 /** Which log this is, and what its WAL is like. It is made from the first greeting that is followed by `create`; later ones must agree. */
@@ -478,76 +475,7 @@ export function decodeFeedback(payload: Buffer): PageserverFeedback[] {
   });
 }
 
-function encodeConfiguration({ version, members, newMembers }: Configuration): Buffer {
-  const sets = newMembers === undefined ? [members] : [members, newMembers];
-  const bytes = Buffer.alloc(CONFIGURATION_FIXED_BYTES + 4 * sets.flat().length + sets.length - 1);
-  let offset = bytes.writeUInt32LE(version, 0);
-  offset = bytes.writeUInt8(newMembers === undefined ? 0 : FLAG_JOINT, offset);
-  for (const set of sets) {
-    offset = bytes.writeUInt8(set.length, offset);
-    for (const nodeId of set) offset = bytes.writeUInt32LE(nodeId, offset);
-  }
-  return bytes;
-}
-
-function decodeConfiguration(payload: Buffer, start: number): { configuration: Configuration; end: number } {
-  let end = start + CONFIGURATION_FIXED_BYTES - 1;
-  const readSet = (): number[] => {
-    need(payload, end + 1, 'configuration');
-    const count = payload[end++]!;
-    need(payload, end + 4 * count, 'configuration');
-    return Array.from({ length: count }, () => payload.readUInt32LE((end += 4) - 4));
-  };
-  need(payload, end + 1, 'configuration');
-  const version = payload.readUInt32LE(start);
-  const isJoint = (payload[start + 4]! & FLAG_JOINT) !== 0;
-  const members = readSet();
-  return { configuration: { version, members, ...(isJoint ? { newMembers: readSet() } : {}) }, end };
-}
-
 function decodeVote(payload: Buffer): Omit<VoteRequest, 'kind'> {
   const { configuration } = decodeConfiguration(payload, VOTE_BYTES);
   return { term: readNumber(payload, 0), generation: payload.readUInt32LE(8), configuration };
-}
-
-function encodeHistory(history: TermHistory): Buffer {
-  const bytes = Buffer.alloc(4 + history.length * HISTORY_ENTRY_BYTES);
-  bytes.writeUInt32LE(history.length, 0);
-  let offset = 4;
-  for (const entry of history) {
-    writeLsn(bytes, entry.term, offset);
-    writeLsn(bytes, entry.startLsn, offset + 8);
-    offset += HISTORY_ENTRY_BYTES;
-  }
-  return bytes;
-}
-
-function decodeHistory(payload: Buffer, start: number): TermHistory {
-  need(payload, start + 4, 'history');
-  const count = payload.readUInt32LE(start);
-  need(payload, start + 4 + count * HISTORY_ENTRY_BYTES, 'history');
-  const history: TermStart[] = [];
-  for (let index = 0; index < count; index++) {
-    const offset = start + 4 + index * HISTORY_ENTRY_BYTES;
-    const entry = { term: readNumber(payload, offset), startLsn: readNumber(payload, offset + 8) };
-    const before = history[index - 1];
-    if (before !== undefined && (entry.term <= before.term || entry.startLsn < before.startLsn))
-      throw new StrataError('bad-request', `a history goes back at its entry ${index}`);
-    history.push(entry);
-  }
-  if (count === 0) throw new StrataError('bad-request', 'a history has no entry');
-  return history;
-}
-
-/** A term or an LSN that comes rarely enough to be looked at. */
-function readNumber(payload: Buffer, offset: number): number {
-  const value = readLsn(payload, offset);
-  if (!Number.isSafeInteger(value)) throw new StrataError('bad-request', `${value} is no term and no LSN`);
-  return value;
-}
-
-function need(payload: Buffer, bytes: number, name: string): void {
-  if (payload.length < bytes) {
-    throw new StrataError('bad-request', `a ${name} frame has ${payload.length} bytes, needs ${bytes}`);
-  }
 }

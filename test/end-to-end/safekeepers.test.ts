@@ -8,7 +8,7 @@ import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { TestPlatform, waitUntil } from './platform.ts';
 
-const SECONDS = 6;
+const SECONDS = 4;
 
 interface Listing {
   readonly version: number;
