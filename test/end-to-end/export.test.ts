@@ -1,6 +1,6 @@
 /**
  * `strata export`: a stock Postgres starts from the directory and has every row that the branch had, with nothing for amcheck to complain of;
- * at the head and at an old LSN, while the branch's compute runs and while it sleeps, for every major.
+ * at the head and at an old LSN, while the branch's compute runs, is written to, and sleeps, for every major.
  */
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
@@ -137,6 +137,34 @@ describe('strata export', () => {
       await checkExport(asleep, now);
     });
   }
+
+  test('what is written meanwhile is in it whole or not at all', async () => {
+    const project = await createProject(platform, 17);
+    await platform.pgbench(['-i', '-q', '-s', '1'], project.uri);
+    const client = await platform.connect(project.uri);
+    const transfers = async (of: { query: typeof client.query }): Promise<number> =>
+      Number((await of.query<{ n: string }>('SELECT count(*) AS n FROM pgbench_history')).rows[0]!.n);
+    let isOver = false;
+    const load = platform.pgbench(['-n', '-c', '3', '-T', '8'], project.uri).finally(() => (isOver = true));
+    await waitUntil(async () => (await transfers(client)) > 50, 'money moves');
+    const before = await transfers(client);
+    const exported = await exportTo('written', project);
+    const afterwards = await transfers(client);
+    assert(!isOver || afterwards > before, 'it was written to meanwhile');
+    await load;
+    await client.end();
+    await using server = new VanillaPostgres(17, exported.path);
+    await server.start();
+    const copy = await server.connect('stratadb');
+    const { rows } = await copy.query(`SELECT (SELECT sum(abalance) FROM pgbench_accounts) AS accounts,
+      (SELECT sum(tbalance) FROM pgbench_tellers) AS tellers, (SELECT sum(bbalance) FROM pgbench_branches) AS branches,
+      (SELECT sum(delta) FROM pgbench_history) AS history`);
+    const [{ accounts, tellers, branches, history }] = rows as [Record<string, string>];
+    assert.deepEqual([tellers, branches, history], [accounts, accounts, accounts]);
+    const count = await transfers(copy);
+    assert(before <= count && count <= afterwards, `${before} <= ${count} <= ${afterwards}`);
+    assert.deepEqual(await amcheck(copy), []);
+  });
 
   test('the platform’s own password is nowhere in the directory', async () => {
     const secrets = JSON.parse(readFileSync(join(platform.dataDir, 'secrets.json'), 'utf8')) as {
