@@ -5,12 +5,25 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
-import { closeSync, constants, existsSync, mkdtempSync, openSync, rmSync, writeSync } from 'node:fs';
+import {
+  closeSync,
+  constants,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  rmSync,
+  writeFileSync,
+  writeSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { signToken } from '../src/base/token.ts';
 import { electProposer, type Proposer } from '../src/compute/proposer.ts';
+import { blankState } from '../src/consensus/acceptor.ts';
+import { segmentStart } from '../src/postgres/lsn.ts';
+import { CONTROL_FILE_NAME, encodeControlFile } from '../src/safekeeper/control-file.ts';
 import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from '../src/safekeeper/made-wal.test-data.ts';
 import { median, type Row } from './measure.ts';
 
@@ -69,14 +82,16 @@ async function appendRate(count: number, directory: string, wal: Buffer): Promis
   return wal.length / MEGABYTE / seconds;
 }
 
-/** A proposer in this process that leads a new timeline at MID_SEGMENT_LSN, kept by safekeepers in processes of their own. */
+/** A proposer in this process that leads a new timeline at MID_SEGMENT_LSN, kept by safekeepers in processes of their own, each with idle timelines beside. */
 export async function withSafekeepers(
   count: number,
   directory: string,
   use: (proposer: Proposer) => Promise<void>,
+  idleCount = 0,
 ): Promise<void> {
   const root = mkdtempSync(join(directory, 'strata-append-'));
   const secret = randomBytes(32);
+  for (let index = 0; index < count; index++) makeIdleTimelines(directoryOf(root, index), idleCount);
   const safekeepers: SafekeeperProcess[] = [];
   try {
     for (let index = 0; index < count; index++) safekeepers.push(await startSafekeeper(root, index, secret));
@@ -105,6 +120,24 @@ export async function withSafekeepers(
   }
 }
 
+function directoryOf(root: string, index: number): string {
+  return join(root, `safekeeper-${index}`);
+}
+
+/** As safekeepers have those that nobody has written to yet. */
+function makeIdleTimelines(dataDir: string, count: number): void {
+  const tenantId = randomBytes(16).toString('hex');
+  const startLsn = segmentStart(MID_SEGMENT_LSN);
+  for (let index = 0; index < count; index++) {
+    const timelineId = randomBytes(16).toString('hex');
+    const identity = { tenantId, timelineId, startLsn, pgVersion: 17, systemId: String(SYSTEM_ID) };
+    const directory = join(dataDir, tenantId, timelineId);
+    mkdirSync(directory, { recursive: true });
+    const control = encodeControlFile({ kind: 'timeline', identity, acceptor: blankState(startLsn) });
+    writeFileSync(join(directory, CONTROL_FILE_NAME), control);
+  }
+}
+
 function writeRate(directory: string, wal: Buffer): number {
   const path = join(mkdtempSync(join(directory, 'strata-append-')), 'file');
   const { O_WRONLY, O_CREAT, O_DSYNC } = constants;
@@ -129,7 +162,7 @@ async function startSafekeeper(root: string, index: number, secret: Buffer): Pro
   const child = spawn(process.execPath, [main, 'safekeeper'], { stdio: ['pipe', 'pipe', 'inherit'], env });
   const config = {
     nodeId: index + 1,
-    dataDir: join(root, `safekeeper-${index}`),
+    dataDir: directoryOf(root, index),
     host: '127.0.0.1',
     port: 0,
     socketPath: join(root, `safekeeper-${index}.sock`),

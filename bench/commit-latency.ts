@@ -1,10 +1,11 @@
 /**
  * What do proposer and safekeepers add to the write that makes a commit durable? Records of a commit's size, one after the other: from `append` to the commit
- * event, against one write of the same size to one file, which is the floor, in turns.
+ * event, against one write of the same size to one file, which is the floor, in turns. And does it cost anything that the safekeeper has many idle branches?
  */
 import { closeSync, constants, mkdtempSync, openSync, rmSync, writeSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import type { Proposer } from '../src/compute/proposer.ts';
 import { makeWal, MID_SEGMENT_LSN } from '../src/safekeeper/made-wal.test-data.ts';
 import { withSafekeepers } from './append.ts';
 import { median, percentile, type Row } from './measure.ts';
@@ -12,6 +13,7 @@ import { median, percentile, type Row } from './measure.ts';
 const RECORD_BYTES = 400;
 const WARM_UP = 500;
 const TIMEOUT_MS = 60_000;
+const IDLE_TIMELINES = 1_000;
 
 export async function commitLatency({ quick }: { readonly quick: boolean }): Promise<Row[]> {
   const count = WARM_UP + (quick ? 1_000 : 5_000);
@@ -20,10 +22,14 @@ export async function commitLatency({ quick }: { readonly quick: boolean }): Pro
     Array.from({ length: count }, () => RECORD_BYTES),
   );
   const rows: Row[] = [];
-  for (const safekeeperCount of [1, 3]) {
+  for (const [safekeeperCount, idleCount] of [
+    [1, 0],
+    [3, 0],
+    [1, IDLE_TIMELINES],
+  ] as const) {
     const ours: number[] = [];
     const floors: number[] = [];
-    await withSafekeepers(safekeeperCount, tmpdir(), async (proposer) => {
+    const use = async (proposer: Proposer): Promise<void> => {
       const floor = new FloorFile();
       let at = 0;
       for (const endLsn of wal.ends) {
@@ -38,11 +44,12 @@ export async function commitLatency({ quick }: { readonly quick: boolean }): Pro
         at += bytes.length;
       }
       floor.close();
-    });
+    };
+    await withSafekeepers(safekeeperCount, tmpdir(), use, idleCount);
     const measured = ours.slice(WARM_UP);
     const floorMs = median(floors.slice(WARM_UP));
     rows.push({
-      question: `added to one durable write by proposer and ${safekeeperCount} safekeeper${safekeeperCount === 1 ? '' : 's'}, p50`,
+      question: `added to one durable write by proposer and ${safekeeperCount} safekeeper${safekeeperCount === 1 ? '' : 's'}${idleCount === 0 ? '' : ' with 1,000 idle branches'}, p50`,
       unit: 'ms',
       vanilla: undefined,
       strata: median(measured) - floorMs,
