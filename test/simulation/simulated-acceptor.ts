@@ -1,8 +1,9 @@
 /** One safekeeper of the simulation: the real acceptor on a simulated disk, which crashes and comes back. */
 import { Acceptor, type AcceptorAction, type AcceptorState, blankState } from '../../src/consensus/acceptor.ts';
-import { type Configuration, NO_CONFIGURATION } from '../../src/consensus/configuration.ts';
+import { type Configuration, isMember, NO_CONFIGURATION } from '../../src/consensus/configuration.ts';
 import type { AcceptorMessage, ProposerMessage, TermHistory, VoteReply } from '../../src/consensus/messages.ts';
 import type { AcceptorGreeting } from '../../src/consensus/proposer.ts';
+import { compareLogs, lastLogTerm } from '../../src/consensus/term-history.ts';
 import type { Invariants } from './invariants.ts';
 import { boundaryFrom, findEnd, LOG_START, RecordBoundaries } from './log-records.ts';
 import type { Random } from './random.ts';
@@ -83,7 +84,6 @@ export class SimulatedAcceptor {
   #isUp = false;
   #isCreating = false;
   #wasWiped = false;
-  #isWhole = false;
   /** Completions of I/O that belong to an earlier life are ignored. */
   #life = 0;
 
@@ -99,9 +99,15 @@ export class SimulatedAcceptor {
     return this.#isUp;
   }
 
-  /** Has all that it ever acknowledged, or what makes up for it: it votes. As of the crash, when it is down. */
+  /** Has all that it ever acknowledged, or what makes up for it, and would have it after a power cut: it votes. */
   get isWhole(): boolean {
-    return this.#acceptor?.isVoter ?? this.#isWhole;
+    const state = this.disk.durableState;
+    if (state === undefined || this.#acceptor?.isVoter === false) return false;
+    const { history, votesFrom, configuration, commitLsn } = state;
+    const flushLsn =
+      this.#acceptor?.flushLsn ?? findEnd(this.disk.visible, commitLsn, LOG_START + this.disk.visible.length).endLsn;
+    const position = { lastLogTerm: lastLogTerm(history, flushLsn), flushLsn };
+    return isMember(configuration, this.index) && (votesFrom === undefined || compareLogs(position, votesFrom) >= 0);
   }
 
   /** Of the log, with what the object store has of it where this disk has it not. */
@@ -188,7 +194,6 @@ export class SimulatedAcceptor {
 
   crash(isPowerCut: boolean): void {
     this.#world.trace(this.#name, () => (isPowerCut ? 'loses power' : 'is killed'));
-    this.#isWhole = this.isWhole;
     this.#acceptor = undefined;
     this.#isUp = false;
     this.#life++;
@@ -200,7 +205,6 @@ export class SimulatedAcceptor {
   wipe(): void {
     this.#world.trace(this.#name, () => 'loses its disk');
     this.#wasWiped = true;
-    this.#isWhole = false;
     this.disk.wipe();
     this.#world.invariants.wiped(this.index);
   }
