@@ -18,6 +18,7 @@ import { encodePoke, ModelTimeline } from '../../../test/pageserver/history-mode
 import { farStore, NodeDeath, TestGenerations, TestNode } from '../../../test/pageserver/node.ts';
 import { FaultyStore, randomFaults } from '../../object-store/faulty-store.ts';
 import { FileSystemStore } from '../../object-store/file-system-store.ts';
+import { isObjectError } from '../../object-store/object-store.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
 import { ALL_KEYS, KEY_KIND, relationBlockKey, relationSizeKey } from '../key.ts';
 import type { Key } from '../key.ts';
@@ -272,18 +273,27 @@ class World {
     const timeline = node.timelines.find(id(branch.n));
     if (timeline === undefined || timeline.isStopped) return assert(isStale);
     for (const lsn of this.sampled(branch, timeline)) {
-      let found: KeyImage[];
-      try {
-        found = await node.scan(id(branch.n), ALL_KEYS, lsn);
-      } catch (error) {
-        if (isStale || this.isFaulty) return;
-        throw error;
-      }
+      const found = await this.scan(node, branch, lsn, isStale);
+      if (found === undefined) return;
       assert.deepEqual(
         withoutSizes(found),
         withoutSizes(branch.model.scan(ALL_KEYS, lsn)),
         `branch ${branch.n} at ${lsn}`,
       );
+    }
+  }
+
+  /** Undefined when it may fail, and did. */
+  async scan(node: TestNode, branch: Branch, lsn: number, isStale: boolean): Promise<KeyImage[] | undefined> {
+    for (let attempt = 1; ; attempt++) {
+      try {
+        return await node.scan(id(branch.n), ALL_KEYS, lsn);
+      } catch (error) {
+        if (isStale || this.isFaulty) return undefined;
+        // A fetch that failed while the store did is not tried again at once (repair.ts).
+        if (!isObjectError(error, 'transient') || attempt === 5) throw error;
+        await sleep(500);
+      }
     }
   }
 
