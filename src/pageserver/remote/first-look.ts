@@ -15,6 +15,7 @@ import { mkdir, open, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { crc32 } from 'node:zlib';
 import type { Generations } from '../../api/generations.ts';
+import { allDone } from '../../base/all-done.ts';
 import { StrataError } from '../../base/errors.ts';
 import type { Logger } from '../../base/log.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
@@ -166,9 +167,15 @@ export async function crc32OfFile(path: string): Promise<number> {
 }
 
 async function forEachLimited<T>(items: readonly T[], work: (item: T) => Promise<void>): Promise<void> {
-  const left = items.values();
+  const left = [...items];
   const workers = Array.from({ length: TIMELINE_CONCURRENCY }, async () => {
-    for (const item of left) await work(item);
+    try {
+      for (let item = left.pop(); item !== undefined; item = left.pop()) await work(item);
+    } catch (error) {
+      left.length = 0;
+      throw error;
+    }
   });
-  await Promise.all(workers);
+  // Who tries again after a failure meets nothing that still runs.
+  await allDone(workers);
 }
