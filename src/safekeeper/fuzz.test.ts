@@ -221,6 +221,7 @@ test(
     };
     await Promise.all(Array.from({ length: AT_ONCE }, worker));
     const grown = process.memoryUsage().rss - before;
+    context.diagnostic(`${Math.round(grown / 1_000_000)} MB more`);
     assert(grown < MAX_GROWTH_BYTES, `${grown} bytes more`);
 
     // The leader of another timeline has not noticed, and what it writes is kept.
