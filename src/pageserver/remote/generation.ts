@@ -35,6 +35,8 @@ export function readGeneration(dataDir: string): KnownGeneration | undefined {
     if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
     throw error;
   }
+  // Of version 1, without `since`, as good as nothing is known: the object store is asked.
+  if (/^strata-generation 1 \d+\n$/.test(text)) return undefined;
   const match = /^strata-generation 2 (\d+) (\d+)\n$/.exec(text);
   if (match === null) throw new StrataError('internal', `${path} is damaged: remove it, and the object store is asked`);
   return { generation: Number(match[1]), since: Number(match[2]) };

@@ -36,8 +36,6 @@ const HISTORY = 150 * RECORD;
 const ROOT = 1;
 
 const firstSeed = Number(process.env['STRATA_TEST_SEED'] ?? Date.now() % 1_000_000);
-/** When it is asked for: stale pageservers collect garbage, and orphans are deleted at any time. */
-const isLong = process.env['STRATA_TEST_RUNS'] !== undefined;
 const runs = Number(process.env['STRATA_TEST_RUNS'] ?? 4);
 
 function id(n: number): string {
@@ -337,14 +335,14 @@ class World {
         ?.flush()
         .catch(() => {});
       await stale.timelines.compaction.settled();
-      if (isLong && this.below(2) === 0) await stale.timelines.garbage.run(stale.timelines.all());
+      if (this.below(2) === 0) await stale.timelines.garbage.run(stale.timelines.all());
       await this.check(stale, true);
     } else if (dice < 92) {
       this.isFaulty = !this.isFaulty;
       this.setFaults();
     } else if (dice < 94) this.generations.isReachable = !this.generations.isReachable;
     else if (dice < 97) await this.restart(this.pick(['same', 'empty', 'old'] as const));
-    else if (isLong) await this.deleteOrphans();
+    else await this.deleteOrphans();
     this.takeWalAway();
   }
 

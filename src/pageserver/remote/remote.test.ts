@@ -195,6 +195,40 @@ describe('a pageserver and the object store', () => {
     assert.equal(node.remote.status.failure, undefined);
   });
 
+  test('a layer that was slow to be uploaded when another one failed is not taken for one that nobody names', async () => {
+    store.plan = ({ operation }) => (operation === 'putFile' ? { kind: 'error', errorKind: 'transient' } : undefined);
+    for (let i = 0; i < 2; i++) {
+      write(node, 20);
+      await node.timelines.get(id(1)).flush();
+    }
+    const layers = node.timelines.get(id(1)).index.layers.filter(({ kind }) => kind === 'delta');
+    const [failing, slow] = layers.map((layer) => layerFileName(layer));
+    assert(failing !== undefined && slow !== undefined && layers.length === 2);
+    const attempts = new Map<string, number>();
+    let indexCount = 0;
+    store.plan = ({ operation, name }) => {
+      // Deletions come when all else is done.
+      if (operation === 'deleteMany' && indexCount < 2) return { kind: 'error', errorKind: 'transient' };
+      if (operation === 'put') {
+        indexCount++;
+        return { kind: 'slow', delayMs: 300 };
+      }
+      const which = [failing, slow].find((fileName) => operation === 'putFile' && name.includes(fileName));
+      if (which === undefined) return undefined;
+      const attempt = attempts.get(which) ?? 0;
+      attempts.set(which, attempt + 1);
+      if (attempt > 0) return undefined;
+      return which === slow ? { kind: 'slow', delayMs: 200 } : { kind: 'error', errorKind: 'transient' };
+    };
+    while (attempts.get(slow) !== undefined && indexCount === 0) await sleep(5);
+    await sleep(700);
+    write(node, 20);
+    await node.timelines.get(id(1)).flush();
+    assert(await node.remote.settled());
+    await assertNoOrphans();
+    await assertRight(await start('b'));
+  });
+
   test('a deleted timeline leaves a tombstone, and does not come back', async () => {
     write(node, 100);
     await branch(node, 2, LSN + 80);

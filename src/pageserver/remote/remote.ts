@@ -453,9 +453,12 @@ export class Remote {
       if (isFailing) log.info('this is the latest pageserver');
       isFailing = false;
       this.#options.onStep?.('generation confirmed');
-      for (const [{ timeline }, { lsn, deletions }] of asked) {
-        if (lsn > 0) timeline.setRemoteConsistentLsn(lsn);
-        this.#deletions.add(deletions);
+      for (const [upload, { lsn, deletions }] of asked) {
+        if (lsn > 0) upload.timeline.setRemoteConsistentLsn(lsn);
+        if (deletions.length === 0) continue;
+        // What was not needed when it was put here may be again.
+        const needed = upload.neededObjects();
+        this.#deletions.add(deletions.filter((each) => each.kind === 'prefix' || !needed.has(each.name)));
       }
     }
   }

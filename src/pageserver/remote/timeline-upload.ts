@@ -7,11 +7,14 @@
  *
  * Invariants:
  * - The newest index is of our own before anything is promised that depends on it, and soon in any case.
- * - An index is put when all layers that it names are acknowledged, and one at a time.
+ * - An index is put when all layers that it names are acknowledged, and one at a time. No upload of a pass outlives it, even one that fails: its layer would come
+ *   between the next pass and what that one takes for named.
+ * - What is deleted is told by its object's name: no object that an index still to come may name, or that the newest names, is deleted.
  * - What is known to be in the store (`stored`) is an index that was acknowledged.
  */
 
 import { stat } from 'node:fs/promises';
+import { allDone } from '../../base/all-done.ts';
 import { StrataError } from '../../base/errors.ts';
 import { isObjectError } from '../../object-store/object-store.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
@@ -112,6 +115,16 @@ export class TimelineUpload {
     return this.#stored === undefined || this.#stored.generation >= this.#options.since;
   }
 
+  /** Names of the objects that the newest index names, or the next one may. */
+  neededObjects(): ReadonlySet<string> {
+    const { index } = this.timeline;
+    const names = [...(this.#stored?.layers ?? []), ...this.#layers.values()].map((layer) =>
+      objectNameOf(index, layer),
+    );
+    if (this.storedIndexName !== undefined) names.push(this.storedIndexName);
+    return new Set(names);
+  }
+
   /** Whether the store has the timeline as it is here. */
   get isUpToDate(): boolean {
     return this.#isLoaded && this.#storedOf === this.timeline.index;
@@ -174,7 +187,7 @@ export class TimelineUpload {
     const { index } = this.timeline;
     if (index === this.#storedOf) return undefined;
     const missing = index.layers.filter((layer) => !this.#layers.has(layerFileName(layer)));
-    await Promise.all(missing.map((layer) => this.#options.inTurn(() => this.#uploadLayer(layer, signal))));
+    await allDone(missing.map((layer) => this.#options.inTurn(() => this.#uploadLayer(layer, signal))));
     if (this.timeline.index !== index && missing.some((layer) => !this.#layers.has(layerFileName(layer)))) {
       return this.pass(signal); // Some were merged away before they were read.
     }
@@ -281,19 +294,19 @@ export class TimelineUpload {
     onStep?.('index uploaded');
     const deleted = this.#olderIndexes;
     if (this.storedIndexName !== undefined) deleted.push(this.storedIndexName);
-    const named = new Set(index.layers);
+    const namedObjects = new Set(index.layers.map((layer) => objectNameOf(index.timeline, layer)));
     for (const [fileName, layer] of this.#layers) {
-      if (named.has(layer)) continue;
+      const objectName = objectNameOf(index.timeline, layer);
+      if (namedObjects.has(objectName)) continue;
       // Uploaded for a pass that came to nothing, or named by the index before.
       this.#layers.delete(fileName);
-      deleted.push(objectNameOf(index.timeline, layer));
+      deleted.push(objectName);
     }
-    const namedObjects = new Set(index.layers.map((layer) => objectNameOf(index.timeline, layer)));
     deleted.push(...this.#replaced.filter((replaced) => !namedObjects.has(replaced)));
     this.#replaced = this.#replaced.filter((replaced) => namedObjects.has(replaced));
     this.#olderIndexes = [];
     this.#stored = index;
-    this.#storedLayers = named;
+    this.#storedLayers = new Set(index.layers);
     // What was found to be lost meanwhile is for the next pass.
     const isComplete = index.layers.every((layer) => this.#layers.get(layerFileName(layer.description)) === layer);
     this.#storedOf = isComplete ? of : undefined;
