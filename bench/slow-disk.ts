@@ -3,13 +3,14 @@
  * then less a matter of this machine's processors.
  */
 import { execFileSync } from 'node:child_process';
-import { chmodSync, mkdtempSync } from 'node:fs';
+import { chmodSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 /** The environment of processes that are to have such a disk. */
 export function slowDisk(delayMs: number): Readonly<Record<string, string>> {
   const directory = mkdtempSync(join(tmpdir(), 'strata-slow-disk-'));
+  process.once('exit', () => rmSync(directory, { recursive: true, force: true }));
   chmodSync(directory, 0o755); // Postgres, which runs as another user, loads it too.
   const library = join(directory, 'slow-disk.so');
   const source = join(import.meta.dirname, 'slow-disk.c');

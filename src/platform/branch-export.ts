@@ -34,6 +34,7 @@ import { promisify } from 'node:util';
 import type { Basebackup, BasebackupRelation } from '../api/basebackup.ts';
 import type { PlatformFile } from '../api/control.ts';
 import { PageserverClient } from '../api/pageserver.ts';
+import { forEachLimited } from '../base/all-done.ts';
 import { fsyncDirectory } from '../base/durable-file.ts';
 import { errorTable, StrataError, toStrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
@@ -199,19 +200,14 @@ async function writeRelations(
   files: FileWriter,
   progress: { doneBytes: number; readonly totalBytes: number },
 ): Promise<void> {
-  const left = relationFiles(basebackup.relations);
   job.onProgress(progress);
-  const work = async (): Promise<void> => {
-    for (let next = left.next(); next.done !== true; next = left.next()) {
-      const { relation, segment, blocks } = next.value;
-      const path = join(job.staging, relationSegmentPath({ ...relation, segment }, pgVersion));
-      await writeRelationFile(job, path, relation, segment * BLOCKS_PER_SEGMENT, blocks, files, (bytes) => {
-        progress.doneBytes += bytes;
-        job.onProgress(progress);
-      });
-    }
-  };
-  await Promise.all(Array.from({ length: FILES_AT_ONCE }, work));
+  await forEachLimited(relationFiles(basebackup.relations), FILES_AT_ONCE, async ({ relation, segment, blocks }) => {
+    const path = join(job.staging, relationSegmentPath({ ...relation, segment }, pgVersion));
+    await writeRelationFile(job, path, relation, segment * BLOCKS_PER_SEGMENT, blocks, files, (bytes) => {
+      progress.doneBytes += bytes;
+      job.onProgress(progress);
+    });
+  });
 }
 
 /** One for each segment; of empty forks their one empty file. */

@@ -181,20 +181,7 @@ test('committed WAL is offloaded, removed once nobody needs it here, and read by
 });
 
 test('a restart goes on from what was offloaded and removed, and damaged WAL is not spread', async (context) => {
-  const root = mkdtempSync(join(tmpdir(), 'strata-offload-'));
-  const store = join(root, 'store');
-  context.after(() => rmSync(root, { recursive: true, force: true }));
-  const log = createLog({ name: 'test', level: 'silent' });
-  const led = await startLedTimeline(context, { pgVersion: 17 });
-  const wal = makeWal(
-    MID_SEGMENT_LSN,
-    Array.from({ length: 500 }, () => 100_000),
-  );
-  led.append(wal.bytes, MID_SEGMENT_LSN, wal.endLsn, wal.endLsn);
-  await led.flushed(wal.endLsn);
-  await led.safekeeper.close();
-  const count = (segmentStart(wal.endLsn) - FIRST_SEGMENT) / WAL_SEGMENT_SIZE + 1;
-  assert(count > 2);
+  const { led, store, log, count } = await segmentsOnDisk(context);
 
   const second = FIRST_SEGMENT + WAL_SEGMENT_SIZE;
   const path = join(directoryOf(led), walFileName(1, second));
@@ -226,20 +213,7 @@ test('a restart goes on from what was offloaded and removed, and damaged WAL is 
 });
 
 test('whose turn is later passes over what is there, and stands in for who is away', async (context) => {
-  const root = mkdtempSync(join(tmpdir(), 'strata-offload-'));
-  const store = join(root, 'store');
-  context.after(() => rmSync(root, { recursive: true, force: true }));
-  const log = createLog({ name: 'test', level: 'silent' });
-  const led = await startLedTimeline(context, { pgVersion: 17 });
-  const wal = makeWal(
-    MID_SEGMENT_LSN,
-    Array.from({ length: 500 }, () => 100_000),
-  );
-  led.append(wal.bytes, MID_SEGMENT_LSN, wal.endLsn, wal.endLsn);
-  await led.flushed(wal.endLsn);
-  await led.safekeeper.close();
-  const count = (segmentStart(wal.endLsn) - FIRST_SEGMENT) / WAL_SEGMENT_SIZE + 1;
-  assert(count > 2);
+  const { led, store, log, count } = await segmentsOnDisk(context);
 
   const parity = parseInt(led.timeline.timelineId.slice(-6), 16) % 2;
   const config = { dataDir: join(led.root, 'sk'), host: '127.0.0.1', port: 0, secret: led.secret, log };
@@ -258,6 +232,25 @@ test('whose turn is later passes over what is there, and stands in for who is aw
   await eventually(async () => (await objectsOf(store)).length === count, 'what was missing');
   assert.deepEqual(timesOf(), before, 'what was there was not put again');
 });
+
+/** More than two segments of committed WAL on the disk of a safekeeper that has stopped; how many, and where they may be offloaded to. */
+async function segmentsOnDisk(context: TestContext) {
+  const root = mkdtempSync(join(tmpdir(), 'strata-offload-'));
+  const store = join(root, 'store');
+  context.after(() => rmSync(root, { recursive: true, force: true }));
+  const log = createLog({ name: 'test', level: 'silent' });
+  const led = await startLedTimeline(context, { pgVersion: 17 });
+  const wal = makeWal(
+    MID_SEGMENT_LSN,
+    Array.from({ length: 500 }, () => 100_000),
+  );
+  led.append(wal.bytes, MID_SEGMENT_LSN, wal.endLsn, wal.endLsn);
+  await led.flushed(wal.endLsn);
+  await led.safekeeper.close();
+  const count = (segmentStart(wal.endLsn) - FIRST_SEGMENT) / WAL_SEGMENT_SIZE + 1;
+  assert(count > 2);
+  return { led, store, log, count };
+}
 
 function hex(lsn: Lsn): string {
   return lsn.toString(16).toUpperCase().padStart(16, '0');

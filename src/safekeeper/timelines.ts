@@ -17,6 +17,7 @@ import type { PageserverFeedback, TimelineProgress, TimelineWalStatus } from '..
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration.ts';
 import { formatLsn } from '../postgres/lsn.ts';
+import { forEachLimited } from '../base/all-done.ts';
 import { syncDirectory } from '../base/durable-file.ts';
 import { type ControlFile, readControlFile, writeControlFile } from './control-file.ts';
 import { FLUSH_MARK_NAME } from './flush-mark.ts';
@@ -76,12 +77,7 @@ export class Timelines {
       for (const timelineId of (await readdir(join(dataDir, tenantId))).filter(isId))
         found.push({ tenantId, timelineId });
     }
-    const load = async (): Promise<void> => {
-      for (let next = found.pop(); next !== undefined; next = found.pop()) {
-        await timelines.#load(next.tenantId, next.timelineId);
-      }
-    };
-    await Promise.all(Array.from({ length: LOAD_CONCURRENCY }, load));
+    await forEachLimited(found, LOAD_CONCURRENCY, ({ tenantId, timelineId }) => timelines.#load(tenantId, timelineId));
     return timelines;
   }
 

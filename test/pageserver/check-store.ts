@@ -6,6 +6,7 @@ import { createLog } from '../../src/base/log.ts';
 import { ALL_KEYS, KEY_KIND } from '../../src/pageserver/key.ts';
 import type { Key } from '../../src/pageserver/key.ts';
 import { layerFileName } from '../../src/pageserver/layers/layer-format.ts';
+import type { Timeline } from '../../src/pageserver/timeline.ts';
 import { Timelines } from '../../src/pageserver/timelines.ts';
 import { encodeImage } from '../../src/pageserver/value.ts';
 import { IMPORTED, putsOf, RECORD_BYTES, ROOT, START_LSN } from './crash-writer.ts';
@@ -15,6 +16,21 @@ export function newModel(): ModelTimeline {
   const model = new ModelTimeline(START_LSN);
   for (const [key, image] of IMPORTED) model.puts.push({ key, lsn: START_LSN, value: encodeImage(image) });
   return model;
+}
+
+/** Gives the model the records that a writer writes up to `lsn`. */
+export function bringOn(model: ModelTimeline, seed: number, lsn: number): void {
+  while (model.lastRecordLsn < lsn) {
+    model.lastRecordLsn += RECORD_BYTES;
+    for (const [key, value] of putsOf(seed, model.lastRecordLsn)) {
+      model.puts.push({ key, lsn: model.lastRecordLsn, value });
+    }
+  }
+}
+
+/** At which the states are compared: the oldest, one between, and the newest. */
+export function sampledLsns({ oldestLsn, lastRecordLsn }: Timeline): number[] {
+  return [oldestLsn, oldestLsn + Math.floor((lastRecordLsn - oldestLsn) / 3), lastRecordLsn];
 }
 
 export interface LeftStore {
@@ -42,14 +58,8 @@ export async function checkStore(directory: string, { seed, confirmedLsn, model,
   }
   const lsn = root.lastRecordLsn;
   assert(lsn >= confirmedLsn, `${what}: ${lsn} is there, ${confirmedLsn} was confirmed`);
-  while (model.lastRecordLsn < lsn) {
-    model.lastRecordLsn += RECORD_BYTES;
-    for (const [key, value] of putsOf(seed, model.lastRecordLsn)) {
-      model.puts.push({ key, lsn: model.lastRecordLsn, value });
-    }
-  }
-  const oldest = root.oldestLsn;
-  for (const at of [oldest, oldest + Math.floor((lsn - oldest) / 3), lsn]) {
+  bringOn(model, seed, lsn);
+  for (const at of sampledLsns(root)) {
     assert.deepEqual(
       readable(root.scan(ALL_KEYS, at)),
       readable(model.scan(ALL_KEYS, at)),

@@ -9,8 +9,8 @@ import { cpSync, existsSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
-import { newModel } from '../../../test/pageserver/check-store.ts';
-import { putsOf, RECORD_BYTES, ROOT, START_LSN } from '../../../test/pageserver/crash-writer.ts';
+import { bringOn, newModel, sampledLsns } from '../../../test/pageserver/check-store.ts';
+import { RECORD_BYTES, ROOT, START_LSN } from '../../../test/pageserver/crash-writer.ts';
 import { FaultyDisk } from '../../../test/pageserver/faulty-disk.ts';
 import { farStore, TestNode } from '../../../test/pageserver/node.ts';
 import { runUntilKilled } from '../../../test/pageserver/run-until-killed.ts';
@@ -104,14 +104,8 @@ describe(`a killed pageserver's store is whole, with and without its disk (seed 
       if (root === undefined) return;
       const lsn = root.lastRecordLsn;
       assert(lsn >= flushedLsn, `${what}: ${lsn} is there, ${flushedLsn} was acknowledged`);
-      while (model.lastRecordLsn < lsn) {
-        model.lastRecordLsn += RECORD_BYTES;
-        for (const [key, value] of putsOf(seed, model.lastRecordLsn)) {
-          model.puts.push({ key, lsn: model.lastRecordLsn, value });
-        }
-      }
-      const oldest = root.oldestLsn;
-      for (const at of [oldest, oldest + Math.floor((lsn - oldest) / 3), lsn]) {
+      bringOn(model, seed, lsn);
+      for (const at of sampledLsns(root)) {
         const found = readable(await node.scan(ROOT, ALL_KEYS, at));
         assert.deepEqual(found, readable(model.scan(ALL_KEYS, at)), `${what}: the state at ${at}`);
       }

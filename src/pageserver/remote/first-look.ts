@@ -15,7 +15,7 @@ import { mkdir, open, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { crc32 } from 'node:zlib';
 import type { Generations } from '../../api/generations.ts';
-import { allDone } from '../../base/all-done.ts';
+import { forEachLimited } from '../../base/all-done.ts';
 import { StrataError } from '../../base/errors.ts';
 import type { Logger } from '../../base/log.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
@@ -81,7 +81,7 @@ async function followStore(options: FirstLookOptions, taken: number, broken: Map
     log.warn({ taken, seen, generation }, 'the object store knows later generations than the control plane did');
   }
   const newest = [...remote.values()].map((indexes) => newestIndex(indexes)!);
-  await forEachLimited(newest, async (name) => {
+  await forEachLimited(newest, TIMELINE_CONCURRENCY, async (name) => {
     const directory = join(timelinesDir, name.timelineId);
     if (name.isDeleted) {
       if (existsSync(directory)) await removeTimelineDirectory(directory);
@@ -164,18 +164,4 @@ export async function crc32OfFile(path: string): Promise<number> {
     if (bytesRead === 0) return checksum;
     checksum = crc32(chunk.subarray(0, bytesRead), checksum);
   }
-}
-
-async function forEachLimited<T>(items: readonly T[], work: (item: T) => Promise<void>): Promise<void> {
-  const left = [...items];
-  const workers = Array.from({ length: TIMELINE_CONCURRENCY }, async () => {
-    try {
-      for (let item = left.pop(); item !== undefined; item = left.pop()) await work(item);
-    } catch (error) {
-      left.length = 0;
-      throw error;
-    }
-  });
-  // Who tries again after a failure meets nothing that still runs.
-  await allDone(workers);
 }
