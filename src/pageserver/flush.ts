@@ -1,8 +1,9 @@
-/** Writes a frozen memory layer to a delta layer file. A little at a time: between slices the process does other things. */
+/** Writes a frozen memory layer to delta layer files. A little at a time: between slices the process does other things. */
 
 import assert from 'node:assert/strict';
 import { setImmediate as yieldToOthers } from 'node:timers/promises';
 import type { Lsn } from '../postgres/lsn.ts';
+import { compareKeys } from './key.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerWriter } from './layers/layer-writer.ts';
 import type { MemoryLayer } from './layers/memory-layer.ts';
@@ -15,16 +16,22 @@ const VALUE_BLOCK_BYTES = 64 * 1024;
 export interface FlushOptions {
   readonly directory: string;
   readonly timelineId: string;
-  /** End of the layer's LSN range. */
+  /** End of the layers' LSN range. */
   readonly lsnEnd: Lsn;
+  /** Layers of the same LSN range, which have all keys between the first and the last of theirs: these are in no layer that is made here. */
+  readonly bulk: readonly LayerDescription[];
 }
 
-/** The layer is durable under its name when this resolves; nothing refers to it yet. */
-export async function flushMemoryLayer(layer: MemoryLayer, options: FlushOptions): Promise<LayerDescription> {
-  const { directory, timelineId, lsnEnd } = options;
+/** The layers are durable under their names when this resolves; nothing refers to them yet. */
+export async function flushMemoryLayer(layer: MemoryLayer, options: FlushOptions): Promise<LayerDescription[]> {
+  const { directory, timelineId, lsnEnd, bulk } = options;
   const { lsnStart } = layer;
   const valueBlockBytes = VALUE_BLOCK_BYTES;
-  const writer = await LayerWriter.create(directory, { kind: 'delta', timelineId, lsnStart, lsnEnd, valueBlockBytes });
+  const create = (): Promise<LayerWriter> =>
+    LayerWriter.create(directory, { kind: 'delta', timelineId, lsnStart, lsnEnd, valueBlockBytes });
+  const written: LayerDescription[] = [];
+  let writer = await create();
+  let splitAt = bulk[0]?.keyStart;
   try {
     let sliceStartMs = performance.now();
     const pauseWhenDue = async (): Promise<void> => {
@@ -41,6 +48,14 @@ export async function flushMemoryLayer(layer: MemoryLayer, options: FlushOptions
         continue;
       }
       const { key, places, start, end } = each;
+      if (splitAt !== undefined && compareKeys(key, splitAt) >= 0) {
+        assert(compareKeys(key, bulk.at(-1)!.keyEnd) >= 0, 'what is in bulk is not put otherwise');
+        if (valueCount > 0) {
+          written.push(await writer.finish());
+          writer = await create();
+        }
+        splitAt = undefined;
+      }
       for (let i = start; i < end; i++) {
         if (i === touched) {
           touched = Math.min(i + TOUCHED_AT_ONCE, places.length);
@@ -52,7 +67,8 @@ export async function flushMemoryLayer(layer: MemoryLayer, options: FlushOptions
       }
     }
     assert(Number.isInteger(seen), 'what is touched is there');
-    return await writer.finish();
+    written.push(await writer.finish());
+    return written;
   } catch (error) {
     await writer.abort();
     throw error;

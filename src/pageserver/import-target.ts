@@ -6,10 +6,8 @@ import type { Lsn } from '../postgres/lsn.ts';
 import { ALL_KEYS, nextKey } from './key.ts';
 import type { Key } from './key.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
-import { LayerWriter } from './layers/layer-writer.ts';
+import { LAYER_BYTES, LayerWriter } from './layers/layer-writer.ts';
 import { encodeImage } from './value.ts';
-
-const LAYER_BYTES = 128 * 1024 * 1024;
 
 export class ImportTarget {
   readonly #directory: string;

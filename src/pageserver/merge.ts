@@ -29,7 +29,7 @@ import type { KeyEntries, LayerEntry } from './layers/layer-section.ts';
 import { layerPath } from './layers/layer-format.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import { LayerMap } from './layers/layer-map.ts';
-import { LayerWriter } from './layers/layer-writer.ts';
+import { LAYER_BYTES, LayerWriter } from './layers/layer-writer.ts';
 import { PageCache } from './page-cache.ts';
 import { HistoryReader } from './read.ts';
 import type { LineageStep, Replay } from './read.ts';
@@ -38,7 +38,6 @@ import { encodeImage, IMAGE_HEADER_BYTES, needsNoPrior, VALUE_KIND } from './val
 export const CHAIN_RECORDS_MAX = 200;
 export const TAIL_RECORDS_MAX = 20;
 const CHAIN_BYTES_MAX = 64 * 1024;
-const LAYER_BYTES = 128 * 1024 * 1024;
 const SLICE_MS = 5;
 /** Memory for blocks comes in multiples of this, so that what one leaves fits another; so many of each size are kept. */
 const MEMORY_STEP_BYTES = 16 * 1024;

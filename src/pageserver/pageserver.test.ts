@@ -95,7 +95,10 @@ describe('a pageserver', () => {
     });
     times = await runWorkload();
     ingest = new Ingest(reference);
-    for (const record of cluster.records(startLsn)) ingest.ingest(record);
+    for (const record of cluster.records(startLsn)) {
+      await ingest.prepare(record);
+      ingest.ingest(record);
+    }
   });
 
   after(async () => {
@@ -125,7 +128,9 @@ describe('a pageserver', () => {
       await sleep(5);
     }
     await session.query('CREATE TABLE hot (id int PRIMARY KEY, n int); INSERT INTO hot VALUES (1, 0)');
-    for (let i = 0; i < 500; i++) await session.query('UPDATE hot SET n = n + 1');
+    for (let i = 0; i < 250; i++) await session.query('UPDATE hot SET n = n + 1');
+    await session.query('CREATE DATABASE copied STRATEGY FILE_COPY');
+    for (let i = 0; i < 250; i++) await session.query('UPDATE hot SET n = n + 1');
     await cluster.stop();
     return found;
   }

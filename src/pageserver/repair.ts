@@ -176,6 +176,7 @@ export class Repairs {
       while (shadow.lastRecordLsn < endLsn) {
         const record = reader.next();
         if (record === undefined) break;
+        await ingest.prepare(record, { signal });
         ingest.ingest(record);
         shadow.freezeIfFull();
       }

@@ -12,6 +12,7 @@ export const LOCAL_STEPS = [
   'imported layers written',
   'timeline folder made',
   'timeline created',
+  'bulk layers written',
   'flush begins',
   'layer written',
   'index written',

@@ -7,18 +7,24 @@ import type { WalIndexChunk } from './ingest/wal-index.ts';
 import type { Key, KeyRange, RelationFork } from './key.ts';
 import type { KeyImage } from './read.ts';
 
+/** A key and an encoded value (value.ts). */
+export type KeyValue = readonly [key: Key, value: Buffer];
+
 /**
- * Takes the changes of WAL records, in the order of the log. Everything is synchronous: a record is taken whole or,
+ * Takes the changes of WAL records, in the order of the log. Everything but `putBulk` is synchronous: a record is taken whole or,
  * after `discard`, not at all.
  */
-export interface TimelineWriter {
-  readonly pgVersion: PgVersion;
-  /** End of the last record that was made visible. */
-  readonly lastRecordLsn: Lsn;
+export interface TimelineWriter extends Pick<TimelineReader, 'pgVersion' | 'lastRecordLsn' | 'getPages'> {
   /** Stores an encoded value (value.ts; copied) of `key` under `lsn`, the end of the record it comes from. Not visible before `advance`. */
   put(key: Key, lsn: Lsn, value: Buffer): void;
   /** Stores a record as a change of one of its blocks, as if it were encoded (value.ts) and put under its end. */
   putRecord(record: WalRecord, block: WalBlock, needsNoPrior: boolean): void;
+  /**
+   * Stores more values under `endLsn` than memory should hold: what belongs to the record that ends there and is taken next, before it is. Keys rise, each once,
+   * and the record itself puts none between the first and the last. They are visible with the `advance` to `endLsn`, and never were when that does
+   * not come. A second call is instead of the first.
+   */
+  putBulk(pieces: AsyncIterable<readonly KeyValue[]>, endLsn: Lsn, signal?: AbortSignal): Promise<void>;
   /** The newest image of `key`, puts that are not yet visible included; undefined when the key does not exist. Not to be changed by the caller. */
   get(key: Key): Buffer | undefined;
   /** The keys that exist, sorted, puts that are not yet visible included. */

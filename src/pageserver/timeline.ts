@@ -21,6 +21,7 @@ import type { Lsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import type { PgVersion } from '../postgres/version.ts';
 import type { WalBlock, WalRecord } from '../postgres/wal/record.ts';
+import { writeBulkLayers } from './bulk-layers.ts';
 import { flushMemoryLayer } from './flush.ts';
 import { Indexed } from './indexed-timeline.ts';
 import type { WalIndexChunk } from './ingest/wal-index.ts';
@@ -40,7 +41,7 @@ import type { History, HistoryReader, KeyImage, Lineage } from './read.ts';
 import { historyGone } from './retention.ts';
 import type { Horizon } from './retention.ts';
 import type { OnStep } from './step.ts';
-import type { TimelineReader, TimelineWriter } from './timeline-access.ts';
+import type { KeyValue, TimelineReader, TimelineWriter } from './timeline-access.ts';
 import { removeTimelineDirectory } from './timeline-directory.ts';
 import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
@@ -82,6 +83,8 @@ let timelineCount = 0;
 
 interface FrozenLayer {
   readonly layer: MemoryLayer;
+  /** What was put in bulk for its one record. */
+  readonly bulk: readonly LayerDescription[];
   readonly lastRecordLsn: Lsn;
   readonly lastRecordStartLsn: Lsn;
 }
@@ -102,6 +105,9 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   #frozen: FrozenLayer[] = [];
   /** The open layer and the frozen ones, newest first. */
   #memoryLayers: MemoryLayer[];
+  /** What was put in bulk for the record that comes next. */
+  #bulk: { readonly endLsn: Lsn; readonly layers: readonly LayerDescription[] } | undefined;
+  #bulkWriting: Promise<void> | undefined;
   #lineage: Lineage | undefined;
   #areAncestorsVisible = false;
   /** For the LSN that ingest has reached. */
@@ -309,6 +315,13 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#options.memory.bytes += this.#open.putRecord(record, block, needsNoPrior);
   }
 
+  /** Writes layers, which the index names when it names what else is put for the record. A crash before that leaves files that it does not name. */
+  putBulk(pieces: AsyncIterable<readonly KeyValue[]>, endLsn: Lsn, signal?: AbortSignal): Promise<void> {
+    const done = this.#writeBulk(pieces, endLsn, signal);
+    this.#bulkWriting = done.catch(() => {});
+    return done;
+  }
+
   get(key: Key): Buffer | undefined {
     return this.#options.reader.read(this.lineage, key, UNCOMMITTED_LSN, this.pgVersion);
   }
@@ -326,6 +339,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#lastRecordStartLsn = recordStartLsn;
     const hot = this.#open.takeHot();
     if (hot.length > 0) this.#putImages(hot);
+    if (this.#bulk !== undefined) this.#takeBulk(this.#bulk.endLsn, this.#bulk.layers);
     this.waiters.reached(endLsn);
   }
 
@@ -411,11 +425,16 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   /** Starts a new open layer and has the old one flushed. To be called between two records. */
   freeze(): void {
+    this.#freeze([]);
+  }
+
+  #freeze(bulk: readonly LayerDescription[]): void {
     this.discard();
     if (this.#lastRecordLsn >= this.#open.lsnStart) this.beforeFlush?.();
     if (this.#open.isEmpty && this.#lastRecordLsn === this.#lastFrozenLsn()) return;
     this.#frozen.push({
       layer: this.#open,
+      bulk,
       lastRecordLsn: this.#lastRecordLsn,
       lastRecordStartLsn: this.#lastRecordStartLsn,
     });
@@ -496,6 +515,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.waiters.fail(this.#stoppedError());
     this.#background?.cancel();
     await this.#background?.done;
+    await this.#bulkWriting;
     await this.#flushing;
     for (const layer of this.layerMap.all()) layer.close();
     for (const layer of this.#memoryLayers) this.#options.memory.bytes -= layer.sizeBytes;
@@ -510,6 +530,39 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   async #room(): Promise<void> {
     while (this.#isFull()) await (this.#flushing ?? this.#flushRetry ?? sleep(FLUSH_RETRY_DELAY_MS));
+  }
+
+  async #writeBulk(
+    pieces: AsyncIterable<readonly KeyValue[]>,
+    endLsn: Lsn,
+    signal: AbortSignal | undefined,
+  ): Promise<void> {
+    // Older values of the same keys are looked for in layers after these, and must not be found in memory before them.
+    await this.flush();
+    const layers = await writeBulkLayers(pieces, {
+      directory: this.directory,
+      timelineId: this.timelineId,
+      lsnStart: this.#lastRecordLsn + 1,
+      lsnEnd: endLsn + 1,
+      check: () => {
+        this.assertRunning();
+        signal?.throwIfAborted();
+      },
+    });
+    this.#options.onStep?.('bulk layers written');
+    this.#bulk = { endLsn, layers };
+  }
+
+  /** The record of what was put in bulk was taken: all of it becomes visible, and goes to the index together. */
+  #takeBulk(endLsn: Lsn, layers: readonly LayerDescription[]): void {
+    assert(endLsn === this.#lastRecordLsn, 'what was put in bulk belongs to the record that comes next');
+    assert(this.#frozen.length === 0, 'nothing older is in memory');
+    for (const layer of layers) {
+      assert(layer.lsnStart === this.#open.lsnStart, 'all that belongs to the record is one run');
+      this.layerMap.insert(this.#layerFile(layer));
+    }
+    this.#bulk = undefined;
+    this.#freeze(layers);
   }
 
   /**
@@ -557,14 +610,15 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   }
 
   async #flushOne(frozen: FrozenLayer): Promise<void> {
-    const { layer, lastRecordLsn, lastRecordStartLsn } = frozen;
-    let written: LayerDescription | undefined;
+    const { layer, bulk, lastRecordLsn, lastRecordStartLsn } = frozen;
+    let written: readonly LayerDescription[] = [];
     if (!layer.isEmpty) {
       this.#options.onStep?.('flush begins');
       written = await flushMemoryLayer(layer, {
         directory: this.directory,
         timelineId: this.timelineId,
         lsnEnd: lastRecordLsn + 1,
+        bulk,
       });
       this.#options.onStep?.('layer written');
     }
@@ -572,11 +626,11 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
       ...index,
       diskConsistentLsn: lastRecordLsn,
       diskConsistentRecordLsn: lastRecordStartLsn,
-      layers: written === undefined ? index.layers : [...index.layers, written],
+      layers: [...index.layers, ...bulk, ...written],
     }));
     this.#options.onStep?.('index written');
     if (this.#stopped === 'deleted') return;
-    if (written !== undefined) this.layerMap.insert(this.#layerFile(written));
+    for (const each of written) this.layerMap.insert(this.#layerFile(each));
     this.#frozen.shift();
     this.#memoryLayers = this.#memoryLayers.filter((other) => other !== layer);
     this.#options.memory.bytes -= layer.sizeBytes;

@@ -302,20 +302,24 @@ export class WalReceiver {
   /** Takes all whole records that were pushed; false when it was aborted before the end. */
   async #ingestAll(reader: WalReader, reception: Reception, timeline: Timeline, signal: AbortSignal): Promise<boolean> {
     let sliceStartMs = performance.now();
+    const repair = (damage: LayerDamagedError): Promise<void> => this.#options.timelines.repair(damage);
     for (let record = reader.next(); record !== undefined; record = reader.next()) {
       if (timeline.isStopped) throw new IngestStopped(new Error('the timeline is gone'));
       try {
         reception.ingest ??= new Ingest(timeline);
+        // It may take minutes, in which the stream is given up: what comes after the record is then asked for again.
+        const preparing = reception.ingest.prepare(record, { signal: this.#stopped.signal, repair });
+        if (preparing !== undefined) await prepared(preparing, timeline);
         reception.ingest.ingest(record);
       } catch (error) {
         reception.ingest = undefined;
+        if (error instanceof NotPrepared) throw error.reason;
         if (!(error instanceof LayerDamagedError)) {
           throw new IngestStopped(error instanceof Error ? error : new Error(String(error)));
         }
         // What ingest reads is not here, or damaged. The record has left no trace: once that is brought back, the stream begins with it again.
         await this.#options.timelines.repair(error).catch((reason: unknown) => {
-          const { code } = toStrataError(reason);
-          throw code === 'unavailable' || code === 'timeout' ? reason : new IngestStopped(error);
+          throw reason instanceof Error && isPassing(reason) ? reason : new IngestStopped(error);
         });
         return false;
       }
@@ -397,6 +401,32 @@ class IngestStopped extends Error {
     super(reason.message, { cause: reason });
     this.reason = reason;
   }
+}
+
+/** A record cannot be taken now, and may be later: a disk is full, a server does not answer. */
+class NotPrepared extends Error {
+  readonly reason: Error;
+
+  constructor(reason: Error) {
+    super(reason.message, { cause: reason });
+    this.reason = reason;
+  }
+}
+
+async function prepared(preparing: Promise<void>, timeline: Timeline): Promise<void> {
+  try {
+    await preparing;
+    timeline.assertRunning();
+  } catch (error) {
+    throw error instanceof Error && isPassing(error) ? new NotPrepared(error) : error;
+  }
+}
+
+/** Whether the same may succeed later: the disk or another server refused, or it was given up. */
+function isPassing(error: Error): boolean {
+  if (error.name === 'AbortError') return true;
+  const { code } = toStrataError(error);
+  return code === 'unavailable' || code === 'timeout' || ('syscall' in error && !(error instanceof StrataError));
 }
 
 function feedbackOf(timeline: Timeline): PageserverFeedback {

@@ -71,6 +71,39 @@ describe('a compute started from nothing', () => {
     await sameAfterRestart(...queries);
   });
 
+  test('a database that was copied as files, and the copy of that', async () => {
+    const inDatabase = (name: string): string => {
+      const url = new URL(platform.connectionString);
+      url.pathname = `/${name}`;
+      return url.href;
+    };
+    await platform.psql('CREATE DATABASE template_of_ours');
+    for (const sql of [
+      'CREATE TABLE t (id int PRIMARY KEY, pad text) WITH (fillfactor = 50)',
+      "INSERT INTO t SELECT i, repeat('x', 300) FROM generate_series(1, 30000) AS i",
+      'DELETE FROM t WHERE id % 7 = 0',
+      'VACUUM t',
+      "UPDATE t SET pad = 'short' WHERE id % 11 = 0",
+    ]) {
+      await platform.psql(sql, inDatabase('template_of_ours'));
+    }
+    await platform.psql('CREATE DATABASE copy TEMPLATE template_of_ours STRATEGY FILE_COPY');
+    await platform.psql('UPDATE t SET id = -id WHERE id < 5000', inDatabase('copy'));
+    await platform.psql('CREATE DATABASE copy_of_copy TEMPLATE copy STRATEGY FILE_COPY');
+    await platform.psql('DELETE FROM t WHERE id < 0', inDatabase('copy'));
+    const sum = 'SELECT count(*), sum(id), sum(length(pad)) FROM t';
+    const sums = async (): Promise<string[]> => {
+      const found: string[] = [];
+      for (const name of ['template_of_ours', 'copy', 'copy_of_copy'])
+        found.push(await platform.psql(sum, inDatabase(name)));
+      return found;
+    };
+    const before = await sums();
+    assert.equal(new Set(before).size, 3);
+    await restartFromNothing();
+    assert.deepEqual(await sums(), before);
+  });
+
   test('more than 64 subtransactions, some rolled back', async () => {
     await platform.psql('CREATE TABLE subs (n int)');
     const statements = Array.from(

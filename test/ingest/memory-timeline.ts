@@ -14,7 +14,7 @@ import { compareKeys, formatKey, relationBlockKey, relationSizeKey } from '../..
 import type { Key, KeyRange, RelationFork } from '../../src/pageserver/key.ts';
 import { replayValue } from '../../src/pageserver/replay.ts';
 import type { KeyImage } from '../../src/pageserver/read.ts';
-import type { TimelineReader, TimelineWriter } from '../../src/pageserver/timeline-access.ts';
+import type { KeyValue, TimelineReader, TimelineWriter } from '../../src/pageserver/timeline-access.ts';
 import { VALUE_KIND, encodeImage, encodeRecord, needsNoPrior } from '../../src/pageserver/value.ts';
 
 interface Version {
@@ -67,6 +67,11 @@ export class MemoryTimeline implements TimelineWriter, TimelineReader, ImportSin
   putRecord(record: WalRecord, block: WalBlock, needsNoPrior: boolean): void {
     const key = relationBlockKey(block.spc, block.db, block.rel, block.fork, block.blk);
     this.put(key, record.endLsn, encodeRecord(record.bytes, record.startLsn, block.id, needsNoPrior));
+  }
+
+  async putBulk(pieces: AsyncIterable<readonly KeyValue[]>, endLsn: Lsn): Promise<void> {
+    this.discard();
+    for await (const piece of pieces) for (const [key, value] of piece) this.put(key, endLsn, value);
   }
 
   drain(): Promise<void> {

@@ -26,6 +26,9 @@ export const START_LSN = 0x100000;
 export const RECORD_BYTES = 8;
 /** Of each relation; no relation ever has fewer, as then what it grows over would have to begin anew (ingest.ts). */
 const BLOCKS = 40;
+/** Of so many records one replaces all blocks of this relation. */
+const BULK_EVERY = 331;
+const COPIED_REL = 16385;
 /** How far back history is kept. */
 const HISTORY_BYTES = 600 * RECORD_BYTES;
 
@@ -38,8 +41,39 @@ export const IMPORTED: readonly [Key, Buffer][] = [
   ]),
 ];
 
-/** The puts of the record that ends at `lsn`. */
+/** The puts of the record that ends at `lsn`, those in bulk first. */
 export function putsOf(seed: number, lsn: number): [Key, Buffer][] {
+  const bulk = bulkOf(seed, lsn);
+  const isApart = ([{ kind, rel }]: [Key, Buffer]): boolean =>
+    bulk.length === 0 || kind !== KEY_KIND.relationBlock || rel !== COPIED_REL;
+  return [...bulk, ...otherPutsOf(seed, lsn).filter(isApart)];
+}
+
+/** What is put in bulk for the record that ends at `lsn`: now and then, all blocks of one relation. */
+function bulkOf(seed: number, lsn: number): [Key, Buffer][] {
+  if ((lsn / RECORD_BYTES + seed) % BULK_EVERY !== 0) return [];
+  const random = generator(seed * 1_000_033 + lsn);
+  return Array.from({ length: BLOCKS }, (_, blk): [Key, Buffer] => {
+    const value = random() % 8 === 0 ? encodeTombstone() : encodeImage(Buffer.alloc(8192, random()));
+    return [relationBlockKey(1663, 5, COPIED_REL, 0, blk), value];
+  });
+}
+
+/** Has the timeline take the record that ends at `lsn`. */
+export async function takeRecord(timeline: Timeline, seed: number, lsn: number): Promise<void> {
+  const bulk = bulkOf(seed, lsn);
+  if (bulk.length > 0) await timeline.putBulk(inPieces(bulk), lsn);
+  for (const [key, value] of putsOf(seed, lsn).slice(bulk.length)) timeline.put(key, lsn, value);
+  timeline.advance(lsn, lsn - RECORD_BYTES);
+  timeline.freezeIfFull();
+  await timeline.writable();
+}
+
+async function* inPieces(bulk: readonly [Key, Buffer][]): AsyncGenerator<[Key, Buffer][]> {
+  for (let i = 0; i < bulk.length; i += 7) yield bulk.slice(i, i + 7);
+}
+
+function otherPutsOf(seed: number, lsn: number): [Key, Buffer][] {
   const random = generator(seed * 1_000_003 + lsn);
   return Array.from({ length: 1 + (random() % 3) }, (): [Key, Buffer] => {
     const what = random() % 100;
@@ -116,11 +150,8 @@ async function write(directory: string, seed: number, dieAtStep: string, dieAtCo
   for (;;) {
     for (let i = 0; i < 400; i++) {
       const lsn = root.lastRecordLsn + RECORD_BYTES;
-      for (const [key, value] of putsOf(seed, lsn)) root.put(key, lsn, value);
+      await persist(() => takeRecord(root, seed, lsn));
       if (isFaulty) learn(lsn);
-      root.advance(lsn, lsn - RECORD_BYTES);
-      root.freezeIfFull();
-      await root.writable();
     }
     if (isFaulty) check(root, model);
     await persist(() => root.flush());

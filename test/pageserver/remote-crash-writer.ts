@@ -13,7 +13,7 @@ import { Settings } from '../../src/control/settings.ts';
 import { FileSystemStore } from '../../src/object-store/file-system-store.ts';
 import { ALL_KEYS } from '../../src/pageserver/key.ts';
 import { LEASE_MS } from '../../src/pageserver/retention.ts';
-import { BRANCHES_MAX, IMPORTED, putsOf, RECORD_BYTES, ROOT, START_LSN } from './crash-writer.ts';
+import { BRANCHES_MAX, IMPORTED, RECORD_BYTES, ROOT, START_LSN, takeRecord } from './crash-writer.ts';
 import { farStore, TestNode } from './node.ts';
 
 /** How far back history is kept. */
@@ -50,11 +50,7 @@ async function write(directory: string, disk: string, seed: number, dieAt: strin
     // What was evicted, or was never here, is fetched.
     await node.scan(ROOT, ALL_KEYS, root.lastRecordLsn);
     for (let i = 0; i < 400; i++) {
-      const lsn = root.lastRecordLsn + RECORD_BYTES;
-      for (const [key, value] of putsOf(seed, lsn)) root.put(key, lsn, value);
-      root.advance(lsn, lsn - RECORD_BYTES);
-      root.freezeIfFull();
-      await root.writable();
+      await takeRecord(root, seed, root.lastRecordLsn + RECORD_BYTES);
     }
     await root.flush();
     say(`flushed ${root.diskConsistentLsn}`);

@@ -9,6 +9,7 @@
  * (Postgres: dbcommands_xlog.h, relmapper.h.)
  */
 
+import { RM_DBASE } from '../../postgres/rmgr.ts';
 import { XLR_RMGR_INFO_MASK, mainData } from '../../postgres/wal/record.ts';
 import type { WalRecord } from '../../postgres/wal/record.ts';
 import { IngestError } from './ingest-error.ts';
@@ -19,6 +20,11 @@ const CREATE_WAL_LOG = 0x10;
 const DROP = 0x20;
 
 const RELMAP_UPDATE = 0x00;
+
+/** Whether the record says that a database was copied and not what is in it. */
+export function isFileCopy(record: WalRecord): boolean {
+  return record.rmid === RM_DBASE && (record.info & XLR_RMGR_INFO_MASK) === CREATE_FILE_COPY;
+}
 
 export function databaseChanges(record: WalRecord): readonly Change[] {
   const main = mainData(record);

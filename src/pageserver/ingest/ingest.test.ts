@@ -248,12 +248,14 @@ test('a record of an extension is taken when images restore all its blocks, else
   assert.deepEqual(fillOf(4), [7, 9, 0, 0]);
 });
 
-test('a database copied as files has the pages of its source, whatever it had before; dropped, it has nothing', () => {
+test('a database copied as files has the pages of its source, whatever it had before; dropped, it has nothing', async () => {
   writePages(0xaa, [0, 1, 2]);
   truncateTo(1);
   writePages(0xcc, [2]);
   timeline.put(databaseKey(1663, 5), Buffer.from('map'));
-  take({ rmid: RM_DBASE, info: 0x00, main: u32(6, 1663, 5, 1663) });
+  const copies = { rmid: RM_DBASE, info: 0x00, main: u32(6, 1663, 5, 1663) };
+  await ingest.prepare(makeRecord({ ...copies, lsn }));
+  take(copies);
   const pages = timeline.getPages({ ...REL, db: 6, fork: 0 }, 0, 4, timeline.lastRecordLsn);
   assert.deepEqual(
     [0, 1, 2, 3].map((blk) => pages[blk * BLOCK_SIZE + 4096]),
@@ -264,6 +266,7 @@ test('a database copied as files has the pages of its source, whatever it had be
   assert.equal(timeline.get(databaseKey(1663, 6)), undefined);
   assert.equal(timeline.get(relationSizeKey(1663, 6, REL.rel, 0)), undefined);
   assert.equal(sizeOf(), 3);
+  assert.throws(() => take({ ...copies, main: u32(7, 1663, 5, 1663) }), /is prepared first/);
 });
 
 test('a statuses page is made by its record or by a transaction on it, and old segments go', () => {

@@ -35,7 +35,9 @@ import type { TimelineWriter } from '../timeline-access.ts';
 import { RECORD_HEADER_BYTES, encodeDerived, encodeImage, encodeTombstone } from '../value.ts';
 import type { Change } from './change.ts';
 import { CheckpointTracker, decodeCheckpointState, encodeCheckpointState } from './checkpoint-state.ts';
-import { copyDatabase, createDatabase, dropDatabase, putRelationMap } from './databases.ts';
+import { isFileCopy } from './database.ts';
+import { copyDatabase, createDatabase, dropDatabase, prepareCopy, putRelationMap } from './databases.ts';
+import type { PreparedCopy, PrepareOptions } from './databases.ts';
 import { ForkSizes } from './fork-sizes.ts';
 import { impliedChanges } from './implied-changes.ts';
 import { IngestError } from './ingest-error.ts';
@@ -54,6 +56,7 @@ export class Ingest {
   readonly #prepared: PreparedTransactions;
   readonly #checkpoint: CheckpointTracker;
   readonly #index: WalIndexWriter;
+  #copy: PreparedCopy | undefined;
   #usable = true;
 
   /** `writer` is a timeline that has a checkpoint state: an imported one, or a branch of one. */
@@ -76,6 +79,20 @@ export class Ingest {
   /** The part of the WAL index that is not in the timeline yet, for searches at its head. To be used at once: it changes with the next record. */
   get indexTail(): WalIndexChunk | undefined {
     return this.#index.tail;
+  }
+
+  /**
+   * What has to be done before `ingest` takes the record, and takes long; undefined for nearly all records. When it rejects, nothing is changed: it can
+   * be called again.
+   */
+  prepare(record: WalRecord, options: PrepareOptions = {}): Promise<void> | undefined {
+    return isFileCopy(record) ? this.#prepareCopies(record, options) : undefined;
+  }
+
+  async #prepareCopies(record: WalRecord, options: PrepareOptions): Promise<void> {
+    for (const change of impliedChanges(record, this.#version)) {
+      if (change.kind === 'copy-database') this.#copy = await prepareCopy(this.#writer, change, record.endLsn, options);
+    }
   }
 
   /**
@@ -173,7 +190,8 @@ export class Ingest {
       case 'create-database':
         return createDatabase(this.#writer, change.spc, change.db, lsn);
       case 'copy-database':
-        return copyDatabase(this.#writer, this.#sizes, change, lsn);
+        if (this.#copy?.endLsn !== lsn) throw new Error('a record that copies a database is prepared first');
+        return copyDatabase(this.#writer, this.#sizes, change, this.#copy);
       case 'drop-database':
         return dropDatabase(this.#writer, this.#sizes, change.spc, change.db, lsn);
       case 'relation-map':

@@ -60,6 +60,7 @@ before(async () => {
   realFiles = relationFiles(cluster.dataDir);
   ingest = new Ingest(timeline);
   for (const record of cluster.records(lsn)) {
+    await ingest.prepare(record);
     ingest.ingest(record);
     walBytes += record.totalLength;
   }

@@ -19,6 +19,8 @@ import type { AppendBlock } from './section-writer.ts';
 import { WriteBuffer } from './write-buffer.ts';
 import { syncDirectory } from '../../base/durable-file.ts';
 
+/** Bytes of values after which whoever writes many layers begins another one. */
+export const LAYER_BYTES = 128 * 1024 * 1024;
 /** Large enough that setting up zstd does not count, small enough for a read of one page. */
 const VALUE_BLOCK_BYTES = 32 * 1024;
 /** Of images. Two pages take little more room than four, and one of them is there in little more than half the time. */

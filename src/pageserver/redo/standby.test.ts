@@ -154,6 +154,7 @@ async function ingestAll(primary: Cluster, timeline: Timeline): Promise<Map<stri
   const managers = new Map<string, number>();
   const ingest = new Ingest(timeline);
   for (const record of primary.records(timeline.lastRecordLsn)) {
+    await ingest.prepare(record);
     ingest.ingest(record);
     for (const block of record.blocks) {
       if (record.rmid !== RM_XLOG && block.fork !== FORK_VM) managers.set(relationOf(block), record.rmid);
