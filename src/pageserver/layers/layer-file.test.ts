@@ -1,8 +1,10 @@
 import assert from 'node:assert/strict';
+import { once } from 'node:events';
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
+import { Worker } from 'node:worker_threads';
 import fc from 'fast-check';
 import { ALL_KEYS, compareKeys, formatKey, makeKey, relationBlockKey } from '../key.ts';
 import type { Key } from '../key.ts';
@@ -48,6 +50,20 @@ describe('layer files', () => {
     const cache = new LayerCache({ blockBytesMax: 1024 * 1024, openFilesMax: 4 });
     return new LayerFile(join(directory, layerFileName(description)), description, cache);
   }
+
+  test('threads write layers to one directory at the same time', async () => {
+    const begin = `const { workerData, parentPort } = require('node:worker_threads');
+      import(workerData.module).then(({ LayerWriter }) => LayerWriter.create(workerData.directory, workerData.options))
+        .then(() => parentPort.postMessage('begun'))`;
+    const options = { kind: 'delta', timelineId: TIMELINE, lsnStart: 1, lsnEnd: 2 } as const;
+    const module = new URL('layer-writer.ts', import.meta.url).href;
+    const own = mkdtempSync(join(directory, 'own-'));
+    for (let i = 0; i < 2; i++) {
+      const worker = new Worker(begin, { eval: true, workerData: { module, directory: own, options } });
+      assert.deepEqual(await once(worker, 'message'), ['begun']);
+    }
+    assert.equal(readdirSync(own).length, 2);
+  });
 
   test('a small delta layer has exactly these bytes', async () => {
     const entries = [

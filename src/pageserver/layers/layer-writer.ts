@@ -7,6 +7,7 @@ import assert from 'node:assert/strict';
 import { open, rename, rm } from 'node:fs/promises';
 import type { FileHandle } from 'node:fs/promises';
 import { join } from 'node:path';
+import { threadId } from 'node:worker_threads';
 import type { Lsn } from '../../postgres/lsn.ts';
 import { compareKeys, nextKey } from '../key.ts';
 import type { Key } from '../key.ts';
@@ -41,6 +42,7 @@ export interface LayerWriterOptions {
   readonly valueBlockBytes?: number;
 }
 
+/** Of this thread: another one may write layers to the same directory. */
 let partialCount = 0;
 
 export class LayerWriter {
@@ -74,7 +76,7 @@ export class LayerWriter {
   }
 
   static async create(directory: string, options: LayerWriterOptions): Promise<LayerWriter> {
-    const partialPath = join(directory, `layer-${process.pid}-${++partialCount}.partial`);
+    const partialPath = join(directory, `layer-${process.pid}-${threadId}-${++partialCount}.partial`);
     return new LayerWriter(directory, options, await open(partialPath, 'wx', 0o600), partialPath);
   }
 
