@@ -10,7 +10,7 @@ import { relationBlockKey, relationSizeKey } from '../src/pageserver/key.ts';
 import { replayValue } from '../src/pageserver/replay.ts';
 import { Timelines } from '../src/pageserver/timelines.ts';
 import { encodeImage } from '../src/pageserver/value.ts';
-import { askFromThread } from './get-page.ts';
+import { PageAsker } from './page-client.ts';
 import { median, type Row } from './measure.ts';
 
 const LSN = 0x1000000;
@@ -89,6 +89,7 @@ async function overSocketUs(
   const secret = Buffer.alloc(32, 1);
   const host = '127.0.0.1';
   const service = await PageService.start({ host, port: 0, secret, timelines: store, log });
+  using asker = new PageAsker();
   try {
     const token = await signToken(secret, { scope: 'platform' });
     const times: number[][] = timelineIds.map(() => []);
@@ -97,7 +98,7 @@ async function overSocketUs(
         const table = { spc: FORK.spc, db: FORK.db, rel: FORK.rel, blocks: 1000 };
         const lsn = store.get(timelineId).lastRecordLsn;
         const work = { host, port: service.port, token, timelineId, table, lsn, singles: 1000, from: 0, to: 1 };
-        times[i]!.push(...(await askFromThread(work)).singlesUs);
+        times[i]!.push(...(await asker.ask(work)).singlesUs);
       }
     }
     return times.map(median);

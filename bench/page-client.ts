@@ -1,6 +1,12 @@
-/** The asking side of get-page.ts, in a thread of its own: single pages in no order, then others in batches of 64, two at a time. */
-import { parentPort, workerData } from 'node:worker_threads';
-import { PageClient } from '../src/api/pages.ts';
+/**
+ * The asking side of get-page.ts and nested-branches.ts: a process of its own (page-client.c), which asks as a backend of Postgres does. The server is in this
+ * process and has its main thread to itself meanwhile, as the pageserver has.
+ */
+import { execFile, execFileSync } from 'node:child_process';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { promisify } from 'node:util';
 import { BLOCK_SIZE } from '../src/postgres/page-size.ts';
 
 export interface PageWork {
@@ -19,35 +25,45 @@ export interface PageWork {
 export interface PageTimes {
   readonly singlesUs: readonly number[];
   readonly batchesMegabytesPerSecond: number;
+  /** What a single page, and a page of a batch, took of the processor where the server is, on all threads. */
+  readonly singleServerUs: number;
+  readonly batchedServerUs: number;
 }
 
 const BATCH = 64;
+const OUTPUT_BYTES_MAX = 64 * 1024 * 1024;
 
-async function ask(work: PageWork): Promise<PageTimes> {
-  const client = await PageClient.connect(work);
-  const { blocks, ...relation } = work.table;
-  const start = Math.floor(blocks * work.from);
-  const half = Math.floor((blocks * (work.to - work.from)) / 2);
-  const range = { ...relation, fork: 0, lsn: work.lsn };
-  const singlesUs: number[] = [];
-  for (let i = 0; i < work.singles; i++) {
-    const startMs = performance.now();
-    await client.getPages({ ...range, blk: start + ((i * 7919) % half), count: 1 });
-    singlesUs.push((performance.now() - startMs) * 1000);
+/** A compiled page-client.c, and where its tokens are. */
+export class PageAsker implements Disposable {
+  readonly #directory = mkdtempSync(join(tmpdir(), 'strata-page-client-'));
+  readonly #program = join(this.#directory, 'page-client');
+
+  constructor() {
+    const wire = join(import.meta.dirname, '../src/compute/shim/wire.c');
+    const source = join(import.meta.dirname, 'page-client.c');
+    execFileSync(process.env['CC'] ?? 'cc', ['-std=gnu11', '-O2', '-o', this.#program, source, wire]);
   }
-  const startMs = performance.now();
-  let pending: Promise<Buffer> = Promise.resolve(Buffer.alloc(0));
-  let bytes = 0;
-  for (let blk = start + half; blk + BATCH <= start + 2 * half; blk += BATCH) {
-    const next = client.getPages({ ...range, blk, count: BATCH });
-    await pending;
-    pending = next;
-    bytes += BATCH * BLOCK_SIZE;
+
+  async ask(work: PageWork): Promise<PageTimes> {
+    const { host, port, token, timelineId, table, lsn, singles } = work;
+    const tokenFile = join(this.#directory, 'token');
+    writeFileSync(tokenFile, token);
+    const first = Math.floor(table.blocks * work.from);
+    const blocks = Math.floor(table.blocks * (work.to - work.from));
+    const place = [timelineId, lsn, table.spc, table.db, table.rel, first, blocks];
+    const args = [host, port, tokenFile, ...place, singles, BATCH].map(String);
+    const { stdout } = await promisify(execFile)(this.#program, args, { maxBuffer: OUTPUT_BYTES_MAX });
+    const [singlesLine, totals] = stdout.split('\n');
+    const [singlesServerNs = 0, bytes = 0, batchesNs = 0, batchesServerNs = 0] = totals!.split(' ').map(Number);
+    return {
+      singlesUs: singlesLine!.split(' ').map((text) => Number(text) / 1000),
+      batchesMegabytesPerSecond: bytes / 1e6 / (batchesNs / 1e9),
+      singleServerUs: singlesServerNs / 1000 / singles,
+      batchedServerUs: batchesServerNs / 1000 / (bytes / BLOCK_SIZE),
+    };
   }
-  await pending;
-  const batchesMegabytesPerSecond = bytes / 1000 / (performance.now() - startMs);
-  client.close();
-  return { singlesUs, batchesMegabytesPerSecond };
+
+  [Symbol.dispose](): void {
+    rmSync(this.#directory, { recursive: true, force: true });
+  }
 }
-
-if (parentPort !== null) parentPort.postMessage(await ask(workerData as PageWork));

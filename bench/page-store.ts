@@ -13,6 +13,7 @@ import { Ingest } from '../src/pageserver/ingest/ingest.ts';
 import { replayValue } from '../src/pageserver/replay.ts';
 import type { Timeline } from '../src/pageserver/timeline.ts';
 import { Timelines } from '../src/pageserver/timelines.ts';
+import type { StoreLimits } from '../src/pageserver/timelines.ts';
 import { segmentStart, WAL_SEGMENT_SIZE, walFileName } from '../src/postgres/lsn.ts';
 import type { Lsn } from '../src/postgres/lsn.ts';
 import { WalReader } from '../src/postgres/wal/reader.ts';
@@ -32,6 +33,8 @@ export interface RecordedCluster {
   readonly table: RecordedTable;
   /** A table of which each page was made by about ten records, where it was asked for. */
   readonly tenRecords: RecordedTable | undefined;
+  /** Closes the store, and opens it again with these limits. */
+  readonly reopen: (limits: Partial<StoreLimits>) => Promise<{ store: Timelines; timeline: Timeline }>;
 }
 
 /** A table, and its size in blocks at the end. */
@@ -59,11 +62,11 @@ export async function withRecordedCluster<T>(
   try {
     cluster.initdb();
     const { lsn: startLsn, recordStartLsn, pgVersion } = inspectDataDirectory(cluster.dataDir);
-    store = await Timelines.open(directory, {
-      replay: replayValue,
-      log: createLog({ name: 'bench', level: 'error' }),
-      compactor: new ThreadCompactor(),
-    });
+    const open = (limits: Partial<StoreLimits>): Promise<Timelines> => {
+      const log = createLog({ name: 'bench', level: 'error' });
+      return Timelines.open(directory, { replay: replayValue, log, compactor: new ThreadCompactor(), limits });
+    };
+    store = await open({});
     const ids = { tenantId: TIMELINE_ID, timelineId: TIMELINE_ID };
     const timeline = await store.import({ ...ids, pgVersion, lsn: startLsn, recordLsn: recordStartLsn }, (target) =>
       importDataDirectory(cluster.dataDir, target).then(() => {}),
@@ -72,7 +75,13 @@ export async function withRecordedCluster<T>(
     const { table, tenRecords } = await runWorkload(cluster, workload);
     await cluster.stop();
     const { wal, recordCount } = readWal(cluster, startLsn);
-    return await use({ store, timeline, startLsn, wal, recordCount, table, tenRecords });
+    const reopen: RecordedCluster['reopen'] = async (limits) => {
+      await store?.close();
+      store = undefined;
+      store = await open(limits);
+      return { store, timeline: store.get(TIMELINE_ID) };
+    };
+    return await use({ store, timeline, startLsn, wal, recordCount, table, tenRecords, reopen });
   } finally {
     await store?.close();
     await cluster[Symbol.asyncDispose]();
