@@ -15,7 +15,6 @@
 import assert from 'node:assert/strict';
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
-import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError } from '../base/errors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
@@ -23,6 +22,8 @@ import type { PgVersion } from '../postgres/version.ts';
 import type { WalBlock, WalRecord } from '../postgres/wal/record.ts';
 import { writeBulkLayers } from './bulk-layers.ts';
 import { flushMemoryLayer } from './flush.ts';
+import { FlushQueue } from './flush-queue.ts';
+import type { FrozenLayer } from './flush-queue.ts';
 import { Indexed } from './indexed-timeline.ts';
 import type { WalIndexChunk } from './ingest/wal-index.ts';
 import { chunkAt } from './ingest/wal-search.ts';
@@ -76,18 +77,9 @@ export interface TimelineLimits {
   readonly frozenLayersMax: number;
 }
 
-const FLUSH_RETRY_DELAY_MS = 1_000;
 /** Above every LSN: reads what was put but is not yet visible. */
 const UNCOMMITTED_LSN = Number.MAX_SAFE_INTEGER;
 let timelineCount = 0;
-
-interface FrozenLayer {
-  readonly layer: MemoryLayer;
-  /** What was put in bulk for its one record. */
-  readonly bulk: readonly LayerDescription[];
-  readonly lastRecordLsn: Lsn;
-  readonly lastRecordStartLsn: Lsn;
-}
 
 export class Timeline implements TimelineWriter, TimelineReader, History {
   readonly number = ++timelineCount;
@@ -101,8 +93,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   #lastRecordLsn: Lsn;
   #lastRecordStartLsn: Lsn;
   #open: MemoryLayer;
-  /** Oldest first. */
-  #frozen: FrozenLayer[] = [];
+  readonly #frozen: FlushQueue;
   /** The open layer and the frozen ones, newest first. */
   #memoryLayers: MemoryLayer[];
   /** What was put in bulk for the record that comes next. */
@@ -112,12 +103,8 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   #areAncestorsVisible = false;
   /** For the LSN that ingest has reached. */
   readonly waiters: LsnWaiters;
-  #flushing: Promise<void> | undefined;
-  /** Resolves when a failed flush is tried again. */
-  #flushRetry: Promise<void> | undefined;
   #indexWritten: Promise<void> = Promise.resolve();
   #ingestError: Error | undefined;
-  #flushError: Error | undefined;
   #background: { readonly done: Promise<void>; readonly cancel: () => void } | undefined;
   #stopped: 'closed' | 'deleted' | undefined;
   /** In force at once; in the index a little later. */
@@ -143,6 +130,11 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.#lastRecordStartLsn = index.diskConsistentRecordLsn;
     this.#open = new MemoryLayer(this.#lastRecordLsn + 1, options.now());
     this.#memoryLayers = [this.#open];
+    this.#frozen = new FlushQueue({
+      write: (frozen) => this.#flush(frozen),
+      onFlush: (error) => options.onFlush(this, error),
+      layersMax: options.limits.frozenLayersMax,
+    });
     for (const layer of index.layers) {
       const file = this.#layerFile(layer);
       file.isLocal = localFiles?.has(layerFileName(layer)) ?? true;
@@ -300,7 +292,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   /** Why the last flush failed, if it did. */
   get flushError(): Error | undefined {
-    return this.#flushError;
+    return this.#frozen.error;
   }
 
   // ---- writing
@@ -358,7 +350,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   /** Resolves when ingest may go on, or the timeline is stopped; undefined when it may at once. While flushes fail it waits: memory is bounded. */
   writable(): Promise<void> | undefined {
-    return this.#isFull() ? this.#room() : undefined;
+    return this.#frozen.isFull ? this.#frozen.room() : undefined;
   }
 
   // ---- reading
@@ -432,26 +424,17 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     this.discard();
     if (this.#lastRecordLsn >= this.#open.lsnStart) this.beforeFlush?.();
     if (this.#open.isEmpty && this.#lastRecordLsn === this.#lastFrozenLsn()) return;
-    this.#frozen.push({
-      layer: this.#open,
-      bulk,
-      lastRecordLsn: this.#lastRecordLsn,
-      lastRecordStartLsn: this.#lastRecordStartLsn,
-    });
-    this.#open = new MemoryLayer(this.#lastRecordLsn + 1, this.#options.now(), this.#open);
-    this.#memoryLayers = [this.#open, ...this.#frozen.map((frozen) => frozen.layer).reverse()];
-    this.#flushing ??= this.#flushAll().finally(() => (this.#flushing = undefined));
+    const layer = this.#open;
+    this.#open = new MemoryLayer(this.#lastRecordLsn + 1, this.#options.now(), layer);
+    this.#memoryLayers = [this.#open, ...this.#memoryLayers];
+    const { lastRecordLsn, lastRecordStartLsn } = this;
+    this.#frozen.push({ layer, bulk, lastRecordLsn, lastRecordStartLsn });
   }
 
   /** Makes everything that is visible now durable in layers. Rejects when writing fails; it is tried again in the background. */
   async flush(): Promise<void> {
     this.freeze();
-    this.#retryFlush();
-    const target = this.#lastFrozenLsn();
-    while (this.diskConsistentLsn < target && this.#stopped === undefined) {
-      await this.#flushing;
-      if (this.#flushError !== undefined) throw this.#flushError;
-    }
+    await this.#frozen.flushed();
   }
 
   /**
@@ -512,25 +495,18 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   async #stop(how: 'closed' | 'deleted'): Promise<void> {
     this.#stopped = how;
+    const flushed = this.#frozen.stop(how === 'deleted');
     this.waiters.fail(this.#stoppedError());
     this.#background?.cancel();
     await this.#background?.done;
     await this.#bulkWriting;
-    await this.#flushing;
+    await flushed;
     for (const layer of this.layerMap.all()) layer.close();
     for (const layer of this.#memoryLayers) this.#options.memory.bytes -= layer.sizeBytes;
     this.#memoryLayers = [];
   }
 
   // ---- inside
-
-  #isFull(): boolean {
-    return this.#frozen.length > this.#options.limits.frozenLayersMax && this.#stopped === undefined;
-  }
-
-  async #room(): Promise<void> {
-    while (this.#isFull()) await (this.#flushing ?? this.#flushRetry ?? sleep(FLUSH_RETRY_DELAY_MS));
-  }
 
   async #writeBulk(
     pieces: AsyncIterable<readonly KeyValue[]>,
@@ -556,7 +532,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   /** The record of what was put in bulk was taken: all of it becomes visible, and goes to the index together. */
   #takeBulk(endLsn: Lsn, layers: readonly LayerDescription[]): void {
     assert(endLsn === this.#lastRecordLsn, 'what was put in bulk belongs to the record that comes next');
-    assert(this.#frozen.length === 0, 'nothing older is in memory');
+    assert(this.#frozen.layers.length === 0, 'nothing older is in memory');
     for (const layer of layers) {
       assert(layer.lsnStart === this.#open.lsnStart, 'all that belongs to the record is one run');
       this.layerMap.insert(this.#layerFile(layer));
@@ -582,34 +558,10 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
   }
 
   #lastFrozenLsn(): Lsn {
-    return this.#frozen.at(-1)?.lastRecordLsn ?? this.diskConsistentLsn;
+    return this.#frozen.layers.at(-1)?.lastRecordLsn ?? this.diskConsistentLsn;
   }
 
-  async #flushAll(): Promise<void> {
-    for (let frozen = this.#frozen[0]; frozen !== undefined && this.#stopped !== 'deleted'; frozen = this.#frozen[0]) {
-      try {
-        await this.#flushOne(frozen);
-        this.#flushError = undefined;
-        this.#options.onFlush(this, undefined);
-      } catch (error) {
-        this.#flushError = error instanceof Error ? error : new Error(String(error));
-        this.#options.onFlush(this, error);
-        if (this.#stopped !== undefined) return;
-        this.#flushRetry ??= sleep(FLUSH_RETRY_DELAY_MS, undefined, { ref: false }).then(() => {
-          this.#flushRetry = undefined;
-          this.#retryFlush();
-        });
-        return;
-      }
-    }
-  }
-
-  #retryFlush(): void {
-    if (this.#stopped !== undefined || this.#frozen.length === 0) return;
-    this.#flushing ??= this.#flushAll().finally(() => (this.#flushing = undefined));
-  }
-
-  async #flushOne(frozen: FrozenLayer): Promise<void> {
+  async #flush(frozen: FrozenLayer): Promise<void> {
     const { layer, bulk, lastRecordLsn, lastRecordStartLsn } = frozen;
     let written: readonly LayerDescription[] = [];
     if (!layer.isEmpty) {
