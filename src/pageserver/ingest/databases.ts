@@ -5,6 +5,7 @@ import { BLOCK_SIZE } from '../../postgres/page-size.ts';
 import { KEY_KIND, databaseKey, prefixRange, relationBlockKey } from '../key.ts';
 import type { KeyValue, TimelineWriter } from '../timeline-access.ts';
 import { encodeImage, encodeTombstone } from '../value.ts';
+import type { KeyImage } from '../read.ts';
 import { readWhole } from '../whole-reads.ts';
 import type { Repair } from '../whole-reads.ts';
 import type { Change } from './change.ts';
@@ -60,6 +61,8 @@ export async function prepareCopy(
     return [writer.get(databaseKey(fromSpc, fromDb)) ?? Buffer.alloc(0), found] as const;
   }, repair);
   await writer.putBulk(copiedPages(writer, change, forks, repair), endLsn, signal);
+  // What the record itself reads may have been evicted meanwhile; missed only then, it would have all of this done again.
+  await readWhole(() => void directoryOf(writer, change.spc, change.db), repair);
   return { endLsn, map, forks };
 }
 
@@ -101,8 +104,12 @@ export function copyDatabase(
 
 /** One tablespace's directory of a database. */
 export function dropDatabase(writer: TimelineWriter, sizes: ForkSizes, spc: number, db: number, lsn: Lsn): void {
-  for (const [{ rel, fork }] of writer.scan(prefixRange(KEY_KIND.relationSize, spc, db))) {
-    sizes.remove(spc, db, rel, fork, lsn);
-  }
-  if (writer.get(databaseKey(spc, db)) !== undefined) writer.put(databaseKey(spc, db), lsn, encodeTombstone());
+  const { isThere, forks } = directoryOf(writer, spc, db);
+  for (const [{ rel, fork }] of forks) sizes.remove(spc, db, rel, fork, lsn);
+  if (isThere) writer.put(databaseKey(spc, db), lsn, encodeTombstone());
+}
+
+function directoryOf(writer: TimelineWriter, spc: number, db: number): { isThere: boolean; forks: KeyImage[] } {
+  const forks = writer.scan(prefixRange(KEY_KIND.relationSize, spc, db));
+  return { isThere: writer.get(databaseKey(spc, db)) !== undefined, forks };
 }
