@@ -1,9 +1,12 @@
 /**
  * A proposer's dealings with one safekeeper: connecting for ever, the election's messages, WAL from memory, and recovery from another safekeeper's
  * disk when memory does not reach back far enough.
+ *
+ * What comes from a disk is checked on the way, and only whole records with the right CRC are passed on, so that silent damage there does not become what a
+ * quorum has. Who has damaged WAL is told of in the log, and the others are asked first.
  */
 import type { Logger } from '../base/log.ts';
-import { errorTable, StrataError } from '../base/errors.ts';
+import { errorTable, StrataError, toStrataError } from '../base/errors.ts';
 import type { Frame } from '../base/frames.ts';
 import {
   greetingOf,
@@ -12,6 +15,7 @@ import {
   SafekeeperClient,
   SafekeeperConnection,
   type TimelineIdentity,
+  type WalChunk,
 } from '../api/safekeeper.ts';
 import {
   decodeAcceptorMessage,
@@ -29,6 +33,9 @@ import type { Elected, Renew, VoteRequest } from '../consensus/messages.ts';
 import type { ProposerAction, ProposerState } from '../consensus/proposer.ts';
 import { historyUpTo } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
+import { toPgVersion } from '../postgres/version.ts';
+import { WalError } from '../postgres/wal/error.ts';
+import { WalReader } from '../postgres/wal/reader.ts';
 import type { WalBuffer } from './wal-buffer.ts';
 
 /** Small appends that are not acknowledged yet. More of them would only be more messages and more writes; what comes meanwhile makes up a larger one. */
@@ -39,6 +46,8 @@ const MAX_QUEUED_BYTES = 1024 * 1024;
 const RECONNECT_MIN_MS = 20;
 const RECONNECT_MAX_MS = 1_000;
 const RECOVERY_RETRY_MS = 100;
+/** After which who had damaged WAL may be asked for it again: it may have been healed, or the damage was on the way only. */
+const DAMAGED_RETRY_MS = 10_000;
 const STALL_MS = 10_000;
 const NEWCOMER_RETRY_MS = 50;
 const NO_BYTES = Buffer.alloc(0);
@@ -71,6 +80,8 @@ export class ProposerPeer {
   #reconnectTimer: NodeJS.Timeout | undefined;
   #reconnectDelayMs = RECONNECT_MIN_MS;
   #recovery: AbortController | undefined;
+  /** Those whose disk did not give this one the WAL that it needs, as it is damaged, and when that was seen. */
+  readonly #damagedSources = new Map<number, number>();
   #waitingForDrain = false;
   /** Ends of the appends that are not acknowledged. */
   #unacknowledged: Lsn[] = [];
@@ -131,13 +142,20 @@ export class ProposerPeer {
    */
   async #resumed(state: AcceptorState): Promise<AcceptorState> {
     const { state: proposer, index, addressOf, token, timeline } = this.#options;
-    const source = proposer.recoverySource(index);
-    if (source === undefined) return state;
+    const source = proposer.recoverySource(index, this.#damagedSources);
+    if (source === undefined) {
+      if (this.#damagedSources.size === 0) return state;
+      throw new StrataError('unavailable', 'nobody says where its log may begin');
+    }
     const client = new SafekeeperClient({ address: addressOf(source), token });
     try {
       const resumeLsn = await client.resumePoint(timeline.tenantId, timeline.timelineId);
       if (resumeLsn <= state.commitLsn || resumeLsn > proposer.commitLsn) return state;
       return { ...state, commitLsn: resumeLsn, history: historyUpTo(proposer.history, resumeLsn) };
+    } catch (error) {
+      const { code, message } = toStrataError(error);
+      if (code === 'internal') this.#foundDamage(source, message);
+      throw error;
     } finally {
       client.close();
     }
@@ -156,7 +174,7 @@ export class ProposerPeer {
     while (peer.state === 'streaming' && this.#recovery === undefined && peer.sendLsn < buffer.endLsn) {
       if (!this.#hasRoom()) return;
       if (peer.sendLsn < buffer.startLsn) {
-        if (state.recoverySource(index) !== undefined) this.#startRecovery();
+        if (state.recoverySource(index, this.#damagedSources) !== undefined) this.#startRecovery();
         return;
       }
       const isSmall = buffer.endLsn - peer.sendLsn < SMALL_APPEND_BYTES;
@@ -192,9 +210,10 @@ export class ProposerPeer {
     if (peer.state === 'streaming' && peer.sentCommitLsn < state.commitLsn) this.#append(peer.sendLsn, NO_BYTES);
   }
 
-  /** Breaks a connection whose safekeeper owes an answer for too long. */
+  /** Called now and then: breaks a connection whose safekeeper owes an answer for too long. */
   checkStall(): void {
     const { state, index } = this.#options;
+    this.#forgetDamage();
     const peer = state.peer(index);
     const isAsked =
       peer.state === 'voting' || peer.state === 'joining' || peer.state === 'creating' || peer.state === 'lost';
@@ -204,6 +223,15 @@ export class ProposerPeer {
     const owes = isAsked || (peer.state === 'streaming' && peer.writtenLsn < peer.sendLsn);
     if (this.#connection !== undefined && owes && performance.now() - this.#heardAtMs > STALL_MS)
       this.reconnect('no answer');
+  }
+
+  #forgetDamage(): void {
+    const nowMs = performance.now();
+    for (const [source, seenAtMs] of this.#damagedSources) {
+      if (nowMs - seenAtMs < DAMAGED_RETRY_MS) continue;
+      this.#damagedSources.delete(source);
+      this.pump();
+    }
   }
 
   async close(timeoutMs: number): Promise<void> {
@@ -351,33 +379,66 @@ export class ProposerPeer {
   async #recover(signal: AbortSignal): Promise<void> {
     const { state, index, buffer, timeline, token, addressOf, log } = this.#options;
     const peer = state.peer(index);
-    const source = state.recoverySource(index);
+    const source = state.recoverySource(index, this.#damagedSources);
     if (source === undefined) throw new StrataError('unavailable', 'no safekeeper with the WAL is connected');
     const { tenantId, timelineId } = timeline;
-    const fromLsn = peer.sendLsn;
+    // The end of a record, from which on whole ones can be checked; what is needed begins in a later one perhaps.
+    const fromLsn = peer.ackedLsn;
+    const reader = new WalReader(fromLsn, toPgVersion(timeline.pgVersion));
+    let { sendLsn } = peer;
     const { term } = state;
     log?.info({ safekeeper: this.#name, source, fromLsn: formatLsn(fromLsn) }, 'recovering from another safekeeper');
-    const chunks = readWal({
-      address: addressOf(source),
-      token,
-      tenantId,
-      timelineId,
-      fromLsn,
-      term,
-      signal,
-    });
-    for await (const { lsn, bytes } of chunks) {
-      if (bytes.length === 0) continue;
-      while (!this.#hasRoom() && !signal.aborted) {
-        await new Promise<void>((resolve) => {
-          this.#roomWaiter = resolve;
-        });
-        this.#roomWaiter = undefined;
+    const address = addressOf(source);
+    const chunks = readWal({ address, token, tenantId, timelineId, fromLsn, term, signal });
+    /** Of a record that is not whole yet, and where it begins. */
+    let unchecked: Buffer[] = [];
+    let lsn = fromLsn;
+    for await (const chunk of chunks) {
+      if (chunk.bytes.length === 0) continue;
+      const damage = readRecords(reader, chunk);
+      unchecked.push(chunk.bytes);
+      while (lsn < reader.position) {
+        const bytes = unchecked[0]!.subarray(0, reader.position - lsn);
+        const needed = bytes.subarray(Math.max(0, sendLsn - lsn));
+        const rest = unchecked[0]!.subarray(bytes.length);
+        unchecked = [...(rest.length > 0 ? [rest] : []), ...unchecked.slice(1)];
+        lsn += bytes.length;
+        if (needed.length === 0) continue;
+        while (!this.#hasRoom() && !signal.aborted) {
+          await new Promise<void>((resolve) => {
+            this.#roomWaiter = resolve;
+          });
+          this.#roomWaiter = undefined;
+        }
+        // After another election of this proposer the log of that term may be another.
+        if (signal.aborted || state.term !== term || peer.state !== 'streaming' || peer.sendLsn !== sendLsn) return;
+        this.#append(sendLsn, needed);
+        ({ sendLsn } = peer);
       }
-      // After another election of this proposer the log of that term may be another.
-      if (signal.aborted || state.term !== term || peer.state !== 'streaming' || peer.sendLsn !== lsn) return;
-      this.#append(lsn, bytes);
-      if (peer.sendLsn >= buffer().startLsn) return;
+      if (damage !== undefined) this.#foundDamage(source, damage.message);
+      if (damage !== undefined || sendLsn >= buffer().startLsn) return;
     }
+  }
+
+  #foundDamage(source: number, reason: string): void {
+    const { state, log } = this.#options;
+    const { nodeId } = state.peer(source);
+    this.#damagedSources.set(source, performance.now());
+    log?.error(
+      { nodeId, reason },
+      'the WAL on this safekeeper is damaged: the others are asked for it. See to its disk',
+    );
+  }
+}
+
+/** Reads the records that are whole with these bytes; the damage that they end with, if any. */
+function readRecords(reader: WalReader, { lsn, bytes }: WalChunk): WalError | undefined {
+  try {
+    reader.push(lsn, bytes);
+    while (reader.next() !== undefined);
+    return undefined;
+  } catch (error) {
+    if (error instanceof WalError) return error;
+    throw error;
   }
 }

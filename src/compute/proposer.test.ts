@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
-import { mkdtemp, rm } from 'node:fs/promises';
+import { mkdtemp, open, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test, type TestContext } from 'node:test';
@@ -11,8 +11,10 @@ import { readWal, type SafekeeperAddress, SafekeeperClient, type TimelineIdentit
 import type { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
+import { segmentOffset } from '../postgres/lsn.ts';
 import { type Safekeeper, runSafekeeper } from '../safekeeper/main.ts';
 import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from '../safekeeper/made-wal.test-data.ts';
+import { segmentPath } from '../safekeeper/wal-store.ts';
 import { electProposer, type Proposer, type ProposerOptions } from './proposer.ts';
 
 const SECRET = randomBytes(32);
@@ -72,6 +74,18 @@ class Cluster {
     await rm(join(this.#root, `safekeeper-${index}`), { recursive: true });
   }
 
+  /** Behind the back of the safekeeper. */
+  async flipByte(index: number, lsn: number): Promise<void> {
+    const { tenantId, timelineId } = this.timeline;
+    const directory = join(this.#root, `safekeeper-${index}`, tenantId, timelineId);
+    const file = await open(segmentPath(directory, lsn), 'r+');
+    const byte = Buffer.alloc(1);
+    await file.read(byte, 0, 1, segmentOffset(lsn));
+    byte[0]! ^= 0x40;
+    await file.write(byte, 0, 1, segmentOffset(lsn));
+    await file.close();
+  }
+
   async elect(options: Partial<ProposerOptions> = {}): Promise<Proposer> {
     const proposer = await electProposer({
       safekeepers: this.addresses,
@@ -97,7 +111,7 @@ class Cluster {
   /** Resolves when the safekeeper has everything up to the LSN and knows that it is committed. */
   async reaches(index: number, lsn: number): Promise<void> {
     const client = await this.client(index);
-    const deadline = Date.now() + 5_000;
+    const deadline = Date.now() + 30_000;
     for (;;) {
       const { tenantId, timelineId } = this.timeline;
       const status = await client.status(tenantId, timelineId).catch((error: StrataError) => {
@@ -110,6 +124,17 @@ class Cluster {
       await sleep(5);
     }
     client.close();
+  }
+
+  async flushLsn(index: number): Promise<number> {
+    const client = await this.client(index);
+    const { tenantId, timelineId } = this.timeline;
+    return client.status(tenantId, timelineId).then((status) => (client.close(), status.flushLsn));
+  }
+
+  /** Resolves when the safekeeper has so much. */
+  async flushes(index: number, lsn: number): Promise<void> {
+    while ((await this.flushLsn(index)) < lsn) await sleep(5);
   }
 
   async walOf(index: number, endLsn: number): Promise<Buffer> {
@@ -214,6 +239,44 @@ test('one of three may be away; it catches up from another one while commits go 
     assert((await cluster.walOf(index, wal.endLsn)).equals(wal.bytes));
   }
 });
+
+for (const where of ['in what is read before it is sent', 'in a large record, of which a part is there']) {
+  test(`a flipped byte on one disk, ${where}: another one is asked, and alone it makes no quorum with who has no whole log`, async (context) => {
+    const cluster = await Cluster.start(context);
+    const proposer = await cluster.elect({ retainedBytes: 10_000 });
+    const wal = makeWal(MID_SEGMENT_LSN, [
+      ...Array<number>(100).fill(5_000),
+      900_000,
+      ...Array<number>(100).fill(5_000),
+    ]);
+    const append = async (record: number): Promise<void> => {
+      const to = wal.ends[record]!;
+      proposer.append(proposer.endLsn, wal.bytes.subarray(proposer.endLsn - MID_SEGMENT_LSN, to - MID_SEGMENT_LSN));
+      await proposer.waitCommitted(to);
+    };
+    await append(10);
+    await cluster.stopOne(2);
+    for (let record = 11; record < 190; record++) await append(record);
+    const damaged = where.includes('large') ? wal.ends[100]! - 20_000 : wal.ends[50]! - 2_000;
+    await cluster.flipByte(0, damaged);
+    await cluster.reaches(1, wal.ends[189]!);
+    await cluster.stopOne(1);
+    const written = append(190);
+
+    await cluster.startOne(2);
+    const whole = where.includes('large') ? wal.ends[99]! : wal.ends[49]!;
+    await cluster.flushes(2, whole);
+    await sleep(300);
+    assert.equal(await cluster.flushLsn(2), whole, 'no damaged record is taken in');
+    assert(proposer.commitLsn < wal.ends[190]!, 'nothing is committed with it');
+
+    await cluster.startOne(1);
+    await written;
+    await append(200);
+    await cluster.reaches(2, wal.endLsn);
+    assert((await cluster.walOf(2, wal.endLsn)).equals(wal.bytes));
+  });
+}
 
 test('two of three away: appending is held back, and nothing is lost when one returns', async (context) => {
   const cluster = await Cluster.start(context);

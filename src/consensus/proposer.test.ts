@@ -110,6 +110,8 @@ test('a peer that comes back is brought on from where the logs part', () => {
   assert.equal(proposer.peer(2).sendLsn, 120);
   proposer.receive(2, ack(1, 120));
   assert.equal(proposer.recoverySource(2), 0);
+  assert.equal(proposer.recoverySource(2, new Set([0])), 1);
+  assert.equal(proposer.recoverySource(2, new Set([0, 1])), undefined);
 });
 
 test('logs are compared by their histories', () => {

@@ -358,12 +358,12 @@ export class ProposerState {
     peer.sentCommitLsn = this.#commitLsn;
   }
 
-  /** A peer that has the WAL that this one needs next, as part of this term's log. */
-  recoverySource(index: number): number | undefined {
+  /** A peer that has the WAL that this one needs next, as part of this term's log; none of `without`. */
+  recoverySource(index: number, without: Pick<ReadonlySet<number>, 'has'> = new Set()): number | undefined {
     const { sendLsn } = this.#peers[index]!;
     let best: number | undefined;
     this.#peers.forEach((peer, other) => {
-      if (other === index || peer.state !== 'streaming' || peer.ackedLsn <= sendLsn) return;
+      if (other === index || without.has(other) || peer.state !== 'streaming' || peer.ackedLsn <= sendLsn) return;
       if (best === undefined || peer.ackedLsn > this.#peers[best]!.ackedLsn) best = other;
     });
     return best;

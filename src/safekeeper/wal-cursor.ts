@@ -9,7 +9,10 @@
  */
 import { StrataError } from '../base/errors.ts';
 import { formatLsn, type Lsn, segmentOffset, segmentStart, WAL_PAGE_SIZE } from '../postgres/lsn.ts';
+import { toPgVersion } from '../postgres/version.ts';
 import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
+import { WalError } from '../postgres/wal/error.ts';
+import { WalReader } from '../postgres/wal/reader.ts';
 import type { Timeline } from './timeline.ts';
 import { firstSegmentHead, WalFileReader } from './wal-store.ts';
 
@@ -141,21 +144,33 @@ async function fetchOffloaded(timeline: Timeline, lsn: Lsn, endLsn: Lsn): Promis
 
 /**
  * The end of a record on this disk, as early as it can be found: where a log that is given anew may begin when its beginning has been removed. Nobody needs
- * what is before from a safekeeper's disk (kept-wal.ts).
+ * what is before from a safekeeper's disk (kept-wal.ts). A whole record follows there, or the log's end: a damaged disk names no place where none ends.
  */
-export async function resumePoint(timeline: Timeline): Promise<Lsn> {
+export async function resumePoint(
+  timeline: Pick<Timeline, 'kept' | 'identity' | 'commitLsn' | 'directory'>,
+): Promise<Lsn> {
   const { kept, identity, commitLsn, directory } = timeline;
   const { localStartLsn } = kept;
   if (localStartLsn === kept.logStartLsn) return localStartLsn;
   const files = new WalFileReader(directory);
   const tracker = new WalBoundaryTracker(localStartLsn);
+  let reader: WalReader | undefined;
   try {
-    for (let lsn = localStartLsn; lsn < commitLsn && tracker.endLsn === localStartLsn; lsn += WAL_PAGE_SIZE) {
-      tracker.push(await files.read(lsn, Math.min(commitLsn, lsn + WAL_PAGE_SIZE)));
+    for (let lsn = localStartLsn; lsn < commitLsn; lsn += WAL_PAGE_SIZE) {
+      const bytes = await files.read(lsn, Math.min(commitLsn, lsn + WAL_PAGE_SIZE));
+      if (reader === undefined) {
+        const endLsn = tracker.push(bytes);
+        if (endLsn > localStartLsn) reader = new WalReader(endLsn, toPgVersion(identity.pgVersion));
+      }
+      reader?.push(lsn, bytes); // Skips what is before it.
+      if (reader?.next() !== undefined) return tracker.endLsn;
     }
   } finally {
     await files.close();
   }
-  if (tracker.endLsn > localStartLsn) return tracker.endLsn;
-  throw new StrataError('unavailable', `no record of timeline ${identity.timelineId} ends on this disk yet`);
+  if (tracker.endLsn === localStartLsn)
+    throw new StrataError('unavailable', `no record of timeline ${identity.timelineId} ends on this disk yet`);
+  // What is committed ends with a record.
+  if (tracker.endLsn < commitLsn) throw new WalError(tracker.endLsn, 'no record begins here, and none ends');
+  return commitLsn;
 }
