@@ -133,21 +133,30 @@ export class Repairs {
     }
   }
 
-  /** To take WAL again, older layers are read: those that turn out to be damaged too come first. */
+  /** To take WAL again, older layers are read: those that turn out to be damaged too, or not here, come first. */
   async #rebuildWithOlder(file: string, signal: AbortSignal): Promise<void> {
     const files = [file];
+    const fetched = new Set(files);
+    const fetchOnce: FetchOnce = async (damage) => {
+      if (fetched.has(damage.file)) return false;
+      fetched.add(damage.file);
+      const timeline = this.#options.timelines.get(basename(dirname(damage.file)));
+      return this.#fetch(timeline, damage, fetchWhole);
+    };
     for (let last = files.at(-1); last !== undefined; last = files.at(-1)) {
       try {
-        await this.#rebuild(last, signal);
+        await this.#rebuild(last, fetchOnce, signal);
         files.pop();
       } catch (error) {
-        if (!(error instanceof LayerDamagedError) || files.includes(error.file)) throw error;
+        if (!(error instanceof LayerDamagedError)) throw error;
+        if (await fetchOnce(error)) continue;
+        if (files.includes(error.file)) throw error;
         files.push(error.file);
       }
     }
   }
 
-  async #rebuild(file: string, signal: AbortSignal): Promise<void> {
+  async #rebuild(file: string, fetchOnce: FetchOnce, signal: AbortSignal): Promise<void> {
     const timeline = this.#options.timelines.get(basename(dirname(file)));
     const damaged = timeline.index.layers.find((layer) => layerPath(timeline.directory, layer) === file);
     if (damaged === undefined) return; // replaced meanwhile
@@ -157,7 +166,7 @@ export class Repairs {
     timeline.assertReadable(fromLsn);
     const shadow = await this.#options.timelines.makeShadow(timeline, fromLsn);
     try {
-      await this.#ingest(timeline, shadow, run.lsnEnd - 1, signal);
+      await this.#ingest(timeline, shadow, run.lsnEnd - 1, fetchOnce, signal);
       await shadow.flush();
       const made = await takeOver(shadow, timeline, run);
       await timeline.replaceLayers(run.layers, made);
@@ -168,7 +177,16 @@ export class Repairs {
   }
 
   /** Has the shadow take the timeline's WAL up to `endLsn`, the end of a record. */
-  async #ingest(timeline: Timeline, shadow: Timeline, endLsn: Lsn, signal: AbortSignal): Promise<void> {
+  async #ingest(
+    timeline: Timeline,
+    shadow: Timeline,
+    endLsn: Lsn,
+    fetchOnce: FetchOnce,
+    signal: AbortSignal,
+  ): Promise<void> {
+    const repair = async (damage: LayerDamagedError): Promise<void> => {
+      if (!(await fetchOnce(damage))) throw damage;
+    };
     const reader = new WalReader(shadow.lastRecordLsn, timeline.pgVersion);
     const ingest = new Ingest(shadow);
     for await (const { lsn, bytes } of this.#options.walOf(timeline, shadow.lastRecordLsn, signal)) {
@@ -176,7 +194,7 @@ export class Repairs {
       while (shadow.lastRecordLsn < endLsn) {
         const record = reader.next();
         if (record === undefined) break;
-        await ingest.prepare(record, { signal });
+        await ingest.prepare(record, { signal, repair });
         ingest.ingest(record);
         shadow.freezeIfFull();
       }
@@ -188,6 +206,9 @@ export class Repairs {
     throw new StrataError('unavailable', `the layer cannot be made anew: ${where}`);
   }
 }
+
+/** Whether the object store had the layer, which is here then. */
+type FetchOnce = (damage: LayerDamagedError) => Promise<boolean>;
 
 /** Moves the shadow's layers to the timeline's folder, durably, under names that are new there. */
 async function takeOver(shadow: Timeline, timeline: Timeline, run: LayerRun): Promise<LayerDescription[]> {

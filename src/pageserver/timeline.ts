@@ -513,6 +513,7 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     endLsn: Lsn,
     signal: AbortSignal | undefined,
   ): Promise<void> {
+    this.assertRunning();
     // Older values of the same keys are looked for in layers after these, and must not be found in memory before them.
     await this.flush();
     const layers = await writeBulkLayers(pieces, {

@@ -14,6 +14,7 @@ import { takeGeneration } from '../../src/pageserver/remote/first-look.ts';
 import { Remote } from '../../src/pageserver/remote/remote.ts';
 import { restoreTimeline } from '../../src/pageserver/remote/restore.ts';
 import { Repairs } from '../../src/pageserver/repair.ts';
+import type { RepairsOptions } from '../../src/pageserver/repair.ts';
 import type { KeyImage } from '../../src/pageserver/read.ts';
 import type { OnStep, Step } from '../../src/pageserver/step.ts';
 import { Timelines } from '../../src/pageserver/timelines.ts';
@@ -31,6 +32,8 @@ export interface NodeOptions {
   readonly piecesFromBytes?: number;
   readonly lsnAt?: TimelinesOptions['lsnAt'];
   readonly now?: () => number;
+  /** For repairs; without it there is no WAL. */
+  readonly walOf?: RepairsOptions['walOf'];
   /** Called at each step; when it throws, the node is as good as dead. */
   readonly onStep?: OnStep;
 }
@@ -92,10 +95,10 @@ export class TestNode {
       ...(now === undefined ? {} : { now }),
       ...step,
     });
-    const walOf = (): never => {
+    const noWal = (): never => {
       throw new StrataError('unavailable', 'a test has no WAL');
     };
-    const { piecesFromBytes } = options;
+    const { piecesFromBytes, walOf = noWal } = options;
     const pieces = piecesFromBytes === undefined ? {} : { piecesFromBytes };
     const repairs = new Repairs({ timelines, remote, walOf, log: silent, ...pieces });
     timelines.repair = (damage) => repairs.repair(damage);
