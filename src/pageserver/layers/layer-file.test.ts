@@ -6,12 +6,14 @@ import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { Worker } from 'node:worker_threads';
 import fc from 'fast-check';
+import { crc32c } from '../../base/crc32c.ts';
 import { ALL_KEYS, compareKeys, formatKey, makeKey, relationBlockKey } from '../key.ts';
 import type { Key } from '../key.ts';
 import { encodeDerived, encodeImage, VALUE_KIND } from '../value.ts';
+import { BLOCK_HEADER_BYTES } from './block.ts';
 import { Chain } from './chain.ts';
 import { LayerCache, LayerFile } from './layer-file.ts';
-import { layerFileName } from './layer-format.ts';
+import { LAYER_FOOTER_BYTES, LAYER_HEADER_BYTES, layerFileName } from './layer-format.ts';
 import type { LayerDescription, LayerKind } from './layer-format.ts';
 import { LayerWriter } from './layer-writer.ts';
 
@@ -81,15 +83,15 @@ describe('layer files', () => {
     const bytes = readFileSync(layer.path);
     const expected = [
       '53545241' + '54414c59' + '0300' + '01' + '0000000000', // header
-      '........' + '01' + '00' + '0000' + '08000000' + '08000000', // history: value block, not compressed
+      '........' + '01' + '00' + '0100' + '08000000' + '08000000', // history: value block, not compressed
       '01' + '616263' + '04' + '09' + '7879',
-      '........' + '02' + '00' + '0000' + '28000000' + '28000000', // key block
+      '........' + '02' + '00' + '0100' + '28000000' + '28000000', // key block
       '02000000' + '00000000' + '00000000',
       '00' + '030000067f00000005000040000000000007' + '00' + '00' + '04' + '01',
       '12' + '10' + '00' + '04' + '04',
-      '........' + '01' + '00' + '0000' + '03000000' + '03000000', // newest: value block
+      '........' + '01' + '00' + '0100' + '03000000' + '03000000', // newest: value block
       '01' + '6465',
-      '........' + '02' + '00' + '0000' + '23000000' + '23000000', // key block
+      '........' + '02' + '00' + '0100' + '23000000' + '23000000', // key block
       '01000000' + '00000000' + '00000000',
       '00' + '030000067f00000005000040000000000008' + '08' + '00' + '03' + '01',
     ].join('');
@@ -191,6 +193,31 @@ describe('layer files', () => {
     assert.ok(leftCount > 100, `${leftCount} blocks were left`);
     const expected = written.map(({ key, lsn, value }) => ({ key: formatKey(key), lsn, value }));
     assert.deepEqual(found, expected);
+  });
+
+  test('blocks with the checksum of older ones are read, and damage in them is found', async () => {
+    const entries = Array.from({ length: 40 }, (_, i) => ({
+      key: relationBlockKey(1663, 5, 16384, 0, i),
+      lsn: 100 + i,
+      value: encodeImage(Buffer.alloc(3000, `page ${i}`)),
+    }));
+    const layer = await write(entries, 'delta', 100, 201);
+    const bytes = readFileSync(layer.path);
+    for (let at = LAYER_HEADER_BYTES; at < bytes.length - LAYER_FOOTER_BYTES;) {
+      const block = bytes.subarray(at, at + BLOCK_HEADER_BYTES + bytes.readUInt32LE(at + 12));
+      block[6] = 0;
+      block.writeUInt32LE(crc32c(block, 4), 0);
+      at += block.length;
+    }
+    writeFileSync(layer.path, bytes);
+    const read: Entry[] = [];
+    layer.forEachValue((key, lsn, value) => read.push({ key, lsn, value }));
+    assert.deepEqual(read, entries);
+    layer.close();
+    bytes[LAYER_HEADER_BYTES + BLOCK_HEADER_BYTES + 5]! ^= 1;
+    writeFileSync(layer.path, bytes);
+    assert.throws(() => layer.forEachValue(() => {}), /checksum is/);
+    layer.close();
   });
 
   test('any damaged byte is found, and the error names the file', async () => {
