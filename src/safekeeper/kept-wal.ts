@@ -7,12 +7,12 @@
  *   - It lies below the commit LSN as the control file has it, from where a start looks for the end of the log.
  *   - The extent file says that it is gone before it is.
  */
-import { unlink } from 'node:fs/promises';
-import { type Lsn, segmentStart, WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
+import { readdir, unlink } from 'node:fs/promises';
+import { join } from 'node:path';
+import { type Lsn, parseWalFileName, segmentStart, WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
 import type { PageserverFeedback } from '../api/safekeeper-protocol.ts';
 import { syncDirectory } from '../base/durable-file.ts';
 import { type WalExtent, writeWalExtent } from './wal-extent.ts';
-import { segmentPath } from './wal-store.ts';
 
 export interface RemovalInput {
   readonly localStartLsn: Lsn;
@@ -46,13 +46,20 @@ export class KeptWal {
   readonly #onLetGo: () => void;
   readonly #readers = new Set<{ readonly lsn: Lsn }>();
   #extent: WalExtent;
+  /** As the file has it. */
+  #savedExtent: WalExtent;
   #saving: Promise<void> = Promise.resolve();
+  #removing: Promise<unknown> = Promise.resolve();
+  /** Nothing below the extent is on the disk: a crash, or a disk that failed, may have left something. */
+  #isTidy = false;
+  #isClosed = false;
   #feedback: PageserverFeedback | undefined;
 
   /** `onLetGo` is called when a reader holds nothing here any more. */
   constructor(directory: string, extent: WalExtent, onLetGo: () => void) {
     this.#directory = directory;
     this.#extent = extent;
+    this.#savedExtent = extent;
     this.#onLetGo = onLetGo;
   }
 
@@ -103,35 +110,47 @@ export class KeptWal {
 
   /** Durable when it resolves. */
   save(): Promise<void> {
-    const saved = this.#saving.catch(() => {}).then(async () => writeWalExtent(this.#directory, this.#extent));
+    const saved = this.#saving.catch(() => {}).then(() => this.#write());
     this.#saving = saved;
     return saved;
   }
 
   /** Removes the segments before `horizonLsn`, a segment's start. */
-  async remove(horizonLsn: Lsn): Promise<number> {
-    const { localStartLsn } = this.#extent;
-    if (horizonLsn <= localStartLsn) return 0;
-    this.#extent = { ...this.#extent, localStartLsn: horizonLsn };
-    await this.save();
-    let count = 0;
-    for (let lsn = segmentStart(localStartLsn); lsn < horizonLsn; lsn += WAL_SEGMENT_SIZE) {
-      const removed = await unlink(segmentPath(this.#directory, lsn)).then(
-        () => true,
-        (error: NodeJS.ErrnoException) => {
-          if (error.code === 'ENOENT') return false;
-          throw error;
-        },
-      );
-      if (removed) count++;
-    }
-    await syncDirectory(this.#directory);
-    return count;
+  remove(horizonLsn: Lsn): Promise<number> {
+    const removed = this.#removing.catch(() => {}).then(() => this.#remove(horizonLsn));
+    this.#removing = removed;
+    return removed;
   }
 
-  /** Removes what a crash left behind below the extent. */
-  async removeLeftovers(segmentStarts: readonly Lsn[]): Promise<void> {
-    const old = segmentStarts.filter((start) => start + WAL_SEGMENT_SIZE <= this.#extent.localStartLsn);
-    for (const start of old) await unlink(segmentPath(this.#directory, start));
+  /** When it resolves, nothing is written or removed in the folder any more: it is another log's from then on. */
+  async close(): Promise<void> {
+    this.#isClosed = true;
+    await Promise.allSettled([this.#saving, this.#removing]);
+  }
+
+  async #write(): Promise<void> {
+    if (this.#isClosed) return;
+    const extent = this.#extent;
+    await writeWalExtent(this.#directory, extent);
+    this.#savedExtent = extent;
+  }
+
+  async #remove(horizonLsn: Lsn): Promise<number> {
+    if (horizonLsn > this.#extent.localStartLsn) this.#extent = { ...this.#extent, localStartLsn: horizonLsn };
+    else if (this.#isTidy) return 0;
+    this.#isTidy = false;
+    const { localStartLsn } = this.#extent;
+    if (localStartLsn !== this.#savedExtent.localStartLsn) await this.save();
+    let count = 0;
+    for (const name of await readdir(this.#directory)) {
+      const segment = parseWalFileName(name);
+      if (segment === undefined || segment.startLsn + WAL_SEGMENT_SIZE > localStartLsn) continue;
+      if (this.#isClosed) return count;
+      await unlink(join(this.#directory, name));
+      count++;
+    }
+    if (count > 0) await syncDirectory(this.#directory);
+    this.#isTidy = true;
+    return count;
   }
 }

@@ -22,7 +22,7 @@ import { signToken } from '../base/token.ts';
 import { blankState } from '../consensus/acceptor.ts';
 import { NO_CONFIGURATION } from '../consensus/configuration.ts';
 import { type Lsn, segmentStart } from '../postgres/lsn.ts';
-import { CONTROL_FILE_NAME, encodeControlFile } from './control-file.ts';
+import { CONTROL_FILE_NAME, encodeControlFile, readControlFile } from './control-file.ts';
 import { makeWal, MID_SEGMENT_LSN } from './made-wal.test-data.ts';
 import { newTimeline, RawProposer, SECRET, serve } from './served.test-data.ts';
 import { segmentPath } from './wal-store.ts';
@@ -347,6 +347,28 @@ test('a vote that cannot be written down is not given, and the log is served aga
   await again.lead(3);
   assert.equal((await client.status(timeline.tenantId, timeline.timelineId)).term, 3);
   again.close();
+  client.close();
+});
+
+test('a timeline that is deleted while its disk fails stays deleted when the disk works', async (context) => {
+  const served = await serve(context);
+  const { tenantId, timelineId, ...timeline } = newTimeline();
+  const ids = { tenantId, timelineId };
+  const leader = new RawProposer(served.endpoint, { ...timeline, ...ids });
+  await leader.lead(1);
+  const directory = join(served.dataDir, tenantId, timelineId);
+  const partial = join(directory, `${CONTROL_FILE_NAME}.partial`);
+  await mkdir(partial); // Its place is taken, as a full or failing disk refuses it.
+  const candidate = new RawProposer(served.endpoint, { ...timeline, ...ids });
+  assert.equal(await candidate.next(), 'greeted');
+  candidate.send({ kind: 'vote', term: 2, generation: 0, configuration: NO_CONFIGURATION });
+  assert.equal((await candidate.closed).code, 'unavailable');
+  const client = new SafekeeperClient(served.endpoint);
+  await assert.rejects(client.deleteTimeline(tenantId, timelineId));
+  await rmdir(partial);
+  await client.deleteTimeline(tenantId, timelineId);
+  await sleep(1_500); // After a second the disk is tried.
+  assert.deepEqual(await readControlFile(directory), { kind: 'deleted', ...ids });
   client.close();
 });
 

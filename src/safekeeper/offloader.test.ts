@@ -1,6 +1,7 @@
 /** WAL that goes to the object store, leaves the disk, and is read all the same. */
 import assert from 'node:assert/strict';
 import {
+  existsSync,
   readdirSync,
   readFileSync,
   rmSync,
@@ -21,13 +22,17 @@ import fc from 'fast-check';
 import { readWal, SafekeeperClient, watchCommits } from '../api/safekeeper.ts';
 import { encodeHello, encodeJson, FRAME, type PageserverFeedback } from '../api/safekeeper-protocol.ts';
 import { createLog } from '../base/log.ts';
+import { FaultyStore } from '../object-store/faulty-store.ts';
 import { FileSystemStore } from '../object-store/file-system-store.ts';
 import { type Lsn, segmentStart, WAL_SEGMENT_SIZE, walFileName } from '../postgres/lsn.ts';
 import { removalHorizon } from './kept-wal.ts';
 import { type LedTimeline, startLedTimeline } from './led-timeline.test-data.ts';
 import { runSafekeeper } from './main.ts';
 import { makeWal, MID_SEGMENT_LSN } from './made-wal.test-data.ts';
+import { OffloadedWal } from './offloaded-wal.ts';
+import { Offloader } from './offloader.ts';
 import { decodeOffloaded, encodeOffloaded, offloadedName, parseOffloadedName } from './offloaded-segment.ts';
+import { Timelines } from './timelines.ts';
 import { decodeWalExtent, encodeWalExtent, EXTENT_FILE_NAME, readWalExtent } from './wal-extent.ts';
 
 const QUICK = { quietMs: 100, busyMs: 60_000, turnMs: 50, keptSegments: 0, lookMs: 20 };
@@ -232,6 +237,44 @@ test('whose turn is later passes over what is there, and stands in for who is aw
   await eventually(async () => (await objectsOf(store)).length === count, 'what was missing');
   assert.deepEqual(timesOf(), before, 'what was there was not put again');
 });
+
+/** A store whose puts after the first wait until they are let go. */
+class HeldStore extends FaultyStore {
+  readonly isReached = Promise.withResolvers<void>();
+  readonly letGo = Promise.withResolvers<void>();
+  #count = 0;
+
+  override async put(name: string, bytes: Uint8Array): Promise<void> {
+    if (this.#count++ > 0) {
+      this.isReached.resolve();
+      await this.letGo.promise;
+    }
+    await super.put(name, bytes);
+  }
+}
+
+for (const isDeleted of [false, true]) {
+  const what = isDeleted ? 'is deleted leaves nothing there' : 'fails, or is put aside, takes nothing with it there';
+  test(`WAL that is on its way to the object store when its log ${what}`, async (context) => {
+    const { led, store, log } = await segmentsOnDisk(context);
+    const held = new HeldStore(await FileSystemStore.open(store));
+    const wal = new OffloadedWal(held);
+    const offloader = new Offloader({ wal, nodeId: 1, safekeeperCount: 1, log, limits: QUICK });
+    const timelines = await Timelines.load(1, join(led.root, 'sk'), log, { wal, offloader });
+    context.after(() => timelines.close());
+    await held.isReached.promise;
+    assert.equal((await objectsOf(store)).length, 1);
+    const { tenantId, timelineId } = led.timeline;
+    if (isDeleted) await timelines.delete(tenantId, timelineId);
+    else await timelines.get(tenantId, timelineId).retire();
+    const extent = join(directoryOf(led), EXTENT_FILE_NAME);
+    rmSync(extent, { force: true });
+    held.letGo.resolve();
+    await offloader.close();
+    assert.equal((await objectsOf(store)).length, isDeleted ? 0 : 2);
+    assert(!existsSync(extent), 'the folder may be that of another log');
+  });
+}
 
 /** More than two segments of committed WAL on the disk of a safekeeper that has stopped; how many, and where they may be offloaded to. */
 async function segmentsOnDisk(context: TestContext) {

@@ -231,7 +231,7 @@ export class Offloader {
       await checkRecords(timeline, fromLsn, bytes);
       const history = historyUpTo(timeline.history, endLsn - 1);
       await wal.put({ ...segment, history, bytes });
-      if (timeline.isFailed) await wal.removeBefore(identity, Infinity); // deleted meanwhile
+      if (timeline.isDeleted) await wal.removeBefore(identity, Infinity);
       const range = `${formatLsn(fromLsn)} to ${formatLsn(endLsn)}`;
       log.debug({ timelineId: identity.timelineId, range }, 'WAL offloaded');
     }

@@ -62,7 +62,11 @@ export class Timeline {
   #opening: Promise<void> | undefined;
   #failure: StrataError | undefined;
   #isDamaged = false;
+  #isDeleted = false;
+  /** Nothing of it touches its folder any more, which may be another log's. */
+  #isOver = false;
   #reviveTimer: NodeJS.Timeout | undefined;
+  #reviving: Promise<void> | undefined;
   #markedLsn: Lsn = 0;
 
   constructor(options: {
@@ -123,6 +127,10 @@ export class Timeline {
     return this.#failure !== undefined;
   }
 
+  get isDeleted(): boolean {
+    return this.#isDeleted;
+  }
+
   /** What is on the disk is not a log with which it can be opened. */
   get isDamaged(): boolean {
     return this.#isDamaged;
@@ -164,6 +172,7 @@ export class Timeline {
 
   /** Finds the end of the WAL, once. Rejects for ever after a failure. */
   async open(): Promise<void> {
+    if (this.#isOver) this.throwIfFailed();
     this.#opening ??= this.#recover();
     await this.#opening;
     this.throwIfFailed();
@@ -219,33 +228,41 @@ export class Timeline {
 
   /** Replaces the timeline by a tombstone; durable when it resolves. Repeatable after a crash. */
   async delete(): Promise<void> {
-    await this.#opening?.catch(() => {});
-    await this.#whenIdle();
-    this.#fail(new StrataError('not-found', `timeline ${this.identity.timelineId} was deleted`));
     const { tenantId, timelineId } = this.identity;
+    this.#isDeleted = true;
+    await this.#end(new StrataError('not-found', `timeline ${timelineId} was deleted`));
     await writeControlFile(this.directory, { kind: 'deleted', tenantId, timelineId });
-    await this.#release();
     await this.#store.remove();
     for (const name of [FLUSH_MARK_NAME, EXTENT_FILE_NAME]) await rm(join(this.directory, name), { force: true });
   }
 
   /** Ends it as if it were not here; its files stay. */
   async retire(): Promise<void> {
-    await this.#opening?.catch(() => {});
-    await this.#whenIdle();
-    this.#fail(new StrataError('unavailable', `timeline ${this.identity.timelineId} is being rebuilt`));
-    await this.#release();
+    await this.#end(new StrataError('unavailable', `timeline ${this.identity.timelineId} is being rebuilt`));
   }
 
   /** Nobody is connected any more. */
   async close(): Promise<void> {
     await this.#opening?.catch(() => {});
     await this.save();
+    this.#isOver = true;
     await this.#release();
+  }
+
+  /** It is told to all who use it, whatever failed before. When it resolves, its folder is left alone. */
+  async #end(reason: StrataError): Promise<void> {
+    await this.#opening?.catch(() => {});
+    await this.#whenIdle();
+    this.#isOver = true;
+    this.#failure = undefined;
+    this.#fail(reason);
+    await this.#release();
+    await this.kept.close();
   }
 
   async #release(): Promise<void> {
     clearTimeout(this.#reviveTimer);
+    await this.#reviving;
     await this.#mark.release().catch(() => {}); // It only says less than it could.
     await this.#store.release();
   }
@@ -402,8 +419,9 @@ export class Timeline {
 
   #scheduleRevival(delayMs: number): void {
     clearTimeout(this.#reviveTimer);
+    if (this.#isOver) return;
     this.#reviveTimer = setTimeout(() => {
-      this.#revive().catch((error: unknown) => {
+      this.#reviving = this.#revive().catch((error: unknown) => {
         this.#log.debug({ err: error }, 'the disk does not work yet');
         this.#scheduleRevival(Math.min(2 * delayMs, REVIVE_MAX_MS));
       });
@@ -412,15 +430,15 @@ export class Timeline {
   }
 
   async #revive(): Promise<void> {
-    const failure = this.#failure;
     await assertRoom(this.directory);
+    if (this.#isOver) return;
     const acceptor = this.#acceptor;
     if (acceptor === undefined) {
       this.#opening = undefined; // It was the opening that failed: the next one tries again.
     } else {
       await this.#store.truncate(acceptor.flushLsn);
       await this.#writeControl();
-      if (this.#failure !== failure) return; // deleted meanwhile
+      if (this.#isOver) return;
       this.#opened(acceptor.flushLsn);
     }
     this.#failure = undefined;

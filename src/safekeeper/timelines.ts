@@ -165,6 +165,9 @@ export class Timelines {
       const directory = join(this.#dataDir, tenantId, timelineId);
       await makeDirectory(directory);
       await writeControlFile(directory, { kind: 'deleted', tenantId, timelineId });
+      // Of a deletion that failed, or of one that was damaged.
+      await removeDeleted(directory);
+      await this.#offloading?.wal.removeBefore({ tenantId, timelineId }, Infinity);
       return;
     }
     this.#unsaved.delete(timeline);
@@ -262,10 +265,7 @@ export class Timelines {
       await rm(directory, { recursive: true });
     } else if (control.kind !== 'timeline') {
       this.#tombstones.add(key);
-      for (const name of await readdir(directory)) {
-        if (/^[0-9A-F]{24}$/.test(name) || name === FLUSH_MARK_NAME || name.startsWith(EXTENT_FILE_NAME))
-          await rm(join(directory, name)); // A deletion that did not finish.
-      }
+      await removeDeleted(directory);
     } else {
       const { identity, acceptor } = control;
       const timeline = this.#add(directory, identity, acceptor, extent ?? wholeExtent(identity.startLsn), false);
@@ -400,6 +400,14 @@ export function progressOf(timeline: Timeline): TimelineProgress {
 
 function keyOf(tenantId: string, timelineId: string): string {
   return `${tenantId}/${timelineId}`;
+}
+
+/** What a deletion that did not finish has left beside the tombstone. */
+async function removeDeleted(directory: string): Promise<void> {
+  for (const name of await readdir(directory)) {
+    if (/^[0-9A-F]{24}$/.test(name) || name === FLUSH_MARK_NAME || name.startsWith(EXTENT_FILE_NAME))
+      await rm(join(directory, name));
+  }
 }
 
 /** Like mkdir -p, durable when it resolves. */
