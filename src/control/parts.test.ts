@@ -92,6 +92,26 @@ test('a transaction that throws leaves nothing, also around one that it joined',
   state.close();
 });
 
+test('a transaction for which the disk has no room says so, leaves nothing, and the next one works', () => {
+  using directory = temporaryDirectory();
+  const state = State.open(join(directory.path, 'state'));
+  const { page_count: pages } = state.get<{ page_count: number }>('PRAGMA page_count')!;
+  state.get(`PRAGMA max_page_count = ${pages}`);
+  const insert = (name: string, length: number): void =>
+    void state.run('INSERT INTO settings (name, value) VALUES (?, ?)', name, 'x'.repeat(length));
+  const fill = (): void => {
+    insert('small', 1);
+    insert('large', 1_000_000);
+  };
+  assert.throws(() => state.transaction(fill), /full/);
+  state.transaction(() => insert('other', 1));
+  assert.deepEqual(
+    state.all<{ name: string }>('SELECT name FROM settings').map(({ name }) => name),
+    ['other'],
+  );
+  state.close();
+});
+
 test('the first API key is private, works, and a lost file is replaced while the lost key stops working', () => {
   using directory = temporaryDirectory();
   const path = join(directory.path, 'api-key');
