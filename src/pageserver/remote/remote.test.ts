@@ -1,6 +1,15 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
@@ -456,6 +465,25 @@ describe('a pageserver and the object store', () => {
     assert.match(empty.timelines.broken.get(id(2))!, /is damaged/);
     assert.throws(() => empty.timelines.get(id(2)), { code: 'internal' });
     assert(empty.timelines.find(id(3)) !== undefined);
+  });
+
+  test('what the store has counts, whether the disk can note it or not', async () => {
+    const timeline = node.timelines.get(id(1));
+    const place = join(timeline.directory, 'remote.partial');
+    mkdirSync(place); // It is taken, as a full disk refuses it.
+    write(node, 300);
+    await timeline.flush();
+    assert(await node.remote.settled());
+    assert.equal(timeline.remoteConsistentLsn, timeline.diskConsistentLsn);
+    await assertNoOrphans();
+    rmSync(place, { recursive: true });
+    await node.close();
+    await start('a');
+    write(node, 300);
+    await node.timelines.get(id(1)).flush();
+    assert(await node.remote.settled());
+    await assertNoOrphans();
+    await assertRight(node);
   });
 
   test('local layers stay within the limit, and are fetched when they are read again', async () => {
