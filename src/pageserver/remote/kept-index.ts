@@ -4,21 +4,21 @@
  */
 
 import { readFileSync } from 'node:fs';
-import { rename, writeFile } from 'node:fs/promises';
+import { rename, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { decodeRemoteIndex } from './remote-index.ts';
 import type { RemoteIndex } from './remote-index.ts';
 
 export const KEPT_INDEX_NAME = 'remote';
 
-/** The folder may be gone: the timeline was deleted meanwhile. */
+/** Where it cannot be written, as on a full disk, or when the timeline was deleted meanwhile, there is none: a start asks the store. */
 export async function keepRemoteIndex(directory: string, bytes: Buffer): Promise<void> {
   const path = join(directory, KEPT_INDEX_NAME);
   try {
     await writeFile(`${path}.partial`, bytes, { mode: 0o600 });
     await rename(`${path}.partial`, path);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
+  } catch {
+    await rm(path, { force: true }).catch(() => {});
   }
 }
 

@@ -311,8 +311,7 @@ export class TimelineUpload {
     const isComplete = index.layers.every((layer) => this.#layers.get(layerFileName(layer.description)) === layer);
     this.#storedOf = isComplete ? of : undefined;
     this.#unresolved = undefined;
-    // Who has the one before, or none, as after a power cut, knows less than there is and no more than that: a disk that is full takes nothing from what the store has.
-    await keepRemoteIndex(directory, bytes).catch(() => {});
+    await keepRemoteIndex(directory, bytes);
     onStep?.('remote index kept');
     return { lsn: index.timeline.diskConsistentLsn, deleted };
   }
