@@ -1,19 +1,23 @@
 /** Damage to what a safekeeper has on its disk: it is found, costs nobody else anything, and others heal it. */
 import assert from 'node:assert/strict';
-import { cpSync, readdirSync } from 'node:fs';
+import { cpSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { open, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { greetingOf, SafekeeperClient, SafekeeperConnection, type TimelineIdentity } from '../api/safekeeper.ts';
 import { decodeGreetingReply, encodeJson, FRAME, type GreetingReply } from '../api/safekeeper-protocol.ts';
+import { createLog } from '../base/log.ts';
 import type { StrataError } from '../base/errors.ts';
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import { NO_CONFIGURATION } from '../consensus/configuration.ts';
 import { segmentOffset } from '../postgres/lsn.ts';
-import { CONTROL_FILE_NAME } from './control-file.ts';
+import { CONTROL_FILE_NAME, readControlFile } from './control-file.ts';
+import { startLedTimeline } from './led-timeline.test-data.ts';
 import { makeWal, MID_SEGMENT_LSN } from './made-wal.test-data.ts';
 import { newTimeline, RawProposer, type Served, serve } from './served.test-data.ts';
+import { Timelines } from './timelines.ts';
 import { segmentPath } from './wal-store.ts';
 
 async function overwrite(path: string, at: number, bytes: Buffer): Promise<void> {
@@ -138,5 +142,55 @@ test('a log that ends before what it had acknowledged gives no vote until it is 
       assert((await asked.status(timeline.tenantId, timeline.timelineId)).isVoter, 'healed');
     }
     asked.close();
+  }
+});
+
+test('a log that is copied ends where it was said to, whatever an attempt that failed has left', async (context) => {
+  const led = await startLedTimeline(context, { pgVersion: 17 });
+  const wal = makeWal(
+    MID_SEGMENT_LSN,
+    Array.from({ length: 300 }, () => 100_000),
+  );
+  led.append(wal.bytes, MID_SEGMENT_LSN, wal.endLsn, wal.endLsn);
+  await led.flushed(wal.endLsn);
+  const dataDir = join(led.root, 'other');
+  const { tenantId, timelineId } = led.timeline;
+  const log = createLog({ name: 'test', level: 'silent' });
+  const timelines = await Timelines.load(2, dataDir, log);
+  context.after(() => timelines.close());
+  // Segments, and no control file.
+  cpSync(join(led.root, 'sk', tenantId, timelineId), join(dataDir, tenantId, timelineId), {
+    recursive: true,
+    filter: (path) => !path.endsWith(CONTROL_FILE_NAME),
+  });
+  const endLsn = wal.ends[249]!;
+  const source = { address: led.endpoint.address, endLsn };
+  const state = blankState(MID_SEGMENT_LSN);
+  const request = { timeline: led.timeline, logStartLsn: MID_SEGMENT_LSN, state, source, replace: false };
+  await timelines.rebuild(request, led.endpoint.token);
+  const timeline = timelines.get(tenantId, timelineId);
+  await timeline.open();
+  assert.equal(timeline.flushLsn, endLsn);
+});
+
+test('a log that is made and deleted at the same time is deleted', async (context) => {
+  const dataDir = mkdtempSync(join(tmpdir(), 'strata-made-and-deleted-'));
+  const timelines = await Timelines.load(1, dataDir, createLog({ name: 'test', level: 'silent' }));
+  context.after(async () => {
+    await timelines.close();
+    rmSync(dataDir, { recursive: true });
+  });
+  for (let steps = 0; steps < 40; steps++) {
+    const timeline = newTimeline();
+    const { tenantId, timelineId } = timeline;
+    const isDeletedFirst = steps % 2 === 0;
+    const make = (): Promise<unknown> => timelines.getOrCreate(timeline);
+    const remove = (): Promise<unknown> => timelines.delete(tenantId, timelineId);
+    const first = isDeletedFirst ? remove() : make();
+    for (let step = 0; step < steps / 2; step++) await Promise.resolve();
+    await Promise.allSettled([first, isDeletedFirst ? make() : remove()]);
+    assert.throws(() => timelines.get(tenantId, timelineId), { code: 'not-found' }, `after ${steps} steps`);
+    const control = await readControlFile(join(dataDir, tenantId, timelineId));
+    assert.deepEqual(control, { kind: 'deleted', tenantId, timelineId }, `after ${steps} steps`);
   }
 });

@@ -7,6 +7,7 @@
  * A timeline whose files are damaged (their checksums say so) is not served, and the others are. Its leader finds it absent and gives it anew, as after the loss
  * of a disk; what is here is put aside then. Without a leader, whom others have elected, nothing happens to it: it may hold what nobody else has.
  */
+import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { mkdir, readdir, rename, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
@@ -112,8 +113,12 @@ export class Timelines {
       assertSameIdentity(known.identity, identity);
       return known.isDamaged ? undefined : known;
     }
-    if (this.#tombstones.has(key)) throw new StrataError('not-found', `timeline ${identity.timelineId} was deleted`);
+    this.#assertNotDeleted(key);
     return undefined;
+  }
+
+  #assertNotDeleted(key: string): void {
+    if (this.#tombstones.has(key)) throw new StrataError('not-found', `timeline ${key} was deleted`);
   }
 
   /** The timeline, made now from `state`, which is that of an unused log as a rule, when it is not here. Throws as `find` does. */
@@ -156,8 +161,9 @@ export class Timelines {
   async delete(tenantId: string, timelineId: string): Promise<void> {
     if (!isId(tenantId) || !isId(timelineId)) throw new StrataError('bad-request', 'ids are 32 lower-case hex digits');
     const key = keyOf(tenantId, timelineId);
-    const timeline = this.#timelines.get(key) ?? (await this.#creations.get(key));
+    // From here on none is made of that name.
     this.#tombstones.add(key);
+    const timeline = this.#timelines.get(key) ?? (await this.#creations.get(key)?.catch(() => undefined));
     this.#timelines.delete(key);
     this.#damaged.delete(key);
     this.#byId.delete(timelineId);
@@ -335,7 +341,11 @@ export class Timelines {
     isEnd: boolean,
   ): Promise<Timeline> {
     const { tenantId, timelineId, startLsn } = identity;
+    this.#assertNotDeleted(keyOf(tenantId, timelineId));
     const directory = join(this.#dataDir, tenantId, timelineId);
+    assert((await readControlFile(directory)) === undefined, 'a log is made where none is');
+    // What an attempt that failed has left would follow the end of this log.
+    await rm(directory, { recursive: true, force: true });
     await makeDirectory(directory);
     const extent = await makeWal(directory);
     if (extent.localStartLsn !== startLsn) await writeWalExtent(directory, extent);
