@@ -40,6 +40,8 @@ export interface ComputeEnvironment {
   readonly pageserver: PageserverClient;
   /** Where the shim asks for pages. */
   readonly pageAddress: { readonly host: string; readonly port: number };
+  /** For Postgres, when this process itself is kept to fewer (base/processors.ts). */
+  readonly processors?: string | undefined;
   readonly platformSecret: Uint8Array;
   readonly adminPassword: string;
   /** When storage lags; those of api/backpressure-limits.ts when absent. */
@@ -361,7 +363,7 @@ function unlessGone(error: unknown): undefined {
 }
 
 function shimEnvironment(options: ComputeOptions, instanceDir: string): Record<string, string> {
-  const { shimFile, pageAddress } = options.environment;
+  const { shimFile, pageAddress, processors } = options.environment;
   return {
     LD_PRELOAD: shimFile,
     STRATA_PAGESERVER: `${pageAddress.host}:${pageAddress.port}`,
@@ -370,6 +372,7 @@ function shimEnvironment(options: ComputeOptions, instanceDir: string): Record<s
     STRATA_PAGE_MAP: join(instanceDir, 'pages.map'),
     STRATA_DATA_DIR: join(instanceDir, 'data'),
     STRATA_PARENT_DEATH: '1',
+    ...(processors === undefined ? {} : { STRATA_PROCESSORS: processors }),
   };
 }
 

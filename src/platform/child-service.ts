@@ -11,6 +11,7 @@ import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
+import { keepTo } from '../base/processors.ts';
 import { ALIVE, ASKED, PING } from '../base/service-process.ts';
 
 export interface ChildServiceOptions {
@@ -20,6 +21,8 @@ export interface ChildServiceOptions {
   readonly command: readonly string[];
   /** Added to those of this process. */
   readonly nodeFlags?: readonly string[];
+  /** It is kept to these (base/processors.ts); otherwise to those of this process. */
+  readonly processors?: string | undefined;
   /** Sent as one line of JSON; may hold secrets. Asked for at each start of the process. */
   readonly config: () => unknown;
   readonly logFile: string;
@@ -97,7 +100,7 @@ export class ChildService {
   }
 
   async #launch(): Promise<void> {
-    const { name, command, nodeFlags = [], config, logFile, log } = this.#options;
+    const { name, command, nodeFlags = [], processors, config, logFile, log } = this.#options;
     const startedAtMs = performance.now();
     const logHandle = openSync(logFile, 'a', 0o600);
     const [, script] = process.argv;
@@ -134,6 +137,7 @@ export class ChildService {
       { service: name, pid: child.pid, startMs: Math.round(performance.now() - startedAtMs) },
       'service is ready',
     );
+    if (processors !== undefined) void keepTo(processors, child.pid!, log);
     const pings = this.#ping(child);
     lines.on('line', (line) => {
       if (line === ALIVE) this.#unansweredPings = 0;

@@ -14,6 +14,7 @@ import { type DirectoryLock, lockDirectory } from '../base/directory-lock.ts';
 import { writeFileDurably } from '../base/durable-file.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import { createLog, type Logger } from '../base/log.ts';
+import { findProcessors, keepTo, type Processors } from '../base/processors.ts';
 import { listen, serveRpc } from '../base/rpc.ts';
 import { signToken } from '../base/token.ts';
 import { nodesOf } from '../consensus/configuration.ts';
@@ -107,6 +108,7 @@ async function bringUp(
   );
 
   progress('starting storage');
+  const processors = findProcessors();
   const wakeService = Promise.withResolvers<WakeService>();
   const { safekeepers, pageserver, pageserverAddress, pageAddress, services, startProxy } = await startServices(
     options,
@@ -115,6 +117,7 @@ async function bringUp(
     settings,
     objectStoreUrl,
     wakeService.promise,
+    processors,
     progress,
     log,
     cleanup,
@@ -156,6 +159,7 @@ async function bringUp(
       platformSecret: secrets.platformSecret,
       adminPassword: secrets.adminPassword,
       backpressure: backpressureLimits(options.walLimitBytes),
+      processors: processors?.all,
     },
     progress,
     log,
@@ -230,7 +234,9 @@ async function bringUp(
   safekeepers.resume();
   cleanup.add(() => safekeepers.close());
   if (options.safekeeperCount !== undefined) void changeCount(safekeepers, options.safekeeperCount, progress);
-  log.info({ services: services.map((service) => service.pid) }, 'ready');
+  // Last: what is started until then is started with all of them.
+  if (processors !== undefined) await keepTo(processors.shared, process.pid, log);
+  log.info({ services: services.map((service) => service.pid), processors }, 'ready');
   return {
     connectionString: control.defaultConnectionUri(),
     apiUrl: `http://${LOOPBACK}:${options.httpPort}/api/v2`,
@@ -254,6 +260,7 @@ async function startServices(
   settings: Settings,
   objectStoreUrl: string,
   wakeService: Promise<WakeService>,
+  processors: Processors | undefined,
   progress: (text: string) => void,
   log: Logger,
   cleanup: Cleanup,
@@ -285,6 +292,7 @@ async function startServices(
       logFile,
       log,
       // It makes much garbage when it has work: it gets Node's own defaults, which bin/strata lowers.
+      processors: command[0] === 'safekeeper' ? processors?.shared : processors?.all,
       nodeFlags: name === 'pageserver' ? ['--max-semi-space-size=16', '--parallel-scavenge'] : [],
       isPlatformStopping: () => cleanup.isRunning,
     };

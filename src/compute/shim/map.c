@@ -8,6 +8,7 @@
  *   STRATA_TIMELINE          32 hex digits; must be the page map's
  *   STRATA_FETCH_TIMEOUT_MS  how long a call waits for a page before it fails with EIO (60000)
  *   STRATA_PARENT_DEATH      1 or the parent's pid: the first process gets SIGQUIT when its parent dies
+ *   STRATA_PROCESSORS        a list such as 0-1,4: the server runs on these, to whichever its parent is kept
  *
  * In the Postgres server these variables, and the shim in LD_PRELOAD, are removed from the environment once taken, so that programs that it
  * starts (archive_command, COPY TO PROGRAM) run without the shim and never see the token's place. Any other program (a shell or a wrapper that is
@@ -20,6 +21,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -439,6 +441,23 @@ static void die_with_parent(void)
 	}
 }
 
+/* Those that there are, if any, are used; it is no matter of right or wrong. */
+static void take_processors(void)
+{
+	const char *at = getenv("STRATA_PROCESSORS");
+	cpu_set_t processors;
+	CPU_ZERO(&processors);
+	while (at != NULL && isdigit((unsigned char)*at)) {
+		char *end;
+		long first = strtol(at, &end, 10), last = *end == '-' ? strtol(end + 1, &end, 10) : first;
+		for (; first <= last && first < CPU_SETSIZE; first++)
+			CPU_SET(first, &processors);
+		at = *end == ',' ? end + 1 : NULL;
+	}
+	if (CPU_COUNT(&processors) > 0)
+		sched_setaffinity(0, sizeof processors, &processors);
+}
+
 __attribute__((constructor)) static void load(void)
 {
 	resolve_real_calls();
@@ -458,9 +477,10 @@ __attribute__((constructor)) static void load(void)
 		return;
 	config.postmaster = getpid();
 	die_with_parent();
+	take_processors();
 	leave_preload();
 	static const char *const names[] = {"STRATA_PAGE_MAP", "STRATA_DATA_DIR", "STRATA_PAGESERVER", "STRATA_TOKEN_FILE",
-	                                    "STRATA_TIMELINE", "STRATA_FETCH_TIMEOUT_MS", "STRATA_PARENT_DEATH"};
+	                                    "STRATA_TIMELINE", "STRATA_FETCH_TIMEOUT_MS", "STRATA_PARENT_DEATH", "STRATA_PROCESSORS"};
 	for (size_t i = 0; i < sizeof names / sizeof *names; i++)
 		unsetenv(names[i]);
 }

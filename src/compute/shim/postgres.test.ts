@@ -361,7 +361,7 @@ test('a server whose page map is damaged, or of another timeline, does not start
   );
 });
 
-test('the server goes down with the process that started it, when told to', async () => {
+test('the server goes down with the process that started it, and runs on the processors that it is given, when told to', async () => {
   const cluster = makeColdCluster(full, join(root, 'orphan'));
   const { user, installation, dataDir } = cluster;
   const parent = spawn('/bin/sh', ['-c', `'${join(installation.binDir, 'postgres')}' -D '${dataDir}' & wait`], {
@@ -370,13 +370,14 @@ test('the server goes down with the process that started it, when told to', asyn
     env: {
       PATH: '/usr/bin:/bin',
       LD_LIBRARY_PATH: join(dirname(installation.binDir), 'lib'),
-      ...environmentOf(cluster, { STRATA_PARENT_DEATH: '1' }),
+      ...environmentOf(cluster, { STRATA_PARENT_DEATH: '1', STRATA_PROCESSORS: '0' }),
     },
     ...(user === undefined ? {} : { uid: user.uid, gid: user.gid }),
   });
   const pidFile = join(dataDir, 'postmaster.pid');
   await until(() => existsSync(pidFile) && readFileSync(pidFile, 'utf8').includes('ready'));
   const pid = Number(readFileSync(pidFile, 'utf8').split('\n')[0]);
+  assert.match(readFileSync(`/proc/${pid}/status`, 'latin1'), /^Cpus_allowed_list:\s*0$/m);
   parent.kill('SIGKILL');
   await until(() => !existsSync(`/proc/${pid}`) || readFileSync(`/proc/${pid}/stat`, 'utf8').includes(') Z '));
 });
