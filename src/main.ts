@@ -210,6 +210,7 @@ function onceParentIsGone(callback: () => void): void {
     clearInterval(timer);
     callback();
   }, PARENT_POLL_MS);
+  timer.unref(); // it alone keeps no process, so that one that has stopped, or could not start, ends
 }
 
 function packageVersion(): string {

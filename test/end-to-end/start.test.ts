@@ -58,6 +58,8 @@ describe('a running platform', () => {
     const elsewhere = mkdtempSync(join(tmpdir(), 'strata-test-'));
     const taken = await refusal(['--data-dir', elsewhere, '--pg-port', String(platform.pgPort), ...ports.slice(2)]);
     assert.match(taken, new RegExp(`${platform.pgPort}`));
+    const byNpm = { ...process.env, npm_lifecycle_event: 'start' };
+    assert.match(await refusal(['--data-dir', platform.dataDir, ...ports], byNpm), /in use/);
     rmSync(elsewhere, { recursive: true });
   });
 

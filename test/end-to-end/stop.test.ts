@@ -3,10 +3,10 @@ import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test, type TestContext } from 'node:test';
-import { TestPlatform } from './platform.ts';
+import { type PlatformOptions, TestPlatform } from './platform.ts';
 
-async function startPlatform(context: TestContext): Promise<TestPlatform> {
-  const platform = await TestPlatform.start();
+async function startPlatform(context: TestContext, options: PlatformOptions = {}): Promise<TestPlatform> {
+  const platform = await TestPlatform.start(options);
   context.after(() => platform.destroy());
   await platform.psql('CREATE TABLE t AS SELECT generate_series(1, 1000) AS i');
   return platform;
@@ -39,4 +39,9 @@ test('without a quorum the end comes soon, says what it waits for, and what was 
   assert.match(platform.output, /waiting for a quorum of safekeepers to take the last WAL of ep-/);
   await platform.start();
   assert.equal(await platform.psql('SELECT count(*) FROM t'), '1000');
+});
+
+test('a platform that npm started ends by a signal to it alone', { timeout: 120_000 }, async (context) => {
+  const platform = await startPlatform(context, { env: { npm_lifecycle_event: 'start' } });
+  assert.equal(await platform.stop(), 0);
 });
