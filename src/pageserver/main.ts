@@ -14,7 +14,7 @@ import { replayValue } from './replay.ts';
 import { Eviction } from './eviction.ts';
 import type { ObjectStore } from '../object-store/object-store.ts';
 import type { Generations } from '../api/generations.ts';
-import { takeGeneration } from './remote/first-look.ts';
+import { takeDamagedFromStore, takeGeneration } from './remote/first-look.ts';
 import { Remote } from './remote/remote.ts';
 import { restoreAtStart, restoreTimeline } from './remote/restore.ts';
 import { Timelines } from './timelines.ts';
@@ -70,13 +70,17 @@ export async function runPageserver(config: PageserverConfig): Promise<Pageserve
     const first = config.remote === undefined ? undefined : await takeGeneration({ ...config.remote, dataDir, log });
     const remote =
       config.remote === undefined || first === undefined ? undefined : new Remote({ ...config.remote, ...first, log });
+    const takeDamaged = async (timelineIds: readonly string[]): Promise<void> => {
+      if (config.remote === undefined || first === undefined) return;
+      await takeDamagedFromStore({ ...config.remote, dataDir, log }, first.generation, timelineIds);
+    };
     const timelines = await Timelines.open(dataDir, {
       replay: replayValue,
       log,
       limits,
       compactor,
       lsnAt: (timeline, timeMs) => lsnAtTime(new Indexed(timeline), timeMs),
-      ...(remote === undefined || first === undefined ? {} : { remote, brokenInStore: first.broken }),
+      ...(remote === undefined || first === undefined ? {} : { remote, takeDamaged, brokenInStore: first.broken }),
       repair: (damage) => repairs.repair(damage),
     });
     const token = await signToken(secret, { scope: 'platform' });

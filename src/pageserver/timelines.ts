@@ -37,7 +37,7 @@ import { Timeline } from './timeline.ts';
 import type { TimelineOptions } from './timeline.ts';
 import { removeTimelineDirectory } from './timeline-directory.ts';
 import { findTimelineFolders, isTimelineId, SHADOW_SUFFIX } from './timeline-folders.ts';
-import type { FoundTimeline } from './timeline-folders.ts';
+import type { FoundTimeline, TimelineFolders } from './timeline-folders.ts';
 import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
 import type { Remote } from './remote/remote.ts';
@@ -92,6 +92,8 @@ export interface TimelinesOptions {
   readonly remote?: Remote;
   /** By timeline, why the object store's newest index of it cannot be used. */
   readonly brokenInStore?: ReadonlyMap<string, string>;
+  /** Takes timelines whose index is damaged here from the object store, as far as that can be. */
+  readonly takeDamaged?: (timelineIds: readonly string[]) => Promise<void>;
   /** Called when a merge meets a damaged layer; to resolve when it is whole again. */
   readonly repair?: (damage: LayerDamagedError) => Promise<void>;
   readonly onStep?: OnStep;
@@ -205,7 +207,12 @@ export class Timelines {
   /** Loads what is there; removes what creations, flushes and deletions have left behind. Layers are opened when they are first read. */
   static async open(dataDir: string, options: TimelinesOptions): Promise<Timelines> {
     const timelines = new Timelines(join(dataDir, 'timelines'), options);
-    for (const directory of timelines.#load()) await removeTimelineDirectory(directory);
+    let folders = findTimelineFolders(timelines.#directory);
+    if (options.takeDamaged !== undefined && folders.broken.size > 0) {
+      await options.takeDamaged([...folders.broken.keys()]);
+      folders = findTimelineFolders(timelines.#directory);
+    }
+    for (const directory of timelines.#load(folders)) await removeTimelineDirectory(directory);
     for (const timeline of timelines.all()) options.remote?.changed(timeline);
     return timelines;
   }
@@ -567,8 +574,7 @@ export class Timelines {
   }
 
   /** The folders of deleted timelines are left to be removed. */
-  #load(): readonly string[] {
-    const { indexes, deleted, broken } = findTimelineFolders(this.#directory);
+  #load({ indexes, deleted, broken }: TimelineFolders): readonly string[] {
     for (const [timelineId, reason] of [...broken, ...this.#brokenInStore]) this.#breaks(timelineId, reason);
     for (const timelineId of indexes.keys()) {
       if (!this.#broken.has(timelineId)) this.#loadWithAncestors(timelineId, indexes);

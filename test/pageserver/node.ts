@@ -10,7 +10,7 @@ import { createLog } from '../../src/base/log.ts';
 import type { CallOptions, ObjectStore } from '../../src/object-store/object-store.ts';
 import { Eviction } from '../../src/pageserver/eviction.ts';
 import type { Key, KeyRange } from '../../src/pageserver/key.ts';
-import { takeGeneration } from '../../src/pageserver/remote/first-look.ts';
+import { takeDamagedFromStore, takeGeneration } from '../../src/pageserver/remote/first-look.ts';
 import { Remote } from '../../src/pageserver/remote/remote.ts';
 import { restoreTimeline } from '../../src/pageserver/remote/restore.ts';
 import { Repairs } from '../../src/pageserver/repair.ts';
@@ -91,6 +91,8 @@ export class TestNode {
       limits,
       remote,
       brokenInStore: first.broken,
+      takeDamaged: (ids) =>
+        takeDamagedFromStore({ dataDir: directory, store, log: silent, ...step }, first.generation, ids),
       ...(lsnAt === undefined ? {} : { lsnAt }),
       ...(now === undefined ? {} : { now }),
       ...step,

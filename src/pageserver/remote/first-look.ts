@@ -8,6 +8,8 @@
  *   - a timeline that the store has never heard of stays: nobody else can have it. It is uploaded;
  *   - so does one of which this disk knows a newer index that was in the store: the store has lost it (Remote.restoreAll brings it there again).
  * A crash on the way leaves the old generation in the directory, and all of it is done again.
+ *
+ * When the disk turns out to have damaged the index of a timeline, that timeline is taken from the store as if nothing of it were here.
  */
 
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
@@ -26,7 +28,6 @@ import { removeTimelineDirectory } from '../timeline-directory.ts';
 import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from '../timeline-index.ts';
 import { readGeneration, writeGeneration } from './generation.ts';
 import { compareIndexes } from './object-names.ts';
-import type { IndexName } from './object-names.ts';
 import { keepRemoteIndex, KEPT_INDEX_NAME, readKeptIndex } from './kept-index.ts';
 import { encodeRemoteIndex } from './remote-index.ts';
 import type { RemoteIndex } from './remote-index.ts';
@@ -109,7 +110,7 @@ async function followStore(options: FirstLookOptions, taken: number, broken: Map
       );
       index = kept;
     }
-    await adoptIndex(directory, name, index, options);
+    await adoptIndex(directory, index, options);
   });
   await syncDirectory(timelinesDir);
   const tookMs = Math.round(performance.now() - startMs);
@@ -118,17 +119,44 @@ async function followStore(options: FirstLookOptions, taken: number, broken: Map
   return generation;
 }
 
+/** To be called with the timelines whose index on this disk is damaged. Those that cannot be had from the store now stay as they are; why is logged. */
+export async function takeDamagedFromStore(
+  options: Omit<FirstLookOptions, 'generations'>,
+  generation: number,
+  timelineIds: readonly string[],
+): Promise<void> {
+  const { dataDir, store, log } = options;
+  let remote: Awaited<ReturnType<typeof listIndexes>> | undefined;
+  for (const timelineId of timelineIds) {
+    const directory = join(dataDir, 'timelines', timelineId);
+    try {
+      remote ??= await listIndexes(store);
+      const name = newestIndex(remote.get(timelineId) ?? [], generation);
+      const kept = readKeptIndex(directory);
+      const isKeptNewest = kept !== undefined && (name === undefined || compareIndexes(kept, name) >= 0);
+      const index = isKeptNewest ? kept : name === undefined ? undefined : await readIndex(store, name);
+      if (index === undefined) continue;
+      await adoptIndex(directory, index, options);
+      log.warn({ timelineId }, 'the index of a timeline is damaged here: what the object store has of it is used');
+    } catch (error) {
+      log.error(
+        { timelineId, err: error },
+        'the index of a timeline is damaged here, and cannot be had from the store',
+      );
+    }
+  }
+}
+
 async function adoptIndex(
   directory: string,
-  name: IndexName,
   index: RemoteIndex,
-  { log, onStep }: FirstLookOptions,
+  { log, onStep }: Pick<FirstLookOptions, 'log' | 'onStep'>,
 ): Promise<void> {
   const { timeline } = index;
   const indexPath = join(directory, TIMELINE_INDEX_NAME);
   await mkdir(directory, { recursive: true, mode: 0o700 });
   const local = readLocalIndex(indexPath);
-  const { timelineId } = name;
+  const { timelineId } = timeline;
   if (local !== undefined && local.diskConsistentLsn > timeline.diskConsistentLsn) {
     log.warn({ timelineId }, 'the local disk is not the last pageserver’s: the object store’s state is used');
   }

@@ -467,6 +467,37 @@ describe('a pageserver and the object store', () => {
     assert(empty.timelines.find(id(3)) !== undefined);
   });
 
+  for (const what of ['whole', 'emptied', 'away'] as const) {
+    test(`a timeline whose index is damaged here is taken from the store (which is ${what})`, async () => {
+      write(node, 100);
+      await node.timelines.get(id(1)).flush();
+      await branch(node, 2, model.lastRecordLsn);
+      assert(await node.remote.settled());
+      const uploadedLsn = node.timelines.get(id(1)).remoteConsistentLsn;
+      write(node, 100);
+      await node.close();
+      const path = join(root, 'a/timelines', id(1), 'index');
+      const index = readFileSync(path);
+      index[100]! ^= 1;
+      writeFileSync(path, index);
+      if (what === 'emptied') await plain.deleteMany(await names(''));
+      if (what === 'away') store.plan = () => ({ kind: 'error', errorKind: 'transient' });
+      await start('a');
+      if (what === 'away') {
+        assert.throws(() => node.timelines.get(id(1)), { code: 'internal', message: /is damaged/ });
+        await node.abandon();
+        store.plan = () => undefined;
+        await start('a');
+      }
+      assert(node.timelines.get(id(1)).lastRecordLsn >= uploadedLsn, 'what is not in the store comes from WAL');
+      catchUp(node);
+      await assertRight(node);
+      assert.equal(node.timelines.get(id(2)).ancestor, node.timelines.get(id(1)));
+      await node.timelines.get(id(1)).flush();
+      assert(await node.remote.settled());
+    });
+  }
+
   test('what the store has counts, whether the disk can note it or not', async () => {
     const timeline = node.timelines.get(id(1));
     const place = join(timeline.directory, 'remote.partial');
