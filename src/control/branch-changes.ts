@@ -87,11 +87,16 @@ async function windowOf(
   const pointOf = async (lsn: string | undefined, timestamp: string | undefined, otherwise: Lsn): Promise<Lsn> => {
     if (lsn === undefined && timestamp === undefined) return otherwise;
     if (timestamp === undefined) {
-      // Any LSN will do, and storage knows best which are still there.
+      // Any LSN in between will do.
       const point = await branches.points.readLsn(branch, lsn!);
-      if (point.lsn <= point.head) return point.lsn;
-      const future = `LSN ${formatLsn(point.lsn)} is in the future of branch ${branch.name}`;
-      throw new StrataError('bad-request', `${future}: it ends at ${formatLsn(point.head)}`);
+      const { oldestLsn } = await storage.status(branch.timeline_id);
+      if (point.lsn >= oldestLsn && point.lsn <= point.head) return point.lsn;
+      const where = point.lsn < oldestLsn ? 'before the beginning of what is kept' : 'in the future';
+      const range = `oldest ${formatLsn(oldestLsn)}, newest ${formatLsn(point.head)}`;
+      throw new StrataError(
+        'bad-request',
+        `LSN ${formatLsn(point.lsn)} is ${where} of branch ${branch.name}: ${range}`,
+      );
     }
     // What is written of a transaction before its commit comes with that commit.
     return storage.lastCommitLsn(branch.timeline_id, (await branches.points.find(branch, { lsn, timestamp })).lsn);

@@ -139,6 +139,7 @@ test('times are read to the microsecond, in any zone', () => {
   assert.equal(parseTimestampUs('1970-01-01T00:00:01.000002Z'), 1_000_002);
   assert.equal(parseTimestampUs('1970-01-01T01:00:01.5+01:00'), 1_500_000);
   assert.equal(parseTimestampUs('1970-01-01T00:00:00.1234567z'), 123_456);
+  assert.equal(parseTimestampUs('2028-02-29T00:30:00+02:00'), Date.UTC(2028, 1, 28, 22, 30) * 1000);
   assert.equal(formatTimestampUs(1_000_002), '1970-01-01T00:00:01.000002Z');
   assert.equal(formatTimestampUs(1_500_000), '1970-01-01T00:00:01.500Z');
   for (const wrong of [
@@ -147,6 +148,7 @@ test('times are read to the microsecond, in any zone', () => {
     '2026-01-31',
     '2026-01-31T12:00:00',
     '2026-13-31T12:00:00Z',
+    '2026-02-29T12:00:00+02:00',
     '2026-01-31T25:00:00Z',
   ]) {
     assert.throws(() => parseTimestampUs(wrong), { code: 'bad-request' }, wrong);

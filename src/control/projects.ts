@@ -12,6 +12,7 @@ import { likePattern } from './branches.ts';
 import { type Catalog, type NewRole, prepareRole } from './catalog.ts';
 import type { ControlContext } from './context.ts';
 import type { EndpointOptions, Endpoints } from './endpoints.ts';
+import { assertDatabaseName, assertRoleName } from './identifiers.ts';
 import { newBranchId, newProjectId, newTenantId, newTimelineId } from './ids.ts';
 import { type Page, type PageRequest, decodeCursor, encodeCursor } from './pagination.ts';
 import type { BranchRow, EndpointRow, OperationAction, ProjectRow } from './state.ts';
@@ -103,14 +104,14 @@ export class Projects {
   async create(options: ProjectCreateOptions): Promise<CreatedProject> {
     const { storage, config } = this.#context;
     const pgVersion = options.pg_version ?? config.defaultPgVersion;
+    const { role_name: roleName = DEFAULT_ROLE_NAME, database_name: databaseName = DEFAULT_DATABASE_NAME } =
+      options.branch ?? {};
     this.#refusePgVersion(pgVersion);
-    const [template, role] = await Promise.all([
-      storage.ensureTemplate(pgVersion),
-      prepareRole(options.branch?.role_name ?? DEFAULT_ROLE_NAME),
-    ]);
+    assertRoleName(roleName);
+    assertDatabaseName(databaseName);
+    const [template, role] = await Promise.all([storage.ensureTemplate(pgVersion), prepareRole(roleName)]);
     const begun = this.#context.state.transaction(() => {
       const inserted = this.#insert(options, pgVersion, role, 'create_timeline', template);
-      const databaseName = options.branch?.database_name ?? DEFAULT_DATABASE_NAME;
       this.#catalog.insertDatabase(inserted.branch.id, databaseName, role.name);
       return inserted;
     });
@@ -134,7 +135,9 @@ export class Projects {
     also: (inserted: InsertedProject & { readonly ownerName: string }) => void,
   ): Promise<InsertedProject> {
     this.#refusePgVersion(options.pg_version);
-    const role = await prepareRole(options.branch?.role_name ?? DEFAULT_ROLE_NAME);
+    const roleName = options.branch?.role_name ?? DEFAULT_ROLE_NAME;
+    assertRoleName(roleName);
+    const role = await prepareRole(roleName);
     return this.#context.state.transaction(() => {
       const inserted = this.#insert(options, options.pg_version, role, 'import_data', undefined);
       also({ ...inserted, ownerName: role.name });

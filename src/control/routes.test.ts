@@ -168,6 +168,17 @@ test('what is wrong with a request is said with its value', async () => {
   await post(['pg_version 99', 'available: 17'], { project: { pg_version: 99 } });
   await post(['project.name', '12'], { project: { name: 12 } });
   await post(['project.branch.role_name', '63'], { project: { branch: { role_name: 'x'.repeat(64) } } });
+  for (const name of ['pg_x', 'strata_admin', 'strata_owner', 'public', 'none']) {
+    await post([`"${name}"`, 'reserved'], { project: { branch: { role_name: name } } });
+  }
+  for (const name of ['postgres', 'template0', 'template1']) {
+    await post([`"${name}"`, 'choose another'], { project: { branch: { database_name: name } } });
+  }
+  await post(['64 bytes', 'shorter'], { project: { branch: { role_name: 'я'.repeat(32) } } });
+  await post(['64 bytes', 'shorter'], { project: { branch: { database_name: 'я'.repeat(32) } } });
+  for (const name of ['two\nlines', 'a\u007f', ' ', '\u2028']) {
+    await post(['project.name must be a name without control characters'], { project: { name } });
+  }
   await post(['project'], {});
   await post(['body'], undefined);
   await api.refused(400, ['limit', '"x"'], 'GET', '/projects?limit=x');

@@ -2,14 +2,27 @@
  * JSON schemas of the API's requests. Fields that are not named here are taken and ignored, as clients send more than we know; what we know
  * but cannot do yet is refused by the logic, by name.
  */
-const nameText = { type: 'string', minLength: 1, maxLength: 256 } as const;
-/** Postgres cuts longer identifiers off. Control characters have no place in one. */
-const identifier = { type: 'string', minLength: 1, maxLength: 63, pattern: '^[^\\u0000-\\u001f]+$' } as const;
+/** Names of projects, branches and endpoints stand in tables and messages: something must be seen of them, on one line. A `description` is for the error. */
+const nameText = {
+  type: 'string',
+  minLength: 1,
+  maxLength: 256,
+  pattern: '^(?=.*\\S)[^\\u0000-\\u001f\\u007f\\u2028\\u2029]+$',
+  description: 'a name without control characters, and not only of blanks',
+} as const;
+/** Postgres cuts longer identifiers off; what else it would refuse is in identifiers.ts. */
+const identifier = {
+  type: 'string',
+  minLength: 1,
+  maxLength: 63,
+  pattern: '^[^\\u0000-\\u001f]+$',
+  description: 'a name without control characters',
+} as const;
 const id = { type: 'string', pattern: '^[a-z0-9-]{1,60}$' } as const;
 const computeUnits = { type: 'number', minimum: 0.25, maximum: 64 } as const;
 const suspendTimeout = { type: 'integer', minimum: -1, maximum: 604_800 } as const;
 const settings = { type: 'object' } as const;
-const digits = { type: 'string', pattern: '^[0-9]{1,6}$' } as const;
+const digits = { type: 'string', pattern: '^[0-9]{1,6}$', description: 'a whole number' } as const;
 const flag = { type: 'boolean' } as const;
 const flagText = { type: 'string', enum: ['true', 'false'] } as const;
 const text = { type: 'string', maxLength: 1024 } as const;

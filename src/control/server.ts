@@ -108,6 +108,8 @@ interface InvalidValue {
   readonly message?: string;
   readonly data?: unknown;
   readonly params?: Readonly<Record<string, unknown>>;
+  readonly keyword?: string;
+  readonly parentSchema?: { readonly description?: string };
 }
 
 /** `project.pg_version must be integer, not "x"`. */
@@ -116,7 +118,12 @@ function describeInvalid(error: InvalidValue | undefined, part: string): string 
   const path = (error.instancePath ?? '').slice(1).replaceAll('/', '.');
   const where = path === '' ? `the ${part === 'querystring' ? 'query' : part}` : path;
   const allowed = error.params?.['allowedValues'];
-  const expected = Array.isArray(allowed) ? `must be one of ${allowed.join(', ')}` : (error.message ?? 'is not valid');
+  const described = error.keyword === 'pattern' ? error.parentSchema?.description : undefined;
+  const expected = Array.isArray(allowed)
+    ? `must be one of ${allowed.join(', ')}`
+    : described === undefined
+      ? (error.message ?? 'is not valid')
+      : `must be ${described}`;
   if (error.params?.['missingProperty'] !== undefined) return `${where} ${expected}`;
   return `${where} ${expected}, not ${abbreviate(error.data)}`;
 }

@@ -10,7 +10,10 @@ const RFC_3339 = /^(\d{4}-\d{2}-\d{2})[Tt ](\d{2}:\d{2}:\d{2})(?:\.(\d{1,9}))?([
 export function parseTimestampUs(text: string): number {
   const match = RFC_3339.exec(text);
   const seconds = match ? Date.parse(`${match[1]}T${match[2]}${match[4]!.toUpperCase()}`) / 1000 : NaN;
-  if (match === null || !Number.isFinite(seconds)) {
+  // Date.parse takes the 30th of February for the 2nd of March.
+  const isDay =
+    match !== null && new Date(Date.parse(`${match[1]}T00:00:00Z`)).getUTCDate() === Number(match[1]!.slice(8));
+  if (match === null || !isDay || !Number.isFinite(seconds)) {
     const example = 'such as 2026-01-31T12:00:00.123456Z';
     throw new StrataError('bad-request', `${JSON.stringify(text)} is not a time with a zone ${example}`);
   }
