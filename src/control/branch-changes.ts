@@ -8,6 +8,7 @@ import type { BlockPosition, ChangedFork } from '../api/pageserver.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { formatLsn } from '../postgres/lsn.ts';
+import { outsideHistory } from './branch-points.ts';
 import type { Branches } from './branches.ts';
 import type { ControlContext } from './context.ts';
 import { decodeCursor, encodeCursor } from './pagination.ts';
@@ -89,14 +90,9 @@ async function windowOf(
     if (timestamp === undefined) {
       // Any LSN in between will do.
       const point = await branches.points.readLsn(branch, lsn!);
-      const { oldestLsn } = await storage.status(branch.timeline_id);
-      if (point.lsn >= oldestLsn && point.lsn <= point.head) return point.lsn;
-      const where = point.lsn < oldestLsn ? 'before the beginning of what is kept' : 'in the future';
-      const range = `oldest ${formatLsn(oldestLsn)}, newest ${formatLsn(point.head)}`;
-      throw new StrataError(
-        'bad-request',
-        `LSN ${formatLsn(point.lsn)} is ${where} of branch ${branch.name}: ${range}`,
-      );
+      const status = await storage.status(branch.timeline_id);
+      if (point.lsn >= status.oldestLsn && point.lsn <= point.head) return point.lsn;
+      throw outsideHistory(branch, point.lsn, { ...status, newestLsn: point.head });
     }
     // What is written of a transaction before its commit comes with that commit.
     return storage.lastCommitLsn(branch.timeline_id, (await branches.points.find(branch, { lsn, timestamp })).lsn);

@@ -6,6 +6,7 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 
+import type { TimelineStatus } from '../api/control.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { formatLsn, parseLsn, withoutPageHeader } from '../postgres/lsn.ts';
@@ -79,12 +80,7 @@ export class BranchPoints {
     const { lsn, head } = await this.readLsn(branch, text);
     const status = await storage.status(branch.timeline_id);
     const oldestLsn = Math.max(status.oldestLsn, this.#rootOf(branch).ancestor_lsn);
-    if (lsn < oldestLsn || lsn > head) {
-      const where = lsn > head ? 'in the future' : 'before the beginning';
-      const time = status.oldestTimeMs === undefined ? '' : ` (the state of ${formatTimestampMs(status.oldestTimeMs)})`;
-      const range = `oldest ${formatLsn(oldestLsn)}${time}, newest ${formatLsn(head)}`;
-      throw new StrataError('bad-request', `LSN ${formatLsn(lsn)} is ${where} of branch ${branch.name}: ${range}`);
-    }
+    if (lsn < oldestLsn || lsn > head) throw outsideHistory(branch, lsn, { ...status, oldestLsn, newestLsn: head });
     const resolved = await storage.resolveLsn(branch.timeline_id, lsn);
     return { ...this.#owned(branch, resolved), isHead: false };
   }
@@ -123,6 +119,14 @@ export class BranchPoints {
   #parentOf(parentId: string): BranchRow {
     return this.#context.state.get<BranchRow>('SELECT * FROM branches WHERE id = ?', parentId)!;
   }
+}
+
+/** What there is of the branch is in `kept`. */
+export function outsideHistory(branch: BranchRow, lsn: Lsn, kept: TimelineStatus): StrataError {
+  const where = lsn < kept.oldestLsn ? 'before the beginning' : 'in the future';
+  const time = kept.oldestTimeMs === undefined ? '' : ` (the state of ${formatTimestampMs(kept.oldestTimeMs)})`;
+  const range = `oldest ${formatLsn(kept.oldestLsn)}${time}, newest ${formatLsn(kept.newestLsn)}`;
+  return new StrataError('bad-request', `LSN ${formatLsn(lsn)} is ${where} of branch ${branch.name}: ${range}`);
 }
 
 function parsedLsn(text: string): Lsn {

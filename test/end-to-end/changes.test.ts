@@ -285,8 +285,8 @@ describe('what changed in a branch', () => {
     const earlier = await lsnNow();
     await platform.psql('INSERT INTO quiet VALUES (100001)');
     await fails(/"FFFF\/FFFFFFFFF" is not an LSN/, 'main', '--from', 'FFFF/FFFFFFFFF');
-    await fails(/FFFF\/0 is in the future of branch main: it ends at/, 'main', '--to', 'FFFF/0');
-    await fails(/0\/1 .*no longer kept; the oldest LSN is/, 'main', '--from', '0/1');
+    await fails(/FFFF\/0 is in the future of branch main: oldest .*, newest/, 'main', '--to', 'FFFF/0');
+    await fails(/0\/1 is before the beginning of branch main: oldest/, 'main', '--from', '0/1');
     await fails(/goes backwards/, 'main', '--from', await lsnNow(), '--to', earlier);
     await fails(/exclude each other/, 'main', '--from', '0/1', '--from-time', '2026-01-31T12:00:00Z');
     await fails(/cannot be given with two branches/, 'main', 'side', '--from', '0/1');
