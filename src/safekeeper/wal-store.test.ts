@@ -1,5 +1,7 @@
 import assert from 'node:assert/strict';
+import fs from 'node:fs';
 import { mkdtemp, open, readdir, readFile, rm } from 'node:fs/promises';
+import { syncBuiltinESMExports } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test, type TestContext } from 'node:test';
@@ -59,6 +61,26 @@ test('chunks are written one after the other, across segments', async (context) 
   assert((await readBack(directory, wal.startLsn, wal.endLsn)).equals(wal.bytes));
   assert.equal((await readdir(directory)).length, 2);
   assert.equal(await store.recover(MID_SEGMENT_LSN), wal.endLsn);
+});
+
+test('a write of which the system takes only a part, as a disk that is nearly full, goes on with the rest', async (context) => {
+  const { directory, store } = await newStore(context);
+  const wal = makeWal(MID_SEGMENT_LSN, [100, 20_000, 300]);
+  const first = wal.ends[0]! - wal.startLsn;
+  await store.write(wal.startLsn, [wal.bytes.subarray(0, first)]);
+  const { writevSync } = fs;
+  const takeSome = context.mock.method(fs, 'writevSync', (file: number, [buffer]: readonly Buffer[], at: number) =>
+    writevSync(file, [buffer!.subarray(0, 5_000)], at),
+  );
+  syncBuiltinESMExports();
+  try {
+    await store.write(wal.ends[0]!, [wal.bytes.subarray(first, 10_000), wal.bytes.subarray(10_000)]);
+    assert.equal(takeSome.mock.callCount(), 1);
+  } finally {
+    takeSome.mock.restore();
+    syncBuiltinESMExports();
+  }
+  assert((await readBack(directory, wal.startLsn, wal.endLsn)).equals(wal.bytes));
 });
 
 test('a write of more buffers than one system call takes arrives whole', async (context) => {

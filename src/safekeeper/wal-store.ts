@@ -122,8 +122,7 @@ export class WalStore {
     if (!isHere || bytes > this.#fileStart + WAL_SEGMENT_SIZE - lsn || !this.#mayBlock(chunks, bytes)) {
       return this.#writeParts(lsn, chunks);
     }
-    this.#writeNow(lsn, chunks, bytes);
-    return undefined;
+    return this.#writeNow(lsn, chunks, bytes);
   }
 
   async #writeParts(lsn: Lsn, chunks: readonly Buffer[]): Promise<void> {
@@ -188,7 +187,7 @@ export class WalStore {
     const file =
       this.#file !== undefined && this.#fileStart === segmentStart(lsn) ? this.#file : await this.#segment(lsn);
     if (this.#mayBlock(buffers, bytes)) {
-      this.#writeNow(lsn, buffers, bytes);
+      await this.#writeNow(lsn, buffers, bytes);
       return;
     }
     lastWriter = this.#directory;
@@ -204,11 +203,13 @@ export class WalStore {
   }
 
   /** To the segment that is open. */
-  #writeNow(lsn: Lsn, buffers: readonly Buffer[], bytes: number): void {
+  #writeNow(lsn: Lsn, buffers: readonly Buffer[], bytes: number): Promise<void> | undefined {
     const startedAtMs = performance.now();
     const written = writevSync(this.#file!, this.#withZeroes(lsn, buffers, bytes), segmentOffset(lsn));
-    if (written < bytes) throw new Error(`only ${written} of ${bytes} bytes were written at ${formatLsn(lsn)}`);
+    // A disk that is nearly full takes a part, and says why when it is given the rest.
+    if (written < bytes) return writeFully(this.#file!, withoutFirst(buffers, written), segmentOffset(lsn) + written);
     this.#isDiskSlow = performance.now() - startedAtMs > SLOW_WRITE_MS;
+    return undefined;
   }
 
   /** What is to be written there, with zeroes after it when there are none yet. */
@@ -337,16 +338,21 @@ export class WalFileReader {
 }
 
 async function writeFully(file: number, buffers: readonly Buffer[], position: number): Promise<void> {
-  let left = buffers.slice();
+  let left = [...buffers];
   let at = position;
   while (left.length > 0) {
-    let written = await writeOnce(file, left.slice(0, MAX_BUFFERS), at);
+    const written = await writeOnce(file, left.slice(0, MAX_BUFFERS), at);
     at += written;
-    let done = 0;
-    while (done < left.length && written >= left[done]!.length) written -= left[done++]!.length;
-    left = left.slice(done);
-    if (written > 0) left[0] = left[0]!.subarray(written);
+    left = withoutFirst(left, written);
   }
+}
+
+function withoutFirst(buffers: readonly Buffer[], bytes: number): Buffer[] {
+  let done = 0;
+  while (done < buffers.length && bytes >= buffers[done]!.length) bytes -= buffers[done++]!.length;
+  const left = buffers.slice(done);
+  if (bytes > 0) left[0] = left[0]!.subarray(bytes);
+  return left;
 }
 
 function writeOnce(file: number, buffers: readonly Buffer[], position: number): Promise<number> {
