@@ -2,6 +2,12 @@
 import type { Lsn } from '../postgres/lsn.ts';
 import type { TimelineWalStatus } from './safekeeper-protocol.ts';
 
+export interface WalLags {
+  readonly lags: readonly WalLag[];
+  /** Ids of the safekeepers that did not answer in time. */
+  readonly silent: readonly number[];
+}
+
 /** Of one timeline; the worst of what the safekeepers say where they differ. */
 export interface WalLag {
   readonly timelineId: string;
@@ -19,17 +25,17 @@ export interface WalLag {
   readonly failures: readonly { readonly safekeeper: number; readonly reason: string }[];
 }
 
-/** `statuses`: of each safekeeper that answers, in order; undefined for one that does not. */
-export function walLags(statuses: readonly (readonly TimelineWalStatus[] | undefined)[]): WalLag[] {
+/** `statuses`: by id, of each safekeeper that answers. */
+export function walLags(statuses: ReadonlyMap<number, readonly TimelineWalStatus[]>): WalLag[] {
   const byTimeline = new Map<string, { readonly safekeeper: number; readonly status: TimelineWalStatus }[]>();
-  statuses.forEach((list, index) => {
-    for (const status of list ?? []) {
+  for (const [safekeeper, list] of statuses) {
+    for (const status of list) {
       const known = byTimeline.get(status.timelineId);
-      const one = { safekeeper: index + 1, status };
+      const one = { safekeeper, status };
       if (known === undefined) byTimeline.set(status.timelineId, [one]);
       else known.push(one);
     }
-  });
+  }
   return Array.from(byTimeline, ([timelineId, all]) => {
     const most = (of: (status: TimelineWalStatus) => number): number =>
       Math.max(...all.map(({ status }) => of(status)));

@@ -10,6 +10,7 @@ import { parsePoint } from './point.ts';
 import { psqlEnvironment } from './connect.ts';
 import { formatAgo, formatBytes, formatDuration, formatTable } from './format.ts';
 import { runCli } from './program.ts';
+import type { PlatformFile } from '../api/control.ts';
 import type { WalLag } from '../api/wal-status.ts';
 import type { StartOptions } from './start.ts';
 
@@ -26,6 +27,7 @@ class Terminal {
   started: StartOptions | undefined;
   programExitCode: number | undefined = 0;
   lags: readonly WalLag[] = [];
+  silent: readonly number[] = [];
 
   async run(...commandLine: string[]): Promise<{ code: number; out: string; error: string }> {
     const out: string[] = [];
@@ -35,7 +37,7 @@ class Terminal {
       start: async (options) => {
         this.started = options;
       },
-      walLags: async () => this.lags,
+      walLags: async () => ({ lags: this.lags, silent: this.silent }),
       context: {
         print: (text) => out.push(text),
         printError: (text) => errors.push(text),
@@ -91,7 +93,9 @@ class RunningTerminal extends Terminal implements AsyncDisposable {
     return address.port;
   }
 
-  writePlatformFile(values: { pid: number; httpPort: number; walLimitBytes?: number }): void {
+  writePlatformFile(
+    values: Pick<PlatformFile, 'pid' | 'httpPort'> & Partial<Pick<PlatformFile, 'walLimitBytes' | 'safekeepers'>>,
+  ): void {
     const file = {
       host: '127.0.0.1',
       pgPort: 55432,
@@ -182,11 +186,29 @@ test('status shows what runs', async () => {
   assert.match(text, /ready, up 1 minute/);
   assert.match(text, /1, 1 of them active/);
   assert.match(text, /\/fake\/object-store, 3.15 MB of 2 branches to be uploaded/);
-  assert.match(text, /pageserver, safekeeper 1; not answering: safekeeper 1/);
+  assert.match(text, /pageserver, safekeeper 1; not answering: safekeeper 1: commits and wakes wait for a majority/);
   const status = await terminal.json<{ ready: boolean; data_directory: string; project_count: number }>('status');
   assert.deepEqual(
     [status.ready, status.data_directory, status.project_count],
     [true, terminal.world.dataDirectory, 1],
+  );
+});
+
+test('status names a safekeeper that takes connections and does not answer', async () => {
+  await using terminal = await RunningTerminal.open();
+  const address = { host: '127.0.0.1', port: terminal.httpPort };
+  const safekeepers = [3, 4, 5].map((id) => ({ id, ...address }));
+  terminal.writePlatformFile({ pid: process.pid, httpPort: terminal.httpPort, safekeepers });
+  const services = async (): Promise<string> => /^services +(.*)$/m.exec(await terminal.ok('status'))![1]!;
+  assert.equal(await services(), 'pageserver, safekeeper 3, safekeeper 4, safekeeper 5');
+  terminal.silent = [5];
+  assert.match(await services(), /; not answering: safekeeper 5$/);
+  terminal.silent = [3, 5];
+  assert.match(await services(), /; not answering: safekeeper 3, safekeeper 5: commits and wakes wait/);
+  const status = await terminal.json<{ services: { name: string; up: boolean }[] }>('status');
+  assert.deepEqual(
+    status.services.filter(({ up }) => !up).map(({ name }) => name),
+    ['safekeeper 3', 'safekeeper 5'],
   );
 });
 

@@ -51,8 +51,8 @@ export class ApiClient {
     this.#dataDirectory = dataDirectory;
   }
 
-  get<T>(path: string): Promise<T> {
-    return this.#call<T>('GET', path);
+  get<T>(path: string, timeoutMs?: number): Promise<T> {
+    return this.#call<T>('GET', path, undefined, timeoutMs);
   }
 
   post<T>(path: string, body?: unknown, timeoutMs?: number): Promise<T> {

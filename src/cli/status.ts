@@ -6,18 +6,21 @@ import type { PlatformFile } from '../api/control.ts';
 import { describeRebuiltLog, readRebuiltLogs } from '../api/rebuilt-logs.ts';
 import { CliError } from './errors.ts';
 import { type BackpressureLimits, backpressureLimits } from '../api/backpressure-limits.ts';
-import type { WalLag } from '../api/wal-status.ts';
+import type { WalLag, WalLags } from '../api/wal-status.ts';
 import type { ApiClient, RunningPlatform } from './platform.ts';
 import { branchNames, listEndpoints, listProjects } from './entities.ts';
 import { formatBytes, formatDuration, formatFields, formatSize } from './format.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 
+const PAGESERVER = 'pageserver';
 const PROBE_TIMEOUT_MS = 1_000;
+/** One that hangs still takes connections. */
+const PAGESERVER_TIMEOUT_MS = 3_000;
 const SHOWN_REBUILT_LOGS = 5;
 const SHOWN_LAGS = 10;
 
 /** What the WAL of the platform's branches waits for. */
-export type WalLagTool = (platform: RunningPlatform) => Promise<readonly WalLag[]>;
+export type WalLagTool = (platform: RunningPlatform) => Promise<WalLags>;
 
 /** Without `readWalLags` nothing is said of it. */
 export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Command {
@@ -28,12 +31,16 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
       const projects = ready ? await listProjects(api) : [];
       const endpoints = (await Promise.all(projects.map((project) => listEndpoints(api, project)))).flat();
       const activeCount = endpoints.filter((endpoint) => endpoint.current_state === 'active').length;
-      const services = await probeServices(file);
-      const objectStore = ready && services[0]?.up === true ? await readObjectStore(api) : undefined;
-      const downNames = services.filter((service) => !service.up).map((service) => service.name);
+      const probed = await probeServices(file);
+      const [objectStore, { lags, silent }] = await Promise.all([
+        ready && probed[0]?.up === true ? readObjectStore(api) : undefined,
+        (ready ? readWalLags?.({ api, dataDirectory, file }) : undefined) ?? { lags: [], silent: [] },
+      ]);
+      const silentNames = silent.map(safekeeperName);
+      if (objectStore === 'no answer') silentNames.push(PAGESERVER);
+      const services = probed.map((service) => ({ ...service, up: service.up && !silentNames.includes(service.name) }));
       const rebuilt = readRebuiltLogs(dataDirectory);
       const names = await branchNames(api, projects);
-      const lags = ready ? ((await readWalLags?.({ api, dataDirectory, file })) ?? []) : [];
       const limits = backpressureLimits(file.walLimitBytes);
       const status = {
         ready,
@@ -44,7 +51,7 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
         postgres_address: `${file.host}:${file.pgPort}`,
         api_url: `${api.origin}/api/v2`,
         services,
-        ...(objectStore === undefined ? {} : { object_store: objectStore }),
+        ...(typeof objectStore === 'object' ? { object_store: objectStore } : {}),
         project_count: projects.length,
         endpoint_count: endpoints.length,
         active_endpoint_count: activeCount,
@@ -79,11 +86,8 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
           ['data', dataDirectory],
           ['Postgres', status.postgres_address],
           ['API', status.api_url],
-          [
-            'services',
-            `${services.map((service) => service.name).join(', ')}${downNames.length > 0 ? `; not answering: ${downNames.join(', ')}` : ''}`,
-          ],
-          ...(objectStore === undefined ? [] : [['object store', describeObjectStore(objectStore)] as const]),
+          ['services', describeServices(services)],
+          ...(typeof objectStore === 'object' ? [['object store', describeObjectStore(objectStore)] as const] : []),
           ['projects', String(projects.length)],
           ['endpoints', `${endpoints.length}, ${activeCount} of them active`],
           ...(lags.length === 0 ? [] : [['WAL', describeWal(lags, limits)] as const]),
@@ -147,13 +151,14 @@ interface ObjectStore {
   readonly failing_since?: string;
 }
 
-/** Undefined when the pageserver does not answer. */
-async function readObjectStore(api: ApiClient): Promise<ObjectStore | undefined> {
+/** Undefined when there is nothing to be said of it. */
+async function readObjectStore(api: ApiClient): Promise<ObjectStore | 'no answer' | undefined> {
   try {
-    const { object_store } = await api.get<{ object_store: ObjectStore | null }>('/object_store');
+    const path = '/object_store';
+    const { object_store } = await api.get<{ object_store: ObjectStore | null }>(path, PAGESERVER_TIMEOUT_MS);
     return object_store ?? undefined;
   } catch (error) {
-    if (error instanceof CliError) return undefined;
+    if (error instanceof CliError) return 'no answer';
     throw error;
   }
 }
@@ -171,14 +176,33 @@ function describeObjectStore(store: ObjectStore): string {
 interface ServiceStatus {
   readonly name: string;
   readonly address: string;
-  /** It takes connections. */
+  /** It takes connections, and answers what is asked of it here. */
   readonly up: boolean;
+}
+
+function describeServices(services: readonly ServiceStatus[]): string {
+  const names = services.map(({ name }) => name).join(', ');
+  const down = services.filter(({ up }) => !up).map(({ name }) => name);
+  if (down.length === 0) return names;
+  const safekeeperCount = services.filter(({ name }) => name !== PAGESERVER).length;
+  const downCount = down.filter((name) => name !== PAGESERVER).length;
+  const hasQuorum = downCount < safekeeperCount / 2;
+  const consequences = [
+    ...(hasQuorum ? [] : ['commits and wakes wait for a majority of the safekeepers']),
+    ...(down.includes(PAGESERVER) ? ['pages that no compute has wait for the pageserver'] : []),
+  ];
+  const effect = consequences.length === 0 ? '' : `: ${consequences.join(', ')}`;
+  return `${names}; not answering: ${down.join(', ')}${effect}`;
+}
+
+function safekeeperName(id: number): string {
+  return `safekeeper ${id}`;
 }
 
 async function probeServices(file: Pick<PlatformFile, 'pageserver' | 'safekeepers'>): Promise<ServiceStatus[]> {
   const services = [
-    { name: 'pageserver', ...file.pageserver },
-    ...file.safekeepers.map((address, index) => ({ name: `safekeeper ${address.id ?? index + 1}`, ...address })),
+    { name: PAGESERVER, ...file.pageserver },
+    ...file.safekeepers.map((address, index) => ({ name: safekeeperName(address.id ?? index + 1), ...address })),
   ];
   return Promise.all(
     services.map(async ({ name, host, port }) => ({

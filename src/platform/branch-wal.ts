@@ -5,6 +5,7 @@
  * A branch's own WAL begins where it was branched off. What is before is its ancestors', each up to the LSN of the branch; the template that
  * projects begin from has none.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { PlatformFile } from '../api/control.ts';
 import { PageserverClient, type PageserverTimelineStatus } from '../api/pageserver.ts';
 import {
@@ -13,7 +14,8 @@ import {
   type SafekeeperEndpoint,
   type SafekeeperTimelineStatus,
 } from '../api/safekeeper.ts';
-import { type WalLag, walLags } from '../api/wal-status.ts';
+import { type WalLags, walLags } from '../api/wal-status.ts';
+import type { TimelineWalStatus } from '../api/safekeeper-protocol.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import { signToken } from '../base/token.ts';
 import type { WalConnection } from '../cli/wal.ts';
@@ -22,6 +24,9 @@ import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { toPgVersion } from '../postgres/version.ts';
 import { readSecrets } from './platform-directory.ts';
 import { TEMPLATE_TENANT_ID } from './template.ts';
+
+/** One that is stopped, or hangs, still takes connections. */
+const STATUS_TIMEOUT_MS = 3_000;
 
 export interface BranchWalOptions {
   readonly dataDirectory: string;
@@ -77,21 +82,23 @@ export async function branchWalConnection(
 }
 
 /** What the WAL of all branches waits for, as far as safekeepers answer. */
-export async function readWalLags(
-  options: Pick<BranchWalOptions, 'dataDirectory' | 'file'>,
-): Promise<readonly WalLag[]> {
+export async function readWalLags(options: Pick<BranchWalOptions, 'dataDirectory' | 'file'>): Promise<WalLags> {
   const { platformSecret } = readSecrets(options.dataDirectory);
   const token = await signToken(platformSecret, { scope: 'platform' });
-  const statuses = await Promise.all(
-    options.file.safekeepers.map(async (address) => {
+  const statuses = new Map<number, readonly TimelineWalStatus[]>();
+  const silent: number[] = [];
+  await Promise.all(
+    options.file.safekeepers.map(async (address, index) => {
+      const id = address.id ?? index + 1;
       const client = new SafekeeperClient({ address, token });
-      return client
-        .walStatus()
-        .catch(() => undefined)
-        .finally(() => client.close());
+      const timeout = sleep(STATUS_TIMEOUT_MS, undefined, { ref: false });
+      const status = await Promise.race([client.walStatus().catch(() => undefined), timeout]);
+      client.close();
+      if (status === undefined) silent.push(id);
+      else statuses.set(id, status);
     }),
   );
-  return walLags(statuses);
+  return { lags: walLags(statuses), silent };
 }
 
 async function recordBoundary(
