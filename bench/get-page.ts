@@ -5,16 +5,19 @@
  * The asking side is a process with a blocking socket (page-client.c), for that is who waits for pages: a backend of Postgres, by the page shim. (A client in
  * Node has an event loop of its own to go through and collects garbage for what it receives, which took longer than all that the server does.) The floor is a
  * server that answers the same requests of the same client with as many bytes from memory, in this process like the other one: what is above it is what the
- * page store takes. Images are read again and again from a table that the cache has no room for, as of a pageserver that has been up for a while, so every block
- * is read and decompressed; "read before" is a part for which there is room.
+ * page store takes. Images are read again and again from a table much larger than the cache of blocks, which is full, as it is in a pageserver that has been up for
+ * a while: nearly every block is read and decompressed. "Read before" is a table for which there is room.
  */
 import { createServer } from 'node:net';
 import { monitorEventLoopDelay } from 'node:perf_hooks';
 import { createLog } from '../src/base/log.ts';
 import { listen } from '../src/base/rpc.ts';
 import { signToken } from '../src/base/token.ts';
+import { relationBlockKey, relationSizeKey } from '../src/pageserver/key.ts';
 import { PageService } from '../src/pageserver/page-service.ts';
+import type { Timeline } from '../src/pageserver/timeline.ts';
 import type { Timelines } from '../src/pageserver/timelines.ts';
+import { encodeCountImage, encodeImage } from '../src/pageserver/value.ts';
 import {
   decodePageHello,
   encodeHelloReply,
@@ -28,13 +31,14 @@ import { PageAsker } from './page-client.ts';
 import type { PageTimes, PageWork } from './page-client.ts';
 import { median, percentile, type Row } from './measure.ts';
 import { ingestAll, TIMELINE_ID, withRecordedCluster } from './page-store.ts';
+import type { RecordedTable } from './page-store.ts';
 
 const SECRET = Buffer.alloc(32, 1);
 const HOST = '127.0.0.1';
-/** Of which three quarters are for pages: a quarter of the table and less, so that who reads it from its start to its end finds no page. */
-const BLOCK_CACHE_BYTES = 24 * 1024 * 1024;
-/** Of the table: what the cache has room for. */
-const CACHED_PART = 0.1;
+/** Of which three quarters are for values: a tenth of the large table. */
+const BLOCK_CACHE_BYTES = 16 * 1024 * 1024;
+/** Of pages, of the table whose images all have room in the cache. */
+const SMALL_TABLE_BLOCKS = 1500;
 
 export async function getPage({ quick }: { readonly quick: boolean }): Promise<Row[]> {
   const workload = { rows: quick ? 300_000 : 500_000, pagesOfTenRecords: quick ? 4_000 : 10_000 };
@@ -57,15 +61,22 @@ export async function getPage({ quick }: { readonly quick: boolean }): Promise<R
     await asker.ask({ ...tenRecords, to: 0.3 });
     const few = await asker.ask({ ...tenRecords, from: 0.3 });
     const flushed = await asker.ask({ ...all, port: service.port });
+    const large = await putImages(timeline, table, table.rel + 1_000_000, table.blocks * 4);
+    const small = await putImages(timeline, table, table.rel + 2_000_000, SMALL_TABLE_BLOCKS);
+    await store.compaction.settled();
     const delays = monitorEventLoopDelay({ resolution: 1 });
     delays.enable();
     await store.compaction.merge(timeline, (runs) => runs);
     delays.disable();
     await service.close();
 
-    service = await serve((await recorded.reopen({ blockCacheBytes: BLOCK_CACHE_BYTES })).store);
-    const images = await askOften(asker, { ...all, port: service.port }, quick);
-    const cached = await askOften(asker, { ...all, port: service.port, to: CACHED_PART }, quick);
+    const uncached = await recorded.reopen({ blockCacheBytes: BLOCK_CACHE_BYTES, pageCacheBytes: 0 });
+    const ofImages = { ...all, lsn: uncached.timeline.lastRecordLsn };
+    service = await serve(uncached.store);
+    const images = await askOften(asker, { ...ofImages, port: service.port, table: large }, quick);
+    await service.close();
+    service = await serve((await recorded.reopen({})).store);
+    const cached = await askOften(asker, { ...ofImages, port: service.port, table: small }, quick);
     await service.close();
     return [
       latency('one page of ten records', few, least),
@@ -86,6 +97,21 @@ export async function getPage({ quick }: { readonly quick: boolean }): Promise<R
       },
     ];
   });
+}
+
+/** Images of the pages of a table, over and over, as those of another one. */
+async function putImages(timeline: Timeline, from: RecordedTable, rel: number, blocks: number): Promise<RecordedTable> {
+  const { spc, db } = from;
+  const before = timeline.lastRecordLsn;
+  const lsn = before + 8;
+  timeline.put(relationSizeKey(spc, db, rel, 0), lsn, encodeCountImage(blocks));
+  for (let blk = 0; blk < blocks; blk++) {
+    const page = timeline.getPages({ ...from, fork: 0 }, blk % from.blocks, 1, before);
+    timeline.put(relationBlockKey(spc, db, rel, 0, blk), lsn, encodeImage(page));
+  }
+  timeline.advance(lsn, before);
+  await timeline.flush();
+  return { spc, db, rel, blocks };
 }
 
 function serve(timelines: Timelines): Promise<PageService> {

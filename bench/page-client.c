@@ -1,9 +1,9 @@
 /*
  * For benchmarks: asks a page server for pages as a backend of Postgres does, by the page shim's own connection (compute/shim/wire.c): a request is written to
- * a socket that blocks, and the header and the pages of its answer are read from it. First single pages in no order, each after the one before; then others
+ * a socket that blocks, and the header and the pages of its answer are read from it. First single pages at random, each after the one before; then others
  * in batches, of which two are under way at a time, as in the shim's scans.
  *
- *   page-client HOST PORT TOKEN_FILE TIMELINE LSN SPC DB REL FIRST BLOCKS SINGLES BATCH
+ *   page-client HOST PORT TOKEN_FILE TIMELINE LSN SPC DB REL FIRST BLOCKS SINGLES BATCH SEED
  *
  * Single pages come from the first half of the blocks [FIRST, FIRST + BLOCKS), batches of BATCH from the second. To standard output: a line with the
  * nanoseconds of each single page; then one with the processor time of the process that started this one, which is the server, for all of these; how many bytes
@@ -22,8 +22,6 @@
 #include "../src/compute/shim/shim.h"
 
 #define TIMEOUT_MS 30000
-/* Has no common factor with most halves: every page once before any comes again. */
-#define STRIDE 7919
 
 struct shim_config config;
 /* Here nothing stands before libc. */
@@ -77,12 +75,23 @@ static void receive(uint32_t request_id, uint32_t count)
 		fail("the connection was lost");
 }
 
+/* Marsaglia's xorshift; never zero. */
+static uint32_t state;
+
+static uint32_t random_below(uint32_t end)
+{
+	state ^= state << 13;
+	state ^= state >> 17;
+	state ^= state << 5;
+	return (uint32_t)((uint64_t)state * end >> 32);
+}
+
 static uint32_t number(const char *text) { return (uint32_t)strtoul(text, NULL, 10); }
 
 int main(int argc, char **argv)
 {
-	if (argc != 13)
-		fail("12 arguments are wanted");
+	if (argc != 14)
+		fail("13 arguments are wanted");
 	snprintf(config.host, sizeof config.host, "%s", argv[1]);
 	snprintf(config.port, sizeof config.port, "%s", argv[2]);
 	snprintf(config.token_file, sizeof config.token_file, "%s", argv[3]);
@@ -92,6 +101,7 @@ int main(int argc, char **argv)
 	request.db = number(argv[7]);
 	request.rel = number(argv[8]);
 	uint32_t first = number(argv[9]), half = number(argv[10]) / 2, singles = number(argv[11]), batch = number(argv[12]);
+	state = 2463534242u ^ number(argv[13]);
 	if (half == 0 || batch == 0 || batch > sizeof pages / PAGE_SIZE_BYTES)
 		fail("there are no such pages to ask for");
 	int64_t *took_ns = calloc(singles, sizeof *took_ns);
@@ -104,8 +114,9 @@ int main(int argc, char **argv)
 
 	int64_t singles_server_ns = clock_ns(server);
 	for (uint32_t i = 0; i < singles; i++) {
+		uint32_t block = first + random_below(half);
 		int64_t start_ns = clock_ns(CLOCK_MONOTONIC);
-		ask(first + (uint32_t)((uint64_t)i * STRIDE % half), 1);
+		ask(block, 1);
 		receive(request.request_id, 1);
 		took_ns[i] = clock_ns(CLOCK_MONOTONIC) - start_ns;
 	}

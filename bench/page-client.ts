@@ -37,6 +37,7 @@ const OUTPUT_BYTES_MAX = 64 * 1024 * 1024;
 export class PageAsker implements Disposable {
   readonly #directory = mkdtempSync(join(tmpdir(), 'strata-page-client-'));
   readonly #program = join(this.#directory, 'page-client');
+  #count = 0;
 
   constructor() {
     const wire = join(import.meta.dirname, '../src/compute/shim/wire.c');
@@ -51,7 +52,9 @@ export class PageAsker implements Disposable {
     const first = Math.floor(table.blocks * work.from);
     const blocks = Math.floor(table.blocks * (work.to - work.from));
     const place = [timelineId, lsn, table.spc, table.db, table.rel, first, blocks];
-    const args = [host, port, tokenFile, ...place, singles, BATCH].map(String);
+    // Other pages each time, and the same in each run of the benchmark.
+    const seed = this.#count++;
+    const args = [host, port, tokenFile, ...place, singles, BATCH, seed].map(String);
     const { stdout } = await promisify(execFile)(this.#program, args, { maxBuffer: OUTPUT_BYTES_MAX });
     const [singlesLine, totals] = stdout.split('\n');
     const [singlesServerNs = 0, bytes = 0, batchesNs = 0, batchesServerNs = 0] = totals!.split(' ').map(Number);

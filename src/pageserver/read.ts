@@ -68,6 +68,8 @@ interface KnownSize extends RelationFork {
 
 /** A page that took at least so many changes is kept. */
 const KEPT_CHANGES_MIN = 8;
+/** Who wants so many pages at once is scanning. */
+const SCAN_COUNT_MIN = 16;
 
 export class HistoryReader {
   readonly #cache: PageCache;
@@ -106,8 +108,16 @@ export class HistoryReader {
   }
 
   /** Writes the page at `lsn` to `out`; zeroes when it does not exist there. */
-  #readPage(lineage: Lineage, key: Key, lsn: Lsn, pgVersion: PgVersion, out: Buffer, offset: number): void {
-    this.#blocks.recycle();
+  #readPage(
+    lineage: Lineage,
+    key: Key,
+    lsn: Lsn,
+    pgVersion: PgVersion,
+    out: Buffer,
+    offset: number,
+    isScan: boolean,
+  ): void {
+    this.#blocks.recycle(isScan);
     const isToBeMade = this.#find(lineage, key, lsn);
     const { values, end } = this.#chain;
     if (isToBeMade && values.length === 1 && values[0]![0] === VALUE_KIND.image && end !== 'floor') {
@@ -226,10 +236,12 @@ export class HistoryReader {
     const { spc, db, rel, fork: forkNumber } = fork;
     const size = this.#sizeOf(lineage, fork, lsn, pgVersion);
     const end = Math.max(firstBlk, Math.min(firstBlk + count, size));
+    // As Postgres does with its buffers: a scan of what would fill a quarter of the cache keeps nothing there.
+    const isScan = count >= SCAN_COUNT_MIN && size * BLOCK_SIZE > this.#blocks.maxBytes / 4;
     let at = offset;
     for (let blk = firstBlk; blk < end; blk++, at += BLOCK_SIZE) {
       const key = makeKey(KEY_KIND.relationBlock, spc, db, rel, forkNumber, blk);
-      this.#readPage(lineage, key, lsn, pgVersion, out, at);
+      this.#readPage(lineage, key, lsn, pgVersion, out, at, isScan);
     }
     out.fill(0, at, offset + count * BLOCK_SIZE);
   }

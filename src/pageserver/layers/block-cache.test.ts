@@ -6,7 +6,7 @@ import { BlockCache } from './block-cache.ts';
 test('what was given stays as it is until the next recycle, whatever is loaded, and comes again as it was', () => {
   const step = fc.oneof(
     { weight: 10, arbitrary: fc.record({ key: fc.nat(40), length: fc.constantFrom(10, 2000, 2048, 5000, 9000) }) },
-    { weight: 2, arbitrary: fc.constant('recycle' as const) },
+    { weight: 2, arbitrary: fc.constantFrom('recycle' as const, 'recycle for a scan' as const) },
     { weight: 1, arbitrary: fc.constant('fail' as const) },
   );
   fc.assert(
@@ -15,10 +15,10 @@ test('what was given stays as it is until the next recycle, whatever is loaded, 
       const lengths = new Map<number, number>();
       let given: { key: number; block: Buffer }[] = [];
       for (const taken of steps) {
-        if (taken === 'recycle') {
+        if (taken === 'recycle' || taken === 'recycle for a scan') {
           for (const { key, block } of given) assert(block.equals(Buffer.alloc(lengths.get(key)!, key)));
           given = [];
-          cache.recycle();
+          cache.recycle(taken === 'recycle for a scan');
         } else if (taken === 'fail') {
           const fail = (): never => {
             throw new Error('damaged');
@@ -43,15 +43,29 @@ test('what was given stays as it is until the next recycle, whatever is loaded, 
   );
 });
 
-test('memory is used again: a scan of any length takes no more than the bound', () => {
+test('memory is used again: however many blocks are loaded, they take no more than the bound', () => {
   const cache = new BlockCache(64 * 1024);
   const memories = new Set<ArrayBufferLike>();
-  for (let key = 0; key < 1000; key++) {
-    cache.recycle();
-    const sizeBytes = key < 500 ? 8000 : 16_000;
+  for (let key = 0; key < 2000; key++) {
+    cache.recycle(key >= 1000);
+    const sizeBytes = key % 1000 < 500 ? 8000 : 16_000;
     memories.add(cache.load(key, (memory) => memory(sizeBytes)).buffer);
   }
   const bytes = [...memories].reduce((sum, memory) => sum + memory.byteLength, 0);
-  // Each half of the cache ends with the block that passes its bound.
-  assert(bytes <= 2 * 64 * 1024 + 2 * (8192 + 16_384), `${bytes} bytes for two bounds of 64 KiB`);
+  // Each half of each part of the cache ends with the block that passes its bound.
+  assert(bytes <= 2 * 64 * 1024 + 4 * (8192 + 16_384), `${bytes} bytes for two bounds of 64 KiB`);
+});
+
+test('a scan, however long, leaves in the cache what others have read', () => {
+  const cache = new BlockCache(256 * 1024);
+  const load = (key: number): Buffer => cache.load(key, (memory) => memory(8000).fill(key));
+  for (let key = 0; key < 10; key++) load(key);
+  for (let key = 100; key < 1000; key++) {
+    cache.recycle(true);
+    load(key);
+    assert(cache.get(key - 1) !== undefined || key === 100, 'what the scan has just read is there');
+  }
+  cache.recycle();
+  for (let key = 0; key < 10; key++) assert(cache.get(key)?.equals(Buffer.alloc(8000, key)));
+  assert.equal(cache.get(100), undefined);
 });
