@@ -1,4 +1,4 @@
-/** `strata branches create | at | list | delete`; `changes` is in changes.ts. */
+/** `strata branches create | at | list | rename | set-default | delete`; `changes` is in changes.ts. */
 import { Command } from 'commander';
 import { changesCommand } from './changes.ts';
 import { type CliContext, type ProjectOptions, openProject, projectCommand, show } from './context.ts';
@@ -82,6 +82,36 @@ export function branchesCommand(context: CliContext): Command {
     },
   );
 
+  const rename = projectCommand('rename', 'give a branch another name', 'branches rename dev review')
+    .argument('<branch>', 'name or id')
+    .argument('<name>', 'its new name')
+    .action(async (wanted: string, name: string, options: ProjectOptions) => {
+      const { api, project } = await openProject(context, options);
+      const branch = findBranch(await listBranches(api, project), wanted);
+      const path = `/projects/${project.id}/branches/${branch.id}`;
+      const renamed = await api.patch<{ branch: Branch }>(path, { branch: { name } });
+      show(
+        context,
+        options,
+        renamed.branch,
+        () => `branch ${branch.name} (${branch.id}) is ${renamed.branch.name} now`,
+      );
+    });
+
+  const setDefault = projectCommand(
+    'set-default',
+    'make a branch the one that is meant when none is named, by clients too',
+    'branches set-default dev',
+  )
+    .argument('<branch>', 'name or id')
+    .action(async (wanted: string, options: ProjectOptions) => {
+      const { api, project } = await openProject(context, options);
+      const branch = findBranch(await listBranches(api, project), wanted);
+      const path = `/projects/${project.id}/branches/${branch.id}/set_as_default`;
+      const changed = await api.post<{ branch: Branch }>(path);
+      show(context, options, changed.branch, () => `branch ${branch.name} (${branch.id}) is the default now`);
+    });
+
   const remove = projectCommand('delete', 'delete a branch with its data', 'branches delete before-delete')
     .argument('<branch>', 'name or id')
     .action(async (wanted: string, options: ProjectOptions) => {
@@ -119,10 +149,12 @@ export function branchesCommand(context: CliContext): Command {
     });
 
   return new Command('branches')
-    .description('create, list, compare and delete branches, and find points in their history')
+    .description('create, list, rename, compare and delete branches, and find points in their history')
     .addCommand(create)
     .addCommand(at)
     .addCommand(list)
+    .addCommand(rename)
+    .addCommand(setDefault)
     .addCommand(remove)
     .addCommand(changesCommand(context))
     .addHelpText('after', '\nExample:\n  $ strata branches create --name dev');

@@ -3,7 +3,6 @@
  * sides since two branches parted. What changed comes from the platform's API, by file numbers; which tables those are, from the branch's catalogs.
  */
 import type { Command } from 'commander';
-import { formatLsn, parseLsn } from '../postgres/lsn.ts';
 import { BLOCK_SIZE } from '../postgres/page-size.ts';
 import { parsePoint } from './point.ts';
 import {
@@ -22,9 +21,7 @@ import type { CatalogNames, NamedRelation } from './relation-names.ts';
 
 interface ChangesOptions extends ProjectOptions {
   readonly from?: string;
-  readonly fromTime?: string;
   readonly to?: string;
-  readonly toTime?: string;
   readonly wake: boolean;
   readonly catalogs: boolean;
 }
@@ -101,16 +98,17 @@ The names are those of now; to read them, the branch's endpoint is woken, unless
 Examples:
   $ strata branches changes dev
   $ strata branches changes dev main
-  $ strata branches changes main --from-time '2026-01-31 12:00:00+00' --to 0/16B3748`;
+  $ strata branches changes main --from '2026-01-31 12:00:00+00' --to 0/16B3748`;
 
 export function changesCommand(context: CliContext): Command {
   return projectCommand('changes', 'show which tables changed, and by how many pages', 'branches changes dev')
     .argument('<branch>', 'name or id')
     .argument('[other]', 'name or id of a branch: what changed in both since they parted')
-    .option('--from <lsn>', 'from this LSN on (default: where the branch began)')
-    .option('--from-time <time>', 'from this time on (2026-01-31T12:00:00.5Z)')
-    .option('--to <lsn>', 'up to this LSN (default: now)')
-    .option('--to-time <time>', 'up to this time')
+    .option(
+      '--from <point>',
+      'from an LSN (0/16B3748) or a time with its zone (2026-01-31T12:00:00.5Z) on (default: where the branch began)',
+    )
+    .option('--to <point>', 'up to an LSN or a time (default: now)')
     .option('--no-wake', 'do not wake the endpoint: names only where it is awake')
     .option('--catalogs', 'list each system catalog, and not only their sum', false)
     .addHelpText('after', NOTES)
@@ -129,8 +127,7 @@ export function changesCommand(context: CliContext): Command {
         : [[branch, other] as const, [other, branch] as const]) {
         const compareTo: Record<string, string> = other === undefined ? {} : { compare_to: opposite!.id };
         const changes = await readChanges(context, scope, side!, { ...query, ...compareTo });
-        const isFromCommonPoint = options.from === undefined && options.fromTime === undefined;
-        const known = isFromCommonPoint ? opposite : undefined;
+        const known = options.from === undefined ? opposite : undefined;
         const names = await namesFor(context, scope, side!, known, changes.files, options.wake);
         sides.push({ changes, names, tables: tablesOf(changes, names) });
       }
@@ -144,35 +141,19 @@ export function changesCommand(context: CliContext): Command {
 function windowQuery(options: ChangesOptions, other: string | undefined): Record<string, string> {
   const query: Record<string, string> = {};
   for (const end of ['from', 'to'] as const) {
-    const lsn = options[end];
-    const time = end === 'from' ? options.fromTime : options.toTime;
-    if (lsn !== undefined && time !== undefined) {
-      throw new CliError(`--${end} and --${end}-time exclude each other: give one of them`, 2);
-    }
-    if ((lsn ?? time) !== undefined && other !== undefined) {
+    const text = options[end];
+    if (text === undefined) continue;
+    if (other !== undefined) {
       throw new CliError(
-        `--${end}${lsn === undefined ? '-time' : ''} cannot be given with two branches: they are compared from where they parted until now`,
+        `--${end} cannot be given with two branches: they are compared from where they parted until now`,
         2,
       );
     }
-    if (lsn !== undefined) query[`${end}_lsn`] = lsnText(`--${end}`, lsn);
-    if (time !== undefined) query[`${end}_timestamp`] = timeText(`--${end}-time`, time);
+    const point = parsePoint(text, `--${end}`);
+    if ('parent_lsn' in point) query[`${end}_lsn`] = point.parent_lsn;
+    else query[`${end}_timestamp`] = point.parent_timestamp;
   }
   return query;
-}
-
-function lsnText(option: string, text: string): string {
-  try {
-    return formatLsn(parseLsn(text));
-  } catch {
-    throw new CliError(`${option} ${JSON.stringify(text)} is not an LSN such as 0/16B3748`, 2);
-  }
-}
-
-function timeText(option: string, text: string): string {
-  const point = parsePoint(text, option);
-  if ('parent_timestamp' in point) return point.parent_timestamp;
-  throw new CliError(`${option} ${JSON.stringify(text)} is not a time with its zone (2026-01-31T12:00:00.5Z)`, 2);
 }
 
 async function readChanges(
@@ -367,7 +348,7 @@ function sideJson(changes: BranchChanges, tables: readonly TableChange[]): objec
 function sideText(changes: BranchChanges, tables: readonly TableChange[], withCatalogs: boolean): string {
   const { branch, fromLsn, toLsn, statusPages } = changes;
   const pages = tables.reduce((sum, table) => sum + table.pages, 0);
-  const head = `${branch.name}, from ${fromLsn} to ${toLsn}: ${pages} pages, ${formatBytes(pages * BLOCK_SIZE)}`;
+  const head = `${branch.name}, from ${fromLsn} to ${toLsn}: ${pages} ${pages === 1 ? 'page' : 'pages'}, ${formatBytes(pages * BLOCK_SIZE)}`;
   const shown = tables.filter((table) => withCatalogs || !table.isCatalog);
   const catalogs = tables.filter((table) => !withCatalogs && table.isCatalog);
   const rows = shown.map((table) =>

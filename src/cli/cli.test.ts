@@ -231,6 +231,18 @@ test('projects are created, listed and deleted, by name too', async () => {
   await terminal.fails(1, ['"none"', 'shop'], 'branches', 'list', '--project', 'none');
   await terminal.ok('branches', 'list', '--project', 'shop');
   await terminal.ok('branches', 'list', '--project', created.project.id);
+  const updated = await terminal.ok('projects', 'update', 'shop', '--name', 'store', '--history', '36h');
+  assert.match(updated, /^project +store\nid +[a-z0-9-]+\nhistory +36 hours$/);
+  await terminal.ok('projects', 'update', 'store', '--name', 'shop');
+  await terminal.fails(2, ['--name or --history'], 'projects', 'update', 'shop');
+  for (const history of ['5h', '31d', '-1d', 'x', '7']) {
+    await terminal.fails(2, [history, '6h to 30d'], 'projects', 'update', 'shop', `--history=${history}`);
+  }
+  const kept = await terminal.json<{ project: { id: string; history_retention_seconds: number } }>(
+    ...['projects', 'create', '--history', '1d'],
+  );
+  assert.equal(kept.project.history_retention_seconds, 86_400);
+  await terminal.ok('projects', 'delete', kept.project.id);
   await terminal.fails(1, ['16', 'available: 17'], 'projects', 'create', '--pg-version', '16');
   await terminal.fails(2, ['"x"'], 'projects', 'create', '--pg-version', 'x');
   assert.match(await terminal.ok('projects', 'delete', 'shop'), /deleted project shop/);
@@ -265,6 +277,12 @@ test('branches are created from the head, an LSN or a time of any branch, listed
   await terminal.fails(1, ['F/0', 'newest'], 'branches', 'create', '--at', 'F/0');
   await terminal.fails(2, ['"noon"', 'LSN'], 'branches', 'create', '--at', 'noon');
   await terminal.fails(2, ['no time zone'], 'branches', 'create', '--at', '2026-01-31 12:00:00');
+  assert.match(await terminal.ok('branches', 'rename', 'past', 'gone'), /^branch past \(br-.* is gone now$/);
+  await terminal.fails(1, ['"dev"', 'in use'], 'branches', 'rename', 'gone', 'dev');
+  await terminal.fails(1, ['branch.name', 'control characters'], 'branches', 'rename', 'gone', 'two\nlines');
+  await terminal.ok('branches', 'set-default', 'gone');
+  assert.match(await terminal.ok('branches', 'list'), /^gone \(default\) +br-/m);
+  await terminal.ok('branches', 'set-default', 'main');
   await terminal.fails(1, ['leaf'], 'branches', 'delete', 'dev');
   await terminal.fails(1, ['default'], 'branches', 'delete', 'main');
   assert.match(await terminal.ok('branches', 'delete', 'leaf'), /deleted branch leaf \(br-/);
@@ -322,19 +340,27 @@ test('changes are of a branch since it began, or of two since they parted, by nu
     ],
   );
   assert.equal(sides[0]!.from_lsn, sides[1]!.from_lsn);
-  await terminal.fails(2, ['"x"', 'not an LSN'], 'branches', 'changes', 'dev', '--from', 'x');
-  await terminal.fails(2, ['"0/1"', 'not a time'], 'branches', 'changes', 'dev', '--to-time', '0/1');
+  await terminal.fails(2, ['--from "x"', 'neither an LSN'], 'branches', 'changes', 'dev', '--from', 'x');
+  await terminal.fails(1, ['2001-', 'before'], 'branches', 'changes', 'dev', '--to', '2001-01-31 12:00:00Z');
   await terminal.fails(
     2,
-    ['--to-time', 'two branches'],
+    ['--to', 'two branches'],
     'branches',
     'changes',
     'dev',
     'main',
-    '--to-time',
+    '--to',
     '2026-01-31T12:00:00Z',
   );
   await terminal.fails(1, ['FFFF/0', 'in the future'], 'branches', 'changes', 'dev', '--from', 'FFFF/0');
+});
+
+test('help says of no flag that it is off, and where what is for psql comes', async () => {
+  const terminal = new Terminal();
+  for (const command of [['import'], ['branches', 'changes'], ['start']]) {
+    assert.doesNotMatch(await terminal.ok(...command, '--help'), /default:\s+false/);
+  }
+  await terminal.fails(2, ["unknown option '-c'", "strata psql main -- -c 'SELECT 1'"], 'psql', '-c', 'SELECT 1');
 });
 
 test('a connection string is for the default branch or a named one', async () => {

@@ -37,6 +37,12 @@ export function psqlCommand(
   const command = projectCommand('psql', 'open psql on a branch', "psql dev -- -c 'SELECT 1'");
   return withTarget(command)
     .usage('[options] [branch] [-- psql arguments]')
+    .configureOutput({
+      outputError: (text, write) => {
+        const isUnknown = text.startsWith('error: unknown option');
+        write(isUnknown ? `${text}(what is for psql comes after "--": strata psql main -- -c 'SELECT 1')\n` : text);
+      },
+    })
     .action(async (wanted: string | undefined, options: ConnectOptions) => {
       const uri = await connectionUri(await openProject(context, options), wanted, options);
       // In the environment, as everybody on the machine can read arguments.

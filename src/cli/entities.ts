@@ -8,6 +8,7 @@ export interface Project {
   readonly id: string;
   readonly name: string;
   readonly pg_version: number;
+  readonly history_retention_seconds: number;
   readonly created_at: string;
 }
 

@@ -65,6 +65,7 @@ export function exportCommand(context: CliContext, tool: ExportTool): Command {
     .action(async (wanted: string | undefined, options: ExportOptions) => {
       const query = pointQuery(options);
       assertRoleName(options.superuser);
+      if (options.pgdata === '') throw new CliError('--pgdata "" names no directory', 2);
       const { project, ...platform } = await openProject(context, options);
       const branch = findBranch(await listBranches(platform.api, project), wanted);
       const point = await platform.api.get<{ lsn: string; timeline_id: string }>(
@@ -134,5 +135,6 @@ function pointQuery(options: ExportOptions): string {
 /** It stands in pg_hba.conf. */
 function assertRoleName(name: string): void {
   if (name !== '' && Buffer.byteLength(name) <= 63 && !/["\u0000-\u001f]/.test(name) && !name.startsWith('pg_')) return;
-  throw new CliError(`--superuser ${JSON.stringify(name)} cannot be the name of a superuser`, 2);
+  const rule = 'a name has 1 to 63 bytes, no double quotes or control characters, and does not begin with pg_';
+  throw new CliError(`--superuser ${JSON.stringify(name)} cannot be the name of a superuser: ${rule}`, 2);
 }

@@ -4,7 +4,7 @@
  * Results go to standard output, errors to standard error. Exit codes: 0 done, 1 could not be done, 2 the command line is wrong; `psql` gives psql's own.
  */
 import { spawn } from 'node:child_process';
-import { Command, CommanderError } from 'commander';
+import { Command, CommanderError, Help } from 'commander';
 import { branchesCommand } from './branches.ts';
 import { connectionStringCommand, psqlCommand } from './connect.ts';
 import type { CliContext } from './context.ts';
@@ -80,6 +80,10 @@ export async function runCli(commandLine: readonly string[], options: CliOptions
 function prepare(command: Command, context: CliContext): void {
   command
     .exitOverride()
+    .configureHelp({
+      // Commander tells of a flag that it is off.
+      optionDescription: (option) => new Help().optionDescription(option).replace(/ ?\(default: false\)$/, ''),
+    })
     .configureOutput({
       writeOut: (text) => context.print(text.replace(/\n$/, '')),
       writeErr: (text) => context.printError(text.replace(/\n$/, '')),

@@ -1,12 +1,17 @@
-/** `strata projects create | list | delete`. */
-import { Command } from 'commander';
+/** `strata projects create | list | update | delete`. */
+import { Command, InvalidArgumentError } from 'commander';
 import { type CliContext, type CommonOptions, openPlatform, platformCommand, show } from './context.ts';
 import { type Project, findProject, listProjects } from './entities.ts';
 import { CliError } from './errors.ts';
 import { formatAgo, formatFields, formatTable } from './format.ts';
 
+const HISTORY = 'for how long its history is kept, from 6h to 30d';
+/** As storage bounds it (RETENTION_MS in api/pageserver.ts). */
+const HISTORY_HOURS = { min: 6, max: 30 * 24 };
+
 interface CreateOptions extends CommonOptions {
   readonly name?: string;
+  readonly history?: number;
   readonly pgVersion?: string;
   readonly role?: string;
   readonly database?: string;
@@ -17,12 +22,18 @@ interface CreatedProject {
   readonly connection_uris: readonly { readonly connection_uri: string }[];
 }
 
+interface UpdateOptions extends CommonOptions {
+  readonly name?: string;
+  readonly history?: number;
+}
+
 export function projectsCommand(context: CliContext): Command {
   const create = platformCommand('create', 'create a project', 'projects create --name shop')
     .option('--name <name>', 'name of the project (default: its id)')
     .option('--pg-version <major>', 'version of Postgres (default: what the platform was started with)')
-    .option('--role <name>', 'role that owns the database')
-    .option('--database <name>', 'first database')
+    .option('--role <name>', 'role that owns the database (default: stratadb_owner)')
+    .option('--database <name>', 'first database (default: stratadb)')
+    .option('--history <time>', `${HISTORY} (default: 7d)`, historySeconds)
     .action(async (options: CreateOptions) => {
       const { api } = openPlatform(context, options);
       const created = await api.post<CreatedProject>('/projects', { project: createRequest(options) });
@@ -52,6 +63,25 @@ export function projectsCommand(context: CliContext): Command {
     );
   });
 
+  const update = platformCommand('update', 'change a project', 'projects update shop --history 24h')
+    .argument('<project>', 'id or name')
+    .option('--name <name>', 'its new name')
+    .option('--history <time>', HISTORY, historySeconds)
+    .action(async (wanted: string, { name, history, ...options }: UpdateOptions) => {
+      if (name === undefined && history === undefined) throw new CliError('say what to change: --name or --history', 2);
+      const { api } = openPlatform(context, options);
+      const { id } = await findProject(api, wanted);
+      const changes = { name, history_retention_seconds: history };
+      const { project } = await api.patch<{ project: Project }>(`/projects/${id}`, { project: changes });
+      show(context, options, project, () =>
+        formatFields([
+          ['project', project.name],
+          ['id', project.id],
+          ['history', formatHours(project.history_retention_seconds / 3600)],
+        ]),
+      );
+    });
+
   const remove = platformCommand('delete', 'delete a project with all its branches and data', 'projects delete shop')
     .argument('<project>', 'id or name')
     .action(async (wanted: string, options: CommonOptions) => {
@@ -62,11 +92,24 @@ export function projectsCommand(context: CliContext): Command {
     });
 
   return new Command('projects')
-    .description('create, list and delete projects')
+    .description('create, list, change and delete projects')
     .addCommand(create)
     .addCommand(list)
+    .addCommand(update)
     .addCommand(remove)
     .addHelpText('after', '\nExample:\n  $ strata projects create --name shop');
+}
+
+function historySeconds(text: string): number {
+  const match = /^(\d{1,4})(h|d)$/.exec(text);
+  const hours = match === null ? NaN : Number(match[1]) * (match[2] === 'd' ? 24 : 1);
+  if (hours >= HISTORY_HOURS.min && hours <= HISTORY_HOURS.max) return hours * 3600;
+  throw new InvalidArgumentError('It must be from 6h to 30d, in hours (36h) or days (7d).');
+}
+
+function formatHours(hours: number): string {
+  const [count, unit] = hours % 24 === 0 ? [hours / 24, 'day'] : [hours, 'hour'];
+  return `${count} ${unit}${count === 1 ? '' : 's'}`;
 }
 
 function createRequest(options: CreateOptions): object {
@@ -76,6 +119,7 @@ function createRequest(options: CreateOptions): object {
   }
   return {
     name: options.name,
+    history_retention_seconds: options.history,
     pg_version: options.pgVersion === undefined ? undefined : pgVersion,
     branch: { role_name: options.role, database_name: options.database },
   };

@@ -196,7 +196,7 @@ function idsOf({ safekeepers }: Safekeepers): string {
 
 function positive(text: string): number {
   if (/^[1-9]\d?$/.test(text)) return Number(text);
-  throw new InvalidArgumentError('It must be a whole number from 1.');
+  throw new InvalidArgumentError('It must be a whole number from 1 to 99.');
 }
 
 function idOf(text: string): number {

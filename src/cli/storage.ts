@@ -15,8 +15,17 @@ interface BranchStorage {
   readonly oldest_timestamp?: string;
 }
 
+const NOTES = `
+LOGICAL SIZE       of all relations of all databases, the system's own too, as Postgres counts them
+OF IT PARENT’S     pages that were not written since the branch began; of a project's first branch: since Postgres was initialised
+HISTORY            what was written in this branch, in layers: every version of a page within the history window, compressed
+NOT YET IN LAYERS  what the pageserver holds in memory of it
+FREED BY DELETING  its history; nothing while other branches begin in it, as it cannot be deleted then
+KEPT FROM          the oldest LSN, or time, that can be read`;
+
 export function storageCommand(context: CliContext): Command {
   return projectCommand('storage', 'show what each branch of a project takes', 'storage')
+    .addHelpText('after', NOTES)
     .option('--collect', 'first free what is older than the history window and nobody can read any more')
     .action(async (options: ProjectOptions & { readonly collect?: true }) => {
       const { api, project } = await openProject(context, options);

@@ -147,6 +147,8 @@ export function walCommand(context: CliContext, tools: WalTools, setExitCode: (c
     .addHelpText('after', '\nExit code 1 when a page differs or the WAL is damaged.')
     .addHelpText('after', '\nExample:\n  $ strata wal verify /var/lib/postgresql/17/main/pg_wal')
     .action(async (directory: string, options: VerifyOptions) => {
+      assertOrder(options);
+      if (!isDirectory(directory)) throw new CliError(`there is no directory ${directory}`);
       const report = await tools.verify(directory, {
         ...(options.start === undefined ? {} : { startLsn: options.start }),
         ...(options.end === undefined ? {} : { endLsn: options.end }),
@@ -169,6 +171,7 @@ export function walCommand(context: CliContext, tools: WalTools, setExitCode: (c
     .option('--rmgr <name>', 'records of this resource manager, for example Heap or Transaction', resourceManager)
     .option('--limit <count>', 'at most so many records', count)
     .action(async (place: string | undefined, options: DumpOptions) => {
+      assertOrder(options);
       const filter: DumpFilter = {
         ...(options.start === undefined ? {} : { startLsn: options.start }),
         ...(options.end === undefined ? {} : { endLsn: options.end }),
@@ -195,6 +198,7 @@ export function walCommand(context: CliContext, tools: WalTools, setExitCode: (c
       const place = await findBranchPlace(context, branch, options);
       const connection = await tools.connection(place);
       const { passfile } = options;
+      if (passfile === '') throw new CliError('--passfile "" names no file', 2);
       if (passfile !== undefined) writePassfile(passfile, connection);
       const text = conninfo(connection, passfile === undefined ? undefined : resolve(passfile));
       show(context, options, { connection_string: text }, () => text);
@@ -209,11 +213,18 @@ export function walCommand(context: CliContext, tools: WalTools, setExitCode: (c
 }
 
 async function findPlace(context: CliContext, place: string | undefined, options: ProjectOptions): Promise<DumpPlace> {
-  if (place !== undefined && statSync(place, { throwIfNoEntry: false })?.isDirectory() === true) {
-    return { kind: 'directory', path: place };
-  }
+  if (place !== undefined && isDirectory(place)) return { kind: 'directory', path: place };
   if (place?.includes('/') === true) throw new CliError(`there is no directory ${place}`);
   return findBranchPlace(context, place, options);
+}
+
+function isDirectory(path: string): boolean {
+  return statSync(path, { throwIfNoEntry: false })?.isDirectory() === true;
+}
+
+function assertOrder({ start, end }: { readonly start?: Lsn; readonly end?: Lsn }): void {
+  if (start === undefined || end === undefined || start <= end) return;
+  throw new CliError(`--start ${formatLsn(start)} is after --end ${formatLsn(end)}: nothing is between`, 2);
 }
 
 async function findBranchPlace(
@@ -232,7 +243,9 @@ function writePassfile(path: string, { safekeepers, user, password }: WalConnect
   try {
     writeFileDurably(path, lines.join(''), 0o600);
   } catch (error) {
-    throw new CliError(`${path} cannot be written: ${(error as Error).message}`, 1, { cause: error });
+    throw new CliError(`--passfile ${JSON.stringify(path)} cannot be written: ${(error as Error).message}`, 1, {
+      cause: error,
+    });
   }
 }
 

@@ -9,6 +9,7 @@
 import { open, readdir } from 'node:fs/promises';
 import { join } from 'node:path';
 
+import { StrataError } from '../base/errors.ts';
 import { decodeCheckPoint } from '../postgres/checkpoint.ts';
 import {
   WAL_LONG_HEADER_SIZE,
@@ -63,7 +64,7 @@ interface Segment {
 
 /**
  * Opens a directory at the first record that begins at or after `startLsn`; without it, at the first record that begins in the first
- * segment. Throws WalError when there is no WAL of a supported version there.
+ * segment. Throws `not-found` when there is no WAL, WalError when it is of no supported version.
  */
 export async function openWalDirectory(directory: string, startLsn?: Lsn): Promise<WalSource> {
   const all = await listSegments(directory);
@@ -71,7 +72,9 @@ export async function openWalDirectory(directory: string, startLsn?: Lsn): Promi
   const first = segments[0];
   if (first === undefined || (startLsn !== undefined && first.startLsn !== segmentStart(startLsn))) {
     const wanted = startLsn === undefined ? 'no WAL segments' : `no segment that holds ${formatLsn(startLsn)}`;
-    throw new WalError(startLsn ?? 0, `${wanted} in ${directory}`);
+    const partial = (await readdir(directory)).find((name) => name.endsWith('.partial'));
+    const advice = partial === undefined ? '' : `; ${partial} is read when it is called so without .partial`;
+    throw new StrataError('not-found', `${wanted} in ${directory}${advice}`);
   }
   let count = 1;
   while (segments[count]?.startLsn === first.startLsn + count * WAL_SEGMENT_SIZE) count++;

@@ -10,7 +10,6 @@ import type { RecordedWal } from '../../test/redo/recorded-wal.ts';
 import { WAL_PAGE_SIZE, parseWalFileName, segmentStart } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { RM_HEAP } from '../postgres/rmgr.ts';
-import { WalError } from '../postgres/wal/error.ts';
 import { WalReader, recordCrc } from '../postgres/wal/reader.ts';
 import type { WalRecord } from '../postgres/wal/record.ts';
 import { openWalDirectory, openWalDirectoryAtCheckpoint } from './wal-directory.ts';
@@ -183,8 +182,11 @@ test('verification stops at the LSN asked for and when it is aborted', async () 
 });
 
 test('a directory without WAL, or without the segment asked for, is refused', async () => {
-  await assert.rejects(openWalDirectory(import.meta.dirname), WalError);
-  await assert.rejects(openWalDirectory(wal.directory, 2 ** 40), WalError);
+  await assert.rejects(openWalDirectory(import.meta.dirname), { code: 'not-found', message: /^no WAL segments in / });
+  await assert.rejects(openWalDirectory(wal.directory, 2 ** 40), {
+    code: 'not-found',
+    message: /^no segment that holds 100\/0 in /,
+  });
 });
 
 interface RecordedSource {

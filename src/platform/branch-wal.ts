@@ -53,12 +53,13 @@ export async function openBranchWal(options: BranchWalOptions): Promise<WalSourc
   const pageserver = new PageserverClient({ ...file.pageserver, token });
   try {
     const status = await pageserver.timelineStatus(timelineId);
+    const newest = await newestCommit(endpoints, status.tenantId, timelineId);
+    const endLsn = newest?.commitLsn ?? status.startLsn;
+    if (options.startLsn !== undefined) await rangesOf(pageserver, status, options.startLsn, endLsn); // says where WAL begins
     const startLsn =
       options.startLsn === undefined
         ? status.startLsn
         : await recordBoundary(pageserver, timelineId, options.startLsn, status);
-    const newest = await newestCommit(endpoints, status.tenantId, timelineId);
-    const endLsn = newest?.commitLsn ?? status.startLsn;
     const ranges = await rangesOf(pageserver, status, startLsn, endLsn);
     return {
       version: toPgVersion(status.pgVersion),
