@@ -21,6 +21,7 @@ import {
 } from 'node:fs';
 import { createRequire } from 'node:module';
 import { dirname, join, resolve } from 'node:path';
+import { makeDirectories } from '../base/directories.ts';
 import { StrataError } from '../base/errors.ts';
 import { PG_VERSIONS, type PgVersion } from '../postgres/version.ts';
 
@@ -216,7 +217,7 @@ export function reachableInstallation(
 /** Throws `bad-request` when the folder can be neither created nor written. */
 export function assertWritable(directory: string, mode: number): void {
   try {
-    mkdirSync(directory, { recursive: true, mode });
+    makeDirectories(directory, mode);
     accessSync(directory, constants.W_OK | constants.X_OK);
   } catch (error) {
     throw new StrataError(

@@ -35,6 +35,7 @@ import type { Basebackup, BasebackupRelation } from '../api/basebackup.ts';
 import type { PlatformFile } from '../api/control.ts';
 import { PageserverClient } from '../api/pageserver.ts';
 import { forEachLimited } from '../base/all-done.ts';
+import { makeDirectories } from '../base/directories.ts';
 import { fsyncDirectory } from '../base/durable-file.ts';
 import { errorTable, StrataError, toStrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
@@ -303,7 +304,7 @@ function openTarget(wanted: string, user: UnixUser | undefined): string {
     );
   }
   try {
-    if (status === undefined) mkdirSync(path, { recursive: true, mode: 0o700 });
+    if (status === undefined) makeDirectories(path, 0o700);
     else chmodSync(path, 0o700);
   } catch (error) {
     throw new StrataError('bad-request', `${path} cannot be made: ${toStrataError(error).message}`, { cause: error });

@@ -194,6 +194,8 @@ describe('strata export', () => {
     writeFileSync(join(folder, 'full', 'mine'), 'x');
     await assert.rejects(attempt('--pgdata', join(folder, 'full')), /is not empty: choose a directory/);
     await assert.rejects(attempt('--pgdata', join(folder, 'full', 'mine')), /is no directory/);
+    await assert.rejects(attempt('--pgdata', '/proc/strata'), /cannot be made/);
+    await assert.rejects(attempt('--pgdata', ''), /names no directory/);
     const target = join(folder, 'never');
     await assert.rejects(attempt('--pgdata', target, '--lsn', 'FFFF/0'), /is in the future of branch/);
     await assert.rejects(attempt('--pgdata', target, '--lsn', 'x'), /is not an LSN/);

@@ -126,6 +126,7 @@ describe('starting is refused with the next step', () => {
     const file = join(mkdtempSync(join(tmpdir(), 'strata-test-')), 'file');
     writeFileSync(file, '');
     assert.match(await refusal(['--data-dir', join(file, 'below')]), /below.*--data-dir/s);
+    assert.match(await refusal(['--data-dir', '/proc/below']), /below.*--data-dir/s);
     const dataDir = mkdtempSync(join(tmpdir(), 'strata-test-'));
     const elsewhere = ['--pg-version', '16', '--pg-bin-dir', dirname(process.execPath)];
     assert.match(await refusal(['--data-dir', dataDir, ...elsewhere]), /postgres.*--pg-bin-dir/);
