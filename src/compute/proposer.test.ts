@@ -7,12 +7,18 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test, type TestContext } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { readWal, type SafekeeperAddress, SafekeeperClient, type TimelineIdentity } from '../api/safekeeper.ts';
+import {
+  readWal,
+  type SafekeeperAddress,
+  SafekeeperClient,
+  type SafekeeperTimelineStatus,
+  type TimelineIdentity,
+} from '../api/safekeeper.ts';
 import type { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
 import { segmentOffset } from '../postgres/lsn.ts';
-import { type Safekeeper, runSafekeeper } from '../safekeeper/main.ts';
+import { type Safekeeper, type SafekeeperConfig, runSafekeeper } from '../safekeeper/main.ts';
 import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from '../safekeeper/made-wal.test-data.ts';
 import { segmentPath } from '../safekeeper/wal-store.ts';
 import { electProposer, type Proposer, type ProposerOptions } from './proposer.ts';
@@ -33,12 +39,19 @@ class Cluster {
   readonly #safekeepers: (Safekeeper | undefined)[] = [];
   readonly #proposers: Proposer[] = [];
 
-  private constructor(root: string) {
+  readonly #config: Partial<SafekeeperConfig>;
+
+  private constructor(root: string, config: Partial<SafekeeperConfig>) {
     this.#root = root;
+    this.#config = config;
   }
 
-  static async start(context: TestContext, count = 3): Promise<Cluster> {
-    const cluster = new Cluster(await mkdtemp(join(tmpdir(), 'strata-proposer-')));
+  get root(): string {
+    return this.#root;
+  }
+
+  static async start(context: TestContext, count = 3, config: Partial<SafekeeperConfig> = {}): Promise<Cluster> {
+    const cluster = new Cluster(await mkdtemp(join(tmpdir(), 'strata-proposer-')), config);
     for (let index = 0; index < count; index++) await cluster.startOne(index);
     context.after(async () => {
       await Promise.all(cluster.#proposers.map((proposer) => proposer.close()));
@@ -58,6 +71,7 @@ class Cluster {
       port,
       secret: SECRET,
       log,
+      ...this.#config,
     });
     this.#safekeepers[index] = safekeeper;
     this.addresses[index] = { host: '127.0.0.1', port: safekeeper.port };
@@ -126,10 +140,14 @@ class Cluster {
     client.close();
   }
 
-  async flushLsn(index: number): Promise<number> {
+  async status(index: number): Promise<SafekeeperTimelineStatus> {
     const client = await this.client(index);
     const { tenantId, timelineId } = this.timeline;
-    return client.status(tenantId, timelineId).then((status) => (client.close(), status.flushLsn));
+    return client.status(tenantId, timelineId).finally(() => client.close());
+  }
+
+  async flushLsn(index: number): Promise<number> {
+    return (await this.status(index)).flushLsn;
   }
 
   /** Resolves when the safekeeper has so much. */
@@ -439,4 +457,39 @@ test('who yields to a leader raises no term while one is connected, and leads wh
   const next = await cluster.elect({ yieldsToLeader: true });
   assert.equal(next.startLsn, wal.endLsn);
   assert.equal(next.term, leader.term + 1);
+});
+
+test('of many leaders the history of a log keeps the last ones, and who was away for all of them follows', async (context) => {
+  const objectStore = await mkdtemp(join(tmpdir(), 'strata-proposer-store-'));
+  context.after(() => rm(objectStore, { recursive: true }));
+  const offload = { quietMs: 20, turnMs: 20, lookMs: 10 };
+  const cluster = await Cluster.start(context, 3, { objectStore, offload });
+  const wal = makeWal(MID_SEGMENT_LSN, Array<number>(50).fill(3_000));
+  for (const [wake, endLsn] of wal.ends.slice(0, 12).entries()) {
+    const proposer = await cluster.elect();
+    if (wake === 2) {
+      await cluster.reaches(2, proposer.startLsn);
+      await cluster.stopOne(2);
+    }
+    proposer.append(
+      proposer.startLsn,
+      wal.bytes.subarray(proposer.startLsn - MID_SEGMENT_LSN, endLsn - MID_SEGMENT_LSN),
+    );
+    await proposer.waitCommitted(endLsn);
+    for (const index of [0, 1]) await cluster.reaches(index, endLsn);
+    await proposer.close();
+    for (const index of [0, 1]) while ((await cluster.status(index)).offloadedLsn < endLsn) await sleep(10);
+  }
+  for (const index of [0, 1]) {
+    const { history, term } = await cluster.status(index);
+    assert(term >= 12 && history.length <= 4, JSON.stringify(history));
+    assert.deepEqual(history[0], { term: 0, startLsn: MID_SEGMENT_LSN });
+  }
+  await cluster.startOne(2);
+  const last = await cluster.elect();
+  last.append(last.startLsn, wal.bytes.subarray(last.startLsn - MID_SEGMENT_LSN));
+  await last.waitCommitted(wal.endLsn);
+  await cluster.reaches(2, wal.endLsn);
+  assert((await cluster.walOf(2, wal.endLsn)).equals(wal.bytes));
+  assert.deepEqual((await cluster.status(2)).history, (await cluster.status(0)).history);
 });

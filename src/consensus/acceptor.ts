@@ -21,12 +21,13 @@ import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { type Configuration, isMember, NO_CONFIGURATION } from './configuration.ts';
 import type { AcceptorMessage, Append, Elected, ProposerMessage, Renew, TermHistory, VoteRequest } from './messages.ts';
 import {
-  compareLogs,
   contradiction,
+  hasReached,
   type LogPosition,
   highestCommonPoint,
   historyUpTo,
   lastLogTerm,
+  prunedHistory,
 } from './term-history.ts';
 
 /** What must survive a restart, replaced as a whole. */
@@ -160,14 +161,14 @@ export class Acceptor<Sender> {
 
   /** Nobody's log yet: no vote was given and no leader followed here, and it was not given in place of a lost one. */
   get isBlank(): boolean {
-    return this.#term === 0 && this.#history.length === 1 && this.#votesFrom === undefined;
+    const isUnwritten = this.#history.length === 1 && this.#flushLsn === this.#history[0]!.startLsn;
+    return this.#term === 0 && isUnwritten && this.#votesFrom === undefined;
   }
 
   get isVoter(): boolean {
     const votesFrom = this.#votesFrom;
     if (!isMember(this.#configuration, this.#nodeId)) return false;
-    if (votesFrom === undefined) return true;
-    return compareLogs({ lastLogTerm: this.lastLogTerm, flushLsn: this.#flushLsn }, votesFrom) >= 0;
+    return votesFrom === undefined || hasReached(this.#history, this.#flushLsn, votesFrom);
   }
 
   get lastLogTerm(): number {
@@ -242,6 +243,11 @@ export class Acceptor<Sender> {
     copy.#announcedCommitLsn = this.#announcedCommitLsn;
     copy.#following = this.#following;
     return copy;
+  }
+
+  /** Forgets who wrote the log below the LSN, up to which it is committed; written down with what comes next. */
+  prune(committedLsn: Lsn): void {
+    this.#history = prunedHistory(this.#history, committedLsn);
   }
 
   /** A sender that is gone needs no replies. */
@@ -335,7 +341,8 @@ export class Acceptor<Sender> {
       this.#refuse(sender, `this is no log of this timeline: ${reason}`, actions);
       return;
     }
-    const commonLsn = highestCommonPoint(history, this.#history, this.#flushLsn);
+    const [flushLsn, commitLsn] = [this.#flushLsn, this.#commitLsn];
+    const commonLsn = highestCommonPoint(history, { history: this.#history, flushLsn, commitLsn });
     if (commonLsn !== startLsn) {
       // This log has moved since the vote, through an older connection of the same leader. It asks again.
       const logs = `${formatLsn(commonLsn)}, not ${formatLsn(startLsn)}`;
@@ -386,10 +393,11 @@ export class Acceptor<Sender> {
       this.#announcedCommitLsn = this.#commitLsn;
       later.push({ kind: 'send', to: sender, message: this.#appendReply() });
     };
-    if (sameHistory(this.#history, message.history)) {
+    if (isSameLog(this.#history, message.history)) {
       finish(actions);
       return;
     }
+    this.#following = false;
     this.#history = message.history;
     this.#persist(actions, finish);
   }
@@ -492,9 +500,15 @@ export class Acceptor<Sender> {
   }
 }
 
-function sameHistory(a: TermHistory, b: TermHistory): boolean {
+/** `known` is the leader's history, or what pruning has left of it. */
+function isSameLog(known: TermHistory, leader: TermHistory): boolean {
+  const left = leader.length - known.length;
   return (
-    a.length === b.length &&
-    a.every((entry, index) => entry.term === b[index]!.term && entry.startLsn === b[index]!.startLsn)
+    left >= 0 &&
+    known.length > 1 &&
+    known.every(({ term, startLsn }, index) => {
+      const same = leader[index === 0 ? 0 : left + index]!;
+      return term === same.term && startLsn === same.startLsn;
+    })
   );
 }

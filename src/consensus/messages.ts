@@ -23,7 +23,10 @@ export interface TermStart {
   readonly startLsn: Lsn;
 }
 
-/** Ascending in term; LSNs never descend. The first entry is term 0 at the timeline's start: the past that a branch begins with. */
+/**
+ * Ascending in term; LSNs never descend. The first entry is term 0 at the timeline's start: the past that a branch begins with. Entries after it may have been
+ * left out (term-history.ts).
+ */
 export type TermHistory = readonly TermStart[];
 
 export interface VoteRequest {

@@ -3,7 +3,17 @@ import { test } from 'node:test';
 import type { Configuration } from './configuration.ts';
 import type { AcceptorMessage, TermHistory } from './messages.ts';
 import { type AcceptorGreeting, type ProposerAction, ProposerState } from './proposer.ts';
-import { acknowledgedBound, compareLogs, highestCommonPoint, historyUpTo, lastLogTerm } from './term-history.ts';
+import {
+  acknowledgedBound,
+  compareLogs,
+  contradiction,
+  hasReached,
+  highestCommonPoint,
+  historyUpTo,
+  type KnownLog,
+  lastLogTerm,
+  prunedHistory,
+} from './term-history.ts';
 
 const START: TermHistory = [{ term: 0, startLsn: 100 }];
 
@@ -120,14 +130,55 @@ test('logs are compared by their histories', () => {
   assert.equal(lastLogTerm(history, 300), 5);
   assert(compareLogs({ lastLogTerm: 5, flushLsn: 1 }, { lastLogTerm: 4, flushLsn: 9 }) > 0);
   // The same history: the shorter log is the beginning of the other.
-  assert.equal(highestCommonPoint(history, history, 400), 400);
+  assert.equal(highestCommonPoint(history, log(history, 400)), 400);
   // The acceptor lags: entries past its end mean nothing.
-  assert.equal(highestCommonPoint(history, history, 200), 200);
+  assert.equal(highestCommonPoint(history, log(history, 200)), 200);
   // It wrote more in term 2 than the leader of term 5 had.
-  assert.equal(highestCommonPoint(history, history.slice(0, 2), 500), 300);
+  assert.equal(highestCommonPoint(history, log(history.slice(0, 2), 500)), 300);
   // It followed another leader after term 0.
-  assert.equal(highestCommonPoint(history, [...START, { term: 3, startLsn: 120 }], 500), 120);
+  assert.equal(highestCommonPoint(history, log([...START, { term: 3, startLsn: 100 }], 500)), 100);
 });
+
+test('a pruned history tells the same of every log that has what was committed, and cuts others to what they know to be committed', () => {
+  const terms = [100, 100, 150, 200, 200, 300, 350].map((startLsn, term) => ({ term, startLsn }));
+  // Committed up to 300: term 4 wrote what is before, and nothing of term 5 is.
+  const pruned = prunedHistory(terms, 300);
+  assert.deepEqual(pruned, [terms[0], terms[4], terms[5], terms[6]]);
+  assert.deepEqual(prunedHistory(pruned, 300), pruned);
+  assert.deepEqual(prunedHistory(terms, 100), terms);
+  for (const leader of [terms, pruned]) {
+    for (const history of [terms, pruned]) assert.equal(highestCommonPoint(leader, log(history, 330, 250)), 330);
+    // It wrote more in term 4 than the leader of term 5 had.
+    assert.equal(highestCommonPoint(leader, log([terms[0]!, terms[4]!], 340, 200)), 300);
+    assert.equal(contradiction(leader, pruned), undefined);
+    assert.match(contradiction(leader, [terms[0]!, { term: 5, startLsn: 310 }])!, /term 5 starts/);
+  }
+  // An older log that has nothing of term 4: it ends before, or goes on in its own way.
+  assert.equal(highestCommonPoint(terms, log(terms.slice(0, 3), 180, 160)), 180);
+  assert.equal(highestCommonPoint(pruned, log(terms.slice(0, 3), 180, 160)), 160);
+  assert.equal(highestCommonPoint(pruned, log(terms.slice(0, 3), 400, 160)), 160);
+  // It was brought on from a pruned log, not far enough yet; then by a leader that knows more.
+  assert.equal(highestCommonPoint(pruned, log(pruned, 180, 160)), 180);
+  assert.equal(highestCommonPoint(terms, log(pruned, 180, 160)), 180);
+  assert.equal(highestCommonPoint(terms.slice(0, 2).concat({ term: 9, startLsn: 170 }), log(pruned, 180, 160)), 170);
+});
+
+test('a log that ends where its history is pruned has got as far as all that is committed before', () => {
+  const pruned = [...START, { term: 4, startLsn: 200 }, { term: 5, startLsn: 300 }];
+  assert(hasReached(pruned, 150, { lastLogTerm: 2, flushLsn: 150 }));
+  assert(!hasReached(pruned, 150, { lastLogTerm: 2, flushLsn: 151 }));
+  assert(hasReached(pruned, 100, { lastLogTerm: 2, flushLsn: 100 }));
+  assert(hasReached(START, 150, { lastLogTerm: 2, flushLsn: 150 }));
+  assert(hasReached(pruned, 320, { lastLogTerm: 5, flushLsn: 320 }));
+  assert(!hasReached(pruned, 310, { lastLogTerm: 5, flushLsn: 320 }));
+  // Nobody has led it yet, or it has nothing of a later term.
+  assert(!hasReached(START, 100, { lastLogTerm: 1, flushLsn: 100 }));
+  assert(!hasReached([...START, { term: 1, startLsn: 100 }], 120, { lastLogTerm: 2, flushLsn: 110 }));
+});
+
+function log(history: TermHistory, flushLsn: number, commitLsn = 100): KnownLog {
+  return { history, flushLsn, commitLsn };
+}
 
 test('a lost log is given anew when a majority without it knows the new generation', () => {
   const proposer = leader();

@@ -566,7 +566,7 @@ export class ProposerState {
   #join(index: number, actions: ProposerAction[]): void {
     const peer = this.#peers[index]!;
     const vote = peer.vote!;
-    const startLsn = highestCommonPoint(this.#history, vote.history, vote.flushLsn);
+    const startLsn = highestCommonPoint(this.#history, vote);
     peer.state = 'joining';
     peer.sendLsn = startLsn;
     // Less only for a log that was made anew since, by who gives newcomers theirs.

@@ -31,7 +31,7 @@ import type { Logger } from '../base/log.ts';
 import type { AcceptorState } from '../consensus/acceptor.ts';
 import { NO_CONFIGURATION } from '../consensus/configuration.ts';
 import type { TermHistory } from '../consensus/messages.ts';
-import { compareLogs } from '../consensus/term-history.ts';
+import { compareLogs, hasReached } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn, segmentStart } from '../postgres/lsn.ts';
 import { RM_XACT } from '../postgres/rmgr.ts';
 import { toPgVersion } from '../postgres/version.ts';
@@ -121,7 +121,10 @@ export function planRebuild(
     NO_CONFIGURATION,
   );
   const stored = { lastLogTerm: history.at(-1)!.term, flushLsn: offloadedLsn };
-  const isSurvivorBest = best !== undefined && compareLogs(best, stored) >= 0;
+  const isStoredPruned = stored.lastLogTerm === 0 && offloadedLsn > startLsn; // It is committed, but of a term that nobody knows any more.
+  const isSurvivorBest =
+    best !== undefined &&
+    (isStoredPruned ? best.commitLsn >= offloadedLsn : hasReached(best.history, best.flushLsn, stored));
   const bestLsn = isSurvivorBest ? best.flushLsn : offloadedLsn;
   if (ingestedLsn > bestLsn) {
     return {

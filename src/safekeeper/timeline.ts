@@ -15,7 +15,7 @@ import type { PageserverFeedback, SafekeeperTimelineStatus, TimelineIdentity } f
 import { Acceptor, type AcceptorAction, type AcceptorState, type BoundaryTracker } from '../consensus/acceptor.ts';
 import type { AcceptorMessage, ProposerMessage, TermHistory } from '../consensus/messages.ts';
 import type { AcceptorGreeting } from '../consensus/proposer.ts';
-import { compareLogs, historyUpTo, lastLogTerm, type LogPosition } from '../consensus/term-history.ts';
+import { compareLogs, hasReached, historyUpTo, lastLogTerm, type LogPosition } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
 import { writeControlFile } from './control-file.ts';
@@ -219,10 +219,15 @@ export class Timeline {
     return () => this.#progressListeners.delete(callback);
   }
 
-  /** Writes the commit LSN down, so that a start need not search from far behind. Resolves when the disk is idle. */
+  /**
+   * Writes the commit LSN down, so that a start need not search from far behind. Resolves when the disk is idle. Who wrote what is in the object store, which
+   * says it too (offloaded-segment.ts), is forgotten: a branch may wake thousands of times.
+   */
   async save(): Promise<void> {
-    if (this.#failure !== undefined || this.#acceptor === undefined) return;
-    this.#perform(this.#acceptor.save());
+    const acceptor = this.#acceptor;
+    if (this.#failure !== undefined || acceptor === undefined) return;
+    acceptor.prune(Math.min(this.kept.offloadedLsn, acceptor.commitLsn));
+    this.#perform(acceptor.save());
     await this.#whenIdle();
   }
 
@@ -284,8 +289,7 @@ export class Timeline {
   /** A log that ends before what it had acknowledged is damaged: it gives no vote before others have brought it back there. */
   #noteLoss(flushLsn: Lsn, mark: LogPosition | undefined): void {
     const state = this.#state;
-    const found = { lastLogTerm: lastLogTerm(state.history, flushLsn), flushLsn };
-    if (mark === undefined || compareLogs(found, mark) >= 0) return;
+    if (mark === undefined || hasReached(state.history, flushLsn, mark)) return;
     const [ends, was] = [formatLsn(flushLsn), formatLsn(mark.flushLsn)];
     this.#log.error(
       { ends, acknowledged: was },

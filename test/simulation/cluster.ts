@@ -44,7 +44,7 @@ interface Faults {
   readonly isolationRate: number;
 }
 
-/** That logs lose their beginning is drawn from a seed of its own, so that it changes no run without it. */
+/** That logs and histories lose their beginning is drawn from a seed of its own, so that it changes no run without it. */
 const REMOVAL_SEED = 0x5bd1e995;
 const REMOVE_EVERY_MS = [5, 20, 100];
 
@@ -229,6 +229,7 @@ class Cluster implements AcceptorWorld, ProposerWorld, ChangerWorld {
       const acceptor = this.#removal.pick(this.#acceptors);
       acceptor.save();
       acceptor.removeOld(this.#removal);
+      if (this.#removal.chance(0.5)) this.#removal.pick(this.#acceptors).prune();
       if (!this.isHealing) this.#removeRepeatedly(meanMs);
     });
   }

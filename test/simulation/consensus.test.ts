@@ -7,8 +7,8 @@ import { type Bug, BUGS } from './simulated-acceptor.ts';
 
 const SEED_COUNT = 200;
 const MAX_SEEDS_FOR_BUG = 2_000;
-/** Bugs of logs that lose their beginning. The others are looked for in runs without that, in which their seeds were found. */
-const BUGS_OF_REMOVAL: readonly Bug[] = ['remove-unsaved', 'begin-past-commit'];
+/** Bugs of logs and histories that lose their beginning. The others are looked for in runs without that, in which their seeds were found. */
+const BUGS_OF_REMOVAL: readonly Bug[] = ['remove-unsaved', 'begin-past-commit', 'prune-at-commit'];
 /** Where to begin for bugs that one seed in hundreds shows. */
 const FIRST_SEED: Partial<Record<Bug, number>> = {
   'count-old-term-acks': 730,
@@ -16,6 +16,7 @@ const FIRST_SEED: Partial<Record<Bug, number>> = {
   'accept-older-configuration': 140,
   'settle-unconfirmed': 5_980,
   'give-without-renewing': 1_681,
+  'prune-at-commit': 480,
 };
 
 test('nothing committed is lost or changed, whatever crashes, and commits go on afterwards', (context) => {

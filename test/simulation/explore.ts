@@ -6,7 +6,7 @@
  *     [--restarts 0] [--members 0/1] [--max-states N]
  *
  * All proposers are connected at first. A step is one of: a connection is made anew, an acceptor gets a message and its answer is heard at once, or on its way for as long as it takes (a
- * delay), a connection breaks with all that was on it, an acceptor restarts, a proposer starts an election anew, writes an entry, or is
+ * delay), a connection breaks with all that was on it, an acceptor restarts or prunes its history, a proposer starts an election anew, writes an entry, or is
  * replaced. What is never delivered is lost; hints about higher terms always are. Disks are atomic here: torn and late writes are
  * the simulation's. The bytes of a log are, for each entry, the term of the leader who wrote it.
  *
@@ -38,6 +38,7 @@ export const SMALL_BOUNDS: Bounds = {
   crashes: 0,
   breaks: 0,
   restarts: 0,
+  prunes: true,
   memberSets: [[]],
   maxStates: Infinity,
 };

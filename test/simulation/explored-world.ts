@@ -9,6 +9,7 @@ import {
 } from '../../src/consensus/configuration.ts';
 import type { AcceptorMessage, ProposerMessage } from '../../src/consensus/messages.ts';
 import { type ProposerAction, ProposerState } from '../../src/consensus/proposer.ts';
+import { prunedHistory } from '../../src/consensus/term-history.ts';
 import { Violation } from './invariants.ts';
 
 export interface Bounds {
@@ -24,6 +25,8 @@ export interface Bounds {
   readonly breaks: number;
   /** Proposers replaced by new ones. */
   readonly restarts: number;
+  /** Whether acceptors forget who wrote what is committed, at any time. */
+  readonly prunes: boolean;
   /** One after the other; a single empty set: all acceptors, for ever. */
   readonly memberSets: readonly (readonly number[])[];
   readonly maxStates: number;
@@ -183,6 +186,12 @@ export class ExploredWorld {
         steps.push({ name: `p${p} is replaced`, take: (world) => world.#replace(p) });
       }
     });
+    if (this.#bounds.prunes) {
+      this.#acceptors.forEach(({ machine: { history, commitLsn } }, a) => {
+        if (prunedHistory(history, commitLsn) === history) return;
+        steps.push({ name: `a${a} prunes its history`, take: (world) => world.#prune(a) });
+      });
+    }
     const change = this.#nextConfiguration();
     if (change !== undefined) {
       steps.push({ name: `set ${JSON.stringify(change)}`, take: (world) => world.#change(change) });
@@ -272,6 +281,11 @@ export class ExploredWorld {
       if (peer !== undefined && proposer.machine.peer(peer).state !== 'lost')
         this.#perform(p, (state) => this.#lose(state, p, a));
     });
+  }
+
+  #prune(a: number): void {
+    const { machine } = this.#acceptors[a]!;
+    machine.prune(machine.commitLsn);
   }
 
   #replace(p: number): void {

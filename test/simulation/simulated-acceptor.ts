@@ -3,7 +3,7 @@ import { Acceptor, type AcceptorAction, type AcceptorState, blankState } from '.
 import { type Configuration, isMember, NO_CONFIGURATION } from '../../src/consensus/configuration.ts';
 import type { AcceptorMessage, ProposerMessage, TermHistory, VoteReply } from '../../src/consensus/messages.ts';
 import type { AcceptorGreeting } from '../../src/consensus/proposer.ts';
-import { compareLogs, lastLogTerm } from '../../src/consensus/term-history.ts';
+import { hasReached } from '../../src/consensus/term-history.ts';
 import type { Invariants } from './invariants.ts';
 import { boundaryFrom, findEnd, LOG_START, RecordBoundaries } from './log-records.ts';
 import type { Random } from './random.ts';
@@ -31,6 +31,7 @@ export const BUGS = [
   'give-without-renewing',
   'remove-unsaved',
   'begin-past-commit',
+  'prune-at-commit',
 ] as const;
 
 export type Bug = (typeof BUGS)[number];
@@ -106,8 +107,8 @@ export class SimulatedAcceptor {
     const { history, votesFrom, configuration, commitLsn } = state;
     const flushLsn =
       this.#acceptor?.flushLsn ?? findEnd(this.disk.visible, commitLsn, LOG_START + this.disk.visible.length).endLsn;
-    const position = { lastLogTerm: lastLogTerm(history, flushLsn), flushLsn };
-    return isMember(configuration, this.index) && (votesFrom === undefined || compareLogs(position, votesFrom) >= 0);
+    const isComplete = votesFrom === undefined || hasReached(history, flushLsn, votesFrom);
+    return isMember(configuration, this.index) && isComplete;
   }
 
   /** Of the log, with what the object store has of it where this disk has it not. */
@@ -183,6 +184,14 @@ export class SimulatedAcceptor {
     this.#world.trace(this.#name, () => `removes its log before ${lsn}`);
     this.offload(lsn);
     disk.removeBefore(lsn);
+  }
+
+  /** Forgets who wrote what is committed. */
+  prune(): void {
+    const acceptor = this.#acceptor;
+    if (acceptor === undefined) return;
+    // With the bug, as if the entry that begins at the commit LSN had a committed byte.
+    acceptor.prune(acceptor.commitLsn + (this.#world.bug === 'prune-at-commit' ? 1 : 0));
   }
 
   /** What is committed below there is in the object store afterwards. */
