@@ -89,7 +89,7 @@ async function windowOf(
     if (lsn === undefined && timestamp === undefined) return otherwise;
     if (timestamp === undefined) {
       // Any LSN in between will do.
-      const point = await branches.points.readLsn(branch, lsn!);
+      const point = await branches.points.readLsn(branch, lsn!, head);
       const status = await storage.status(branch.timeline_id);
       if (point.lsn >= status.oldestLsn && point.lsn <= point.head) return point.lsn;
       throw outsideHistory(branch, point.lsn, { ...status, newestLsn: point.head });

@@ -63,10 +63,11 @@ export class BranchPoints {
 
   /**
    * An LSN that a client gave, and the head, which is below it when the LSN is in the future. pg_current_wal_lsn() and pg_current_wal_insert_lsn() tell
-   * positions that Postgres has still to flush: they are waited for.
+   * positions that Postgres has still to flush: they are waited for. The head that a caller has just asked for is asked for again only when the LSN is past it.
    */
-  async readLsn(branch: BranchRow, text: string): Promise<{ lsn: Lsn; head: Lsn }> {
+  async readLsn(branch: BranchRow, text: string, knownHead?: Lsn): Promise<{ lsn: Lsn; head: Lsn }> {
     const lsn = withoutPageHeader(parsedLsn(text));
+    if (knownHead !== undefined && lsn <= knownHead) return { lsn, head: knownHead };
     const giveUpAt = performance.now() + UNFLUSHED_WAIT_MS;
     for (;;) {
       const head = await this.#context.storage.headLsn(branch.timeline_id);

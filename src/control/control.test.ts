@@ -5,6 +5,7 @@ import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError } from '../base/errors.ts';
 import { formatLsn } from '../postgres/lsn.ts';
+import { branchChanges } from './branch-changes.ts';
 import type { BranchCreateOptions } from './branches.ts';
 import { formatTimestampUs } from './timestamps.ts';
 import { TEMPLATE_LSN, World, quietSample } from './fake-world.ts';
@@ -164,6 +165,28 @@ test('a branch may begin at a position that Postgres has told before its flush',
   await sleep(20);
   assert.equal(world.storage.commit(created.branch.timeline_id, world.nowMs * 1000), head + 64);
   assert.equal((await creation).branch.ancestor_lsn, head + 64);
+});
+
+test('what changed between two LSNs is told with the head asked for once, and again for one past it', async () => {
+  await using world = new World();
+  const { project, branch } = await world.control.projects.create({});
+  const { storage, control } = world;
+  const [first, last] = [1, 2].map(() => storage.commit(branch.timeline_id, world.nowMs * 1000));
+  const askedFor: string[] = [];
+  const headLsn = storage.headLsn.bind(storage);
+  storage.headLsn = (timelineId) => {
+    askedFor.push(timelineId);
+    return headLsn(timelineId);
+  };
+  const between = async (from: number, to: number): Promise<readonly [number, number]> => {
+    const window = { from_lsn: formatLsn(from), to_lsn: formatLsn(to) };
+    const { fromLsn, toLsn } = await branchChanges(control.context, control.branches, project.id, branch.id, window);
+    return [fromLsn, toLsn];
+  };
+  assert.deepEqual(await between(first!, last!), [first, last]);
+  assert.deepEqual(askedFor, [branch.timeline_id]);
+  await assert.rejects(between(first!, last! + 2 ** 30), fails('bad-request', 'in the future'));
+  assert.equal(askedFor.length, 3);
 });
 
 test('points outside of the parent’s history are refused with the range', async () => {
