@@ -172,6 +172,8 @@ export interface TimelineWalStatus extends TimelineProgress {
   readonly feedback?: PageserverFeedback;
   /** Why it is not served. */
   readonly failure?: string;
+  /** What is wrong with what is on the disk: the log does not count before others have healed it. Its LSNs may be unknown, and 0. */
+  readonly damage?: string;
 }
 
 /** How far a pageserver has got with a timeline. */

@@ -20,10 +20,12 @@ function status(more: Partial<TimelineWalStatus>): TimelineWalStatus {
 
 test('what lags is what no safekeeper has seen done, and what one keeps is the most that one does', () => {
   const feedback = { timelineId: ID, ingestedLsn: 900, flushedLsn: 500, remoteLsn: 400, oldestLsn: 0 };
+  const unknown = { commitLsn: 0, flushLsn: 0, isOffloadFailing: true, damage: 'a wrong CRC' };
   const [lag] = walLags(
     new Map([
       [1, [status({ commitLsn: 900, offloadedLsn: 600, localStartLsn: 100 })]],
-      [4, [status({ feedback, localStartLsn: 600, isOffloadFailing: true, failure: 'the disk is full' })]],
+      [2, [status(unknown)]],
+      [5, [status({ feedback, localStartLsn: 600, isOffloadFailing: true, failure: 'the disk is full' })]],
     ]),
   );
   assert.deepEqual(lag, {
@@ -34,12 +36,13 @@ test('what lags is what no safekeeper has seen done, and what one keeps is the m
     notOffloadedBytes: 400,
     keptBytes: 800,
     isOffloadFailing: false,
-    failures: [{ safekeeper: 4, reason: 'the disk is full' }],
+    failures: [{ safekeeper: 5, reason: 'the disk is full' }],
+    damaged: [{ safekeeper: 2, reason: 'a wrong CRC' }],
   });
 });
 
 test('without a pageserver nothing is said of pages', () => {
   const [lag] = walLags(new Map([[1, [status({})]]]));
   assert.equal(lag?.notInPagesBytes, undefined);
-  assert.deepEqual(walLags(new Map([[2, []]])), []);
+  assert.deepEqual(walLags(new Map([[1, []]])), []);
 });

@@ -23,6 +23,8 @@ export interface WalLag {
   readonly isOffloadFailing: boolean;
   /** Safekeepers that do not serve it, and why. */
   readonly failures: readonly { readonly safekeeper: number; readonly reason: string }[];
+  /** Safekeepers on whose disks it is damaged, and how: the others heal it. */
+  readonly damaged: readonly { readonly safekeeper: number; readonly reason: string }[];
 }
 
 /** `statuses`: by id, of each safekeeper that answers. */
@@ -57,6 +59,9 @@ export function walLags(statuses: ReadonlyMap<number, readonly TimelineWalStatus
       isOffloadFailing: all.every(({ status }) => status.isOffloadFailing),
       failures: all.flatMap(({ safekeeper, status }) =>
         status.failure === undefined ? [] : [{ safekeeper, reason: status.failure }],
+      ),
+      damaged: all.flatMap(({ safekeeper, status }) =>
+        status.damage === undefined ? [] : [{ safekeeper, reason: status.damage }],
       ),
     };
   });

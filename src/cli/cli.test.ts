@@ -161,6 +161,7 @@ test('status shows how much WAL waits, of how much may', async () => {
     keptBytes: 1.5 * GB,
     isOffloadFailing: false,
     failures: [],
+    damaged: [],
   };
   const text = async (): Promise<string> => terminal.ok('status');
   terminal.lags = [lag];
@@ -176,6 +177,25 @@ test('status shows how much WAL waits, of how much may', async () => {
   assert.match(await text(), /b{32} is stopped/);
   const status = await terminal.json<{ wal_limit_size: number; wal: { state: string }[] }>('status');
   assert.deepEqual([status.wal_limit_size, status.wal.map(({ state }) => state)], [4 * GB, ['slowed', 'stopped']]);
+});
+
+test('status shows a damaged log, how, and what to do', async () => {
+  await using terminal = await RunningTerminal.open();
+  const timelineId = 'a'.repeat(32);
+  const sizes = { commitLsn: 10, notOffloadedBytes: 0, keptBytes: 10, isOffloadFailing: false };
+  terminal.lags = [{ timelineId, ...sizes, failures: [], damaged: [{ safekeeper: 4, reason: 'a wrong CRC' }] }];
+  const safekeepers = [1, 4, 5].map((id) => ({ id, host: '127.0.0.1', port: 1 }));
+  terminal.writePlatformFile({ pid: process.pid, httpPort: terminal.httpPort, safekeepers });
+  assert.match(
+    await terminal.ok('status'),
+    /a{32} is damaged: .*; safekeeper 4: a wrong CRC; the others heal it .* "strata safekeepers replace 4"/,
+  );
+  const status = await terminal.json<{ wal: { state: string; damaged: object[]; next_step: string }[] }>('status');
+  assert.equal(status.wal[0]!.state, 'damaged');
+  assert.deepEqual(status.wal[0]!.damaged, [{ safekeeper: 4, reason: 'a wrong CRC' }]);
+  assert.match(status.wal[0]!.next_step, /safekeepers replace 4/);
+  terminal.writePlatformFile({ pid: process.pid, httpPort: terminal.httpPort, safekeepers: safekeepers.slice(1, 2) });
+  assert.match(await terminal.ok('status'), /too few others have it/);
 });
 
 test('status shows what runs', async () => {

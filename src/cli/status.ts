@@ -66,6 +66,8 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
           not_offloaded_size: lag.notOffloadedBytes,
           kept_size: lag.keptBytes,
           failures: lag.failures,
+          damaged: lag.damaged,
+          next_step: nextStep(lag, file.safekeepers.length) ?? null,
         })),
         rebuilt_logs: rebuilt.map((each) => ({
           timeline_id: each.timelineId,
@@ -96,7 +98,7 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
             .slice(0, SHOWN_LAGS)
             .map((lag): [string, string] => [
               '',
-              describeLag(lag, names.get(lag.timelineId) ?? lag.timelineId, limits),
+              describeLag(lag, names.get(lag.timelineId) ?? lag.timelineId, limits, file.safekeepers.length),
             ]),
           ...rebuilt
             .slice(-SHOWN_REBUILT_LOGS)
@@ -110,12 +112,13 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
   );
 }
 
-type WalState = 'ok' | 'slowed' | 'stopped' | 'not offloaded' | 'refused';
+type WalState = 'ok' | 'slowed' | 'stopped' | 'not offloaded' | 'refused' | 'damaged';
 
 /** `slowed` and `stopped`: commits are, as storage lags. */
 function walState(lag: WalLag, { ingest, keep }: BackpressureLimits): WalState {
-  const { notInPagesBytes = 0, notUploadedBytes = 0, isOffloadFailing, failures } = lag;
+  const { notInPagesBytes = 0, notUploadedBytes = 0, isOffloadFailing, failures, damaged } = lag;
   if (failures.length > 0) return 'refused';
+  if (damaged.length > 0) return 'damaged';
   if (notInPagesBytes >= ingest.hardBytes || notUploadedBytes >= keep.hardBytes) return 'stopped';
   if (notInPagesBytes > ingest.softBytes || notUploadedBytes > keep.softBytes) return 'slowed';
   return isOffloadFailing ? 'not offloaded' : 'ok';
@@ -131,15 +134,28 @@ function describeWal(lags: readonly WalLag[], { keep }: BackpressureLimits): str
   return `${logs}${kept}, ${waiting} yet; ${lags.length === 1 ? toUpload : `the branch with most has ${toUpload}`}`;
 }
 
-function describeLag(lag: WalLag, name: string, limits: BackpressureLimits): string {
-  const { notInPagesBytes = 0, notUploadedBytes = 0, keptBytes, failures } = lag;
+function describeLag(lag: WalLag, name: string, limits: BackpressureLimits, safekeeperCount: number): string {
+  const { notInPagesBytes = 0, notUploadedBytes = 0, keptBytes, failures, damaged } = lag;
   const state = walState(lag, limits);
   const { ingest, keep } = limits;
   const notInPages = `${formatSize(notInPagesBytes)} of ${formatSize(ingest.hardBytes)} not in pages`;
   const notUploaded = `${formatSize(notUploadedBytes)} of ${formatSize(keep.hardBytes)} whose pages are not uploaded`;
   const sizes = `${notInPages}, ${notUploaded}, ${formatSize(keptBytes)} kept`;
-  const why = failures.map(({ safekeeper, reason }) => `; safekeeper ${safekeeper}: ${reason}`).join('');
-  return `${name} is ${state}: ${sizes}${why}`;
+  const why = [...failures, ...damaged]
+    .map(({ safekeeper, reason }) => `; safekeeper ${safekeeper}: ${reason}`)
+    .join('');
+  const next = nextStep(lag, safekeeperCount);
+  return `${name} is ${state}: ${sizes}${why}${next === undefined ? '' : `; ${next}`}`;
+}
+
+/** What a person should do about a log that is damaged. */
+function nextStep({ damaged }: WalLag, safekeeperCount: number): string | undefined {
+  if (damaged.length === 0) return undefined;
+  const ids = damaged.map(({ safekeeper }) => safekeeper);
+  if (damaged.length <= (safekeeperCount - 1) / 2) {
+    return `the others heal it by themselves, in a minute or two: see to the disk, and if it stays so, run "strata safekeepers replace ${ids.join(' ')}"`;
+  }
+  return `too few others have it to heal it: bring back what was on the disk; failing that, "strata safekeepers rebuild ${ids.join(' ')}" says first what would be lost`;
 }
 
 interface ObjectStore {

@@ -124,7 +124,8 @@ async function statusesOf({ safekeepers }: WalScrubOptions): Promise<Map<string,
     const client = new SafekeeperClient(endpoint);
     const statuses = await client.walStatus().catch(() => []);
     client.close();
-    for (const status of statuses) found.set(status.timelineId, [...(found.get(status.timelineId) ?? []), status]);
+    for (const status of statuses.filter(({ damage }) => damage === undefined))
+      found.set(status.timelineId, [...(found.get(status.timelineId) ?? []), status]);
   }
   return found;
 }

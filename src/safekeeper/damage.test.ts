@@ -78,6 +78,12 @@ for (const what of ['control file', 'WAL'] as const) {
       [sound.timelineId],
     );
     assert((await client.status(sound.tenantId, sound.timelineId)).flushLsn > MID_SEGMENT_LSN);
+    const damaged = (await client.walStatus()).filter(({ damage }) => damage !== undefined);
+    assert.deepEqual(
+      damaged.map((each) => [each.timelineId, each.failure]),
+      [[timelineId, undefined]],
+    );
+    assert.match(damaged[0]!.damage!, what === 'WAL' ? /is not in/ : /CRC|JSON/);
 
     const refused = await offer(served, timeline, blankState(MID_SEGMENT_LSN));
     assert(refused instanceof Error && refused.code === 'unavailable', 'what is there may be all that there is');
@@ -126,6 +132,9 @@ test('a log that ends before what it had acknowledged gives no vote until it is 
     const status = await asked.status(timeline.tenantId, timeline.timelineId);
     assert.equal(status.isVoter, !isDamaged);
     assert.equal(status.flushLsn, isDamaged ? wal.ends[1] : acknowledged);
+    const damageOf = async (): Promise<string | undefined> => (await asked.walStatus())[0]?.damage;
+    if (isDamaged) assert.match((await damageOf())!, /before .* acknowledged/);
+    else assert.equal(await damageOf(), undefined);
     if (isDamaged) {
       const leader = new RawProposer(other.endpoint, timeline);
       assert.equal(await leader.next(), 'greeted');
@@ -140,6 +149,7 @@ test('a log that ends before what it had acknowledged gives no vote until it is 
       leader.send({ kind: 'append', term: 2, beginLsn: wal.ends[1]!, commitLsn: 0, bytes: rest });
       while ((await asked.status(timeline.tenantId, timeline.timelineId)).flushLsn !== wal.endLsn) await sleep(10);
       assert((await asked.status(timeline.tenantId, timeline.timelineId)).isVoter, 'healed');
+      assert.equal(await damageOf(), undefined);
     }
     asked.close();
   }

@@ -65,6 +65,8 @@ export class Timeline {
   #isDeleted = false;
   /** Nothing of it touches its folder any more, which may be another log's. */
   #isOver = false;
+  /** What was missing of the log when it was opened. */
+  #loss: string | undefined;
   #reviveTimer: NodeJS.Timeout | undefined;
   #reviving: Promise<void> | undefined;
   #markedLsn: Lsn = 0;
@@ -129,6 +131,12 @@ export class Timeline {
 
   get isDeleted(): boolean {
     return this.#isDeleted;
+  }
+
+  /** What is wrong with what is on the disk, until others have healed it. */
+  get damage(): string | undefined {
+    if (this.#isDamaged) return this.#failure?.message;
+    return this.#acceptor?.isVoter === true ? undefined : this.#loss;
   }
 
   /** What is on the disk is not a log with which it can be opened. */
@@ -291,6 +299,7 @@ export class Timeline {
     const state = this.#state;
     if (mark === undefined || hasReached(state.history, flushLsn, mark)) return;
     const [ends, was] = [formatLsn(flushLsn), formatLsn(mark.flushLsn)];
+    this.#loss = `it ends at ${ends}, before ${was}, up to which it had been acknowledged`;
     this.#log.error(
       { ends, acknowledged: was },
       'the WAL on this disk is damaged: it ends before what was acknowledged. It does not vote before others have healed it',

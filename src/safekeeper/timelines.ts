@@ -202,14 +202,23 @@ export class Timelines {
 
   /** What each timeline's WAL takes here, and what waits. */
   walStatus(): TimelineWalStatus[] {
-    return Array.from(this.#timelines.values(), (timeline) => ({
-      ...progressOf(timeline),
-      localStartLsn: timeline.kept.localStartLsn,
-      offloadedLsn: timeline.kept.offloadedLsn,
-      isOffloadFailing: this.#offloading?.offloader.isFailing(timeline) ?? false,
-      ...(timeline.kept.feedback === undefined ? {} : { feedback: timeline.kept.feedback }),
-      ...(timeline.failure === undefined ? {} : { failure: timeline.failure.message }),
-    }));
+    const known = Array.from(this.#timelines.values(), (timeline): TimelineWalStatus => {
+      const { kept, damage, failure } = timeline;
+      return {
+        ...progressOf(timeline),
+        localStartLsn: kept.localStartLsn,
+        offloadedLsn: kept.offloadedLsn,
+        isOffloadFailing: this.#offloading?.offloader.isFailing(timeline) ?? false,
+        ...(kept.feedback === undefined ? {} : { feedback: kept.feedback }),
+        ...(damage !== undefined ? { damage } : failure === undefined ? {} : { failure: failure.message }),
+      };
+    });
+    const lost = Array.from(this.#damaged, ([key, damage]): TimelineWalStatus => {
+      const [tenantId, timelineId] = key.split('/') as [string, string];
+      const unknown = { commitLsn: 0, flushLsn: 0, localStartLsn: 0, offloadedLsn: 0, isOffloadFailing: true };
+      return { tenantId, timelineId, ...unknown, damage };
+    });
+    return [...known, ...lost];
   }
 
   /** Has what is on this disk brought to the object store again where it is not there any more. */
