@@ -19,6 +19,7 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { SafekeeperClient, type TimelineIdentity } from '../api/safekeeper.ts';
 import { type SafekeeperDirectory } from '../api/safekeeper-set.ts';
+import { forEachLimited } from '../base/all-done.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
 import { electProposer } from '../compute/proposer.ts';
@@ -87,10 +88,12 @@ async function finishOnce(world: ChangeWorld, found: Configuration, signal: Abor
     const timelineIds = await tellMembers(clients, joint);
     let done = 0;
     world.progress(done, timelineIds.length);
-    await forEach(timelineIds, async (timelineId) => {
-      await moveTimeline(world, clients, { timelineId, joint, newcomers }, signal);
-      world.progress(++done, timelineIds.length);
-    });
+    await untilFailure(signal, clients, async (moving, fail) =>
+      forEachLimited(timelineIds, CONCURRENCY, async (timelineId) => {
+        await moveTimeline(world, clients, { timelineId, joint, newcomers }, moving).catch(fail);
+        world.progress(++done, timelineIds.length);
+      }),
+    );
     world.replace(joint.version, finalConfiguration(joint));
   } finally {
     clients.close();
@@ -248,12 +251,28 @@ async function caughtUp(
   }
 }
 
-async function forEach<T>(items: readonly T[], work: (item: T) => Promise<void>): Promise<void> {
-  const queue = [...items];
-  const worker = async (): Promise<void> => {
-    for (let next = queue.pop(); next !== undefined; next = queue.pop()) await work(next);
+/**
+ * Moves several timelines under a signal of their own: the first that fails ends the others, which may be waiting for who never answers. Rejects, when all
+ * have ended, with what that first one rejected with.
+ */
+async function untilFailure(
+  signal: AbortSignal,
+  clients: Clients,
+  work: (moving: AbortSignal, fail: (error: unknown) => never) => Promise<void>,
+): Promise<void> {
+  const aborter = new AbortController();
+  let first: { readonly error: unknown } | undefined;
+  const fail = (error: unknown): never => {
+    first ??= { error };
+    aborter.abort();
+    clients.close(); // What was asked of them rejects at once.
+    throw error;
   };
-  await Promise.all(Array.from({ length: Math.min(CONCURRENCY, items.length) }, worker));
+  try {
+    await work(AbortSignal.any([signal, aborter.signal]), fail);
+  } catch (error) {
+    throw first === undefined ? error : first.error;
+  }
 }
 
 class Clients {
