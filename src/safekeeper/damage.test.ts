@@ -177,7 +177,13 @@ test('a log that is copied ends where it was said to, whatever an attempt that f
   const source = { address: led.endpoint.address, endLsn };
   const state = blankState(MID_SEGMENT_LSN);
   const request = { timeline: led.timeline, logStartLsn: MID_SEGMENT_LSN, state, source, replace: false };
-  await timelines.rebuild(request, led.endpoint.token);
+  // Who asks twice, as the first answer took too long, does not have it made twice at the same time.
+  const asked = [request, { ...request, replace: true }].map((each) => timelines.rebuild(each, led.endpoint.token));
+  const outcomes = await Promise.allSettled(asked);
+  assert.deepEqual(
+    outcomes.map((outcome) => (outcome.status === 'fulfilled' ? 'made' : (outcome.reason as StrataError).code)),
+    ['made', 'locked'],
+  );
   const timeline = timelines.get(tenantId, timelineId);
   await timeline.open();
   assert.equal(timeline.flushLsn, endLsn);

@@ -312,14 +312,16 @@ export class Timelines {
     if (known !== undefined && !replace) {
       throw new StrataError('conflict', `this safekeeper has timeline ${timelineId}`);
     }
-    if (this.#timelines.has(key) || this.#damaged.has(key)) await this.#putAside(identity);
+    if (this.#creations.has(key)) throw new StrataError('locked', `timeline ${timelineId} is being made here`);
     const makeWal = (directory: string): Promise<WalExtent> =>
       source === undefined
         ? fetchWal(directory, identity, logStartLsn, state.commitLsn, this.#offloading?.wal)
         : copyWal(directory, identity, logStartLsn, { ...source, token });
-    const creation = this.#create(identity, state, makeWal, source === undefined).finally(() =>
-      this.#creations.delete(key),
-    );
+    const create = async (): Promise<Timeline> => {
+      if (this.#timelines.has(key) || this.#damaged.has(key)) await this.#putAside(identity);
+      return this.#create(identity, state, makeWal, source === undefined);
+    };
+    const creation = create().finally(() => this.#creations.delete(key));
     this.#creations.set(key, creation);
     await creation;
     this.#log.warn({ timelineId, endLsn: formatLsn(state.commitLsn), term: state.term }, 'the log was rebuilt');
