@@ -1,8 +1,9 @@
 /**
- * Where processors are few, those processes between which a commit goes to and fro keep to one of them: the supervisor, with the proposers, and the safekeepers.
+ * Where processors are few, those processes between which a commit goes to and fro keep to one of them: the supervisor, with the proposers, the safekeepers, and
+ * the process of each Postgres that sends it WAL.
  *
  * Each works for some tens of microseconds and sleeps. Waking a process on another processor costs a multiple of waking it on the same, in a virtual machine
- * above all, and the scheduler prefers an idle processor to a near one. What clients and pages need stays free: Postgres, the pageserver, the proxy. Where
+ * above all, and the scheduler prefers an idle processor to a near one. What clients and pages need stays free: the rest of Postgres, the pageserver, the proxy. Where
  * processors are many, one of them would be too few for bulk writes. Measured in docs/decisions/commit-path.md.
  */
 import { execFile } from 'node:child_process';
@@ -38,10 +39,10 @@ export function shareOf(all: string): Processors | undefined {
 }
 
 /** Keeps all threads of a process, and what it starts from then on, to a list of processors. Where that cannot be (no `taskset`, for example), it is only slower. */
-export async function keepTo(processors: string, pid: number, log: Logger): Promise<void> {
+export async function keepTo(processors: string, pid: number, log?: Logger): Promise<void> {
   try {
     await promisify(execFile)('taskset', ['-a', '-c', '-p', processors, String(pid)]);
   } catch (error) {
-    log.debug({ pid, processors, err: error }, 'a process cannot be kept to some processors');
+    log?.debug({ pid, processors, err: error }, 'a process cannot be kept to some processors');
   }
 }

@@ -17,6 +17,7 @@ import type { PageserverClient } from '../api/pageserver.ts';
 import type { SafekeeperDirectory } from '../api/safekeeper-set.ts';
 import { toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
+import type { Processors } from '../base/processors.ts';
 import { signToken } from '../base/token.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { ActivityMonitor, applyCatalog, connectAdmin } from './admin.ts';
@@ -40,8 +41,8 @@ export interface ComputeEnvironment {
   readonly pageserver: PageserverClient;
   /** Where the shim asks for pages. */
   readonly pageAddress: { readonly host: string; readonly port: number };
-  /** For Postgres, when this process itself is kept to fewer (base/processors.ts). */
-  readonly processors?: string | undefined;
+  /** Undefined when the scheduler decides. */
+  readonly processors?: Processors | undefined;
   readonly platformSecret: Uint8Array;
   readonly adminPassword: string;
   /** When storage lags; those of api/backpressure-limits.ts when absent. */
@@ -147,6 +148,7 @@ export class Compute {
           slotName: PROPOSER_NAME,
           proposer,
           log,
+          processor: environment.processors?.shared,
         }),
       );
       const { instanceDir, postgres, isKept, lease } = instance;
@@ -372,7 +374,7 @@ function shimEnvironment(options: ComputeOptions, instanceDir: string): Record<s
     STRATA_PAGE_MAP: join(instanceDir, 'pages.map'),
     STRATA_DATA_DIR: join(instanceDir, 'data'),
     STRATA_PARENT_DEATH: '1',
-    ...(processors === undefined ? {} : { STRATA_PROCESSORS: processors }),
+    ...(processors === undefined ? {} : { STRATA_PROCESSORS: processors.all }),
   };
 }
 

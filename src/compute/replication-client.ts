@@ -60,6 +60,7 @@ export class ReplicationClient {
   #received: WireMessage[] = [];
   #handlers: ReplicationHandlers | undefined;
   #closeReason: string | undefined;
+  #serverPid: number | undefined;
 
   // While streaming: bytes of an incomplete header, and what is left of the WAL of the current message.
   #rest: Buffer = NO_BYTES;
@@ -91,6 +92,11 @@ export class ReplicationClient {
       clearTimeout(timer);
     }
     return client;
+  }
+
+  /** Of the process that serves this connection; undefined when it did not say so. */
+  get serverPid(): number | undefined {
+    return this.#serverPid;
   }
 
   /** Makes the physical slot unless it exists; from then on Postgres keeps WAL that was not reported as flushed. */
@@ -161,6 +167,7 @@ export class ReplicationClient {
       const { type, payload } = await this.#next();
       if (type === 'E') throw failure(decodeErrorResponse(payload).message);
       if (type === 'Z') return;
+      if (type === 'K') this.#serverPid = payload.readUInt32BE(0); // BackendKeyData
       if (type !== 'R') continue;
       const kind = payload.readUInt32BE(0);
       const text = payload.toString('utf8', 4);

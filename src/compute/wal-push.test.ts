@@ -7,6 +7,7 @@ import {
   existsSync,
   mkdirSync,
   mkdtempSync,
+  readFileSync,
   chmodSync,
   chownSync,
   rmSync,
@@ -21,6 +22,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { promisify } from 'node:util';
 import { Client } from 'pg';
 import { readWal, SafekeeperClient, type SafekeeperEndpoint, type TimelineIdentity } from '../api/safekeeper.ts';
+import { findProcessors } from '../base/processors.ts';
 import { signToken } from '../base/token.ts';
 import { formatLsn, type Lsn, parseLsn } from '../postgres/lsn.ts';
 import { RM_XACT } from '../postgres/rmgr.ts';
@@ -71,6 +73,7 @@ test('commits go on with one safekeeper of three killed, wait with two, and none
     password: 'secret',
     slotName: 'strata',
     proposer,
+    processor: findProcessors()?.shared,
   });
   await query(socketDir, `ALTER SYSTEM SET synchronous_standby_names = 'strata'`);
   await query(socketDir, `SELECT pg_reload_conf()`);
@@ -100,6 +103,7 @@ test('commits go on with one safekeeper of three killed, wait with two, and none
 
   await ledger.stop();
   await load;
+  await senderIsKept(socketDir);
   assert(await postgres.stop('fast', 10_000), 'Postgres shuts down cleanly: its last WAL is acknowledged');
   assert.equal(proposer.commitLsn, proposer.endLsn, 'all WAL is committed');
   const { endLsn } = proposer;
@@ -127,6 +131,18 @@ test('commits go on with one safekeeper of three killed, wait with two, and none
   assert(next.term > proposer.term, 'under a higher term');
   await next.close();
 });
+
+/** Waits until the process that sends the WAL runs on the processor that it was to be kept to. */
+async function senderIsKept(socketDir: string): Promise<void> {
+  const processors = findProcessors();
+  if (processors === undefined) return;
+  const pid = (await query(socketDir, 'SELECT pid FROM pg_stat_replication'))[0]?.['pid'] as number;
+  const isKept = (): boolean =>
+    new RegExp(`^Cpus_allowed_list:\\s*${processors.shared}$`, 'm').test(readFileSync(`/proc/${pid}/status`, 'latin1'));
+  for (const deadline = Date.now() + 20_000; !isKept(); await sleep(20)) {
+    assert(Date.now() < deadline, 'it still runs where the scheduler wants it to');
+  }
+}
 
 /** `strata safekeeper`, on one port for all of its lives. */
 class SafekeeperProcess {

@@ -7,6 +7,7 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Logger } from '../base/log.ts';
+import { keepTo } from '../base/processors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { DELAY_MS_MAX, delayMs } from './backpressure.ts';
 import type { Proposer } from './proposer.ts';
@@ -18,6 +19,8 @@ export interface WalPushOptions extends Omit<ReplicationOptions, 'applicationNam
   readonly proposer: Proposer;
   readonly signal?: AbortSignal;
   readonly log?: Logger;
+  /** Postgres' process that sends the WAL is kept to it (base/processors.ts). */
+  readonly processor?: string | undefined;
 }
 
 /** How long a lost connection to a Postgres that may be gone is tried again. */
@@ -27,6 +30,8 @@ const RECONNECT_DELAY_MS = 50;
 const STATUS_INTERVAL_MS = 10_000;
 /** Shorter delays are not worth a timer: the next bytes bring more. */
 const SLOW_MS_MIN = 1;
+/** A Postgres that has just started has better to do. */
+const KEEP_AFTER_MS = 1_000;
 
 /** Resolves when Postgres streams to us. Throws `unavailable` with what Postgres says. */
 export async function startWalPush(options: WalPushOptions): Promise<WalPush> {
@@ -52,6 +57,7 @@ export class WalPush {
   #isFull = false;
   /** Storage lags: no WAL is taken until it fires. */
   #slowTimer: NodeJS.Timeout | undefined;
+  #keepTimer: NodeJS.Timeout | undefined;
   #ended = false;
 
   constructor(options: WalPushOptions) {
@@ -105,6 +111,18 @@ export class WalPush {
     }
     client.sendStatus(proposer.commitLsn);
     if (this.#ended) client.close();
+    else this.#keepSenderSoon(client);
+  }
+
+  #keepSenderSoon(client: ReplicationClient): void {
+    const { processor, log } = this.#options;
+    const { serverPid } = client;
+    clearTimeout(this.#keepTimer);
+    if (processor === undefined || serverPid === undefined) return;
+    this.#keepTimer = setTimeout(() => {
+      if (this.#client === client) void keepTo(processor, serverPid, log);
+    }, KEEP_AFTER_MS);
+    this.#keepTimer.unref();
   }
 
   #slow(waitMs: number): void {
@@ -150,6 +168,7 @@ export class WalPush {
     signal?.removeEventListener('abort', this.#onAbort);
     clearInterval(this.#statusTimer);
     clearTimeout(this.#slowTimer);
+    clearTimeout(this.#keepTimer);
     this.#client?.close();
     this.#resolveClosed?.(reason);
   }

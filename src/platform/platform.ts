@@ -159,7 +159,7 @@ async function bringUp(
       platformSecret: secrets.platformSecret,
       adminPassword: secrets.adminPassword,
       backpressure: backpressureLimits(options.walLimitBytes),
-      processors: processors?.all,
+      processors,
     },
     progress,
     log,
