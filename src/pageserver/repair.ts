@@ -27,6 +27,7 @@ import type { LayerDescription } from './layers/layer-format.ts';
 import { isObjectError } from '../object-store/object-store.ts';
 import { fetchWanted, fetchWhole } from './remote/layer-fetch.ts';
 import type { Remote } from './remote/remote.ts';
+import type { OnStep } from './step.ts';
 import type { Timeline } from './timeline.ts';
 import type { Timelines } from './timelines.ts';
 
@@ -39,6 +40,7 @@ export interface RepairsOptions {
   /** From this size on, reads fetch pieces of layers. */
   readonly piecesFromBytes?: number;
   readonly log: Logger;
+  readonly onStep?: OnStep;
 }
 
 export interface WalPiece {
@@ -164,15 +166,20 @@ export class Repairs {
     if (run === undefined) throw new StrataError('internal', `${file} is an image layer: no WAL has what was in it`);
     const fromLsn = run.lsnStart - 1;
     timeline.assertReadable(fromLsn);
-    const shadow = await this.#options.timelines.makeShadow(timeline, fromLsn);
+    const { timelines, onStep } = this.#options;
+    const shadow = await timelines.makeShadow(timeline, fromLsn);
     try {
+      onStep?.('shadow made');
       await this.#ingest(timeline, shadow, run.lsnEnd - 1, fetchOnce, signal);
       await shadow.flush();
-      const made = await takeOver(shadow, timeline, run);
+      onStep?.('shadow flushed');
+      const made = await takeOver(shadow, timeline, run, onStep);
+      onStep?.('layers taken over');
       await timeline.replaceLayers(run.layers, made);
     } finally {
       await shadow.close();
       await rm(shadow.directory, { recursive: true, force: true });
+      onStep?.('shadow removed');
     }
   }
 
@@ -211,13 +218,19 @@ export class Repairs {
 type FetchOnce = (damage: LayerDamagedError) => Promise<boolean>;
 
 /** Moves the shadow's layers to the timeline's folder, durably, under names that are new there. */
-async function takeOver(shadow: Timeline, timeline: Timeline, run: LayerRun): Promise<LayerDescription[]> {
+async function takeOver(
+  shadow: Timeline,
+  timeline: Timeline,
+  run: LayerRun,
+  onStep: OnStep | undefined,
+): Promise<LayerDescription[]> {
   const revision = 1 + Math.max(...run.layers.map((layer) => layer.revision ?? 0));
   const made: LayerDescription[] = [];
   for (const layer of shadow.index.layers) {
     const description = { ...layer, revision };
     await rename(layerPath(shadow.directory, layer), layerPath(timeline.directory, description));
     made.push(description);
+    onStep?.('layer taken over');
   }
   await syncDirectory(timeline.directory);
   return made;

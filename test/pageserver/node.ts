@@ -102,7 +102,7 @@ export class TestNode {
     };
     const { piecesFromBytes, walOf = noWal } = options;
     const pieces = piecesFromBytes === undefined ? {} : { piecesFromBytes };
-    const repairs = new Repairs({ timelines, remote, walOf, log: silent, ...pieces });
+    const repairs = new Repairs({ timelines, remote, walOf, log: silent, ...pieces, ...step });
     timelines.repair = (damage) => repairs.repair(damage);
     timelines.fetch = (damage) => repairs.fetch(damage);
     const limitBytes = options.cacheBytes ?? Infinity;
