@@ -470,6 +470,9 @@ test('start has the documented defaults and checks what it is given', async () =
   );
   assert.deepEqual(Object.values(terminal.started), ['/d', 1, 2, 1, 16, '/b', -1, true]);
   await terminal.fails(2, ['--pg-port', 'x'], 'start', '--pg-port', 'x');
+  await terminal.fails(2, ['both 55480', 'two ports'], 'start', '--pg-port', '55480');
+  await terminal.fails(2, ['--data-dir ""'], 'start', '--data-dir', '');
+  await terminal.fails(2, ['--object-store', 'empty'], 'start', '--object-store', '');
   await terminal.fails(2, ['1, 3, 5, 7'], 'start', '--safekeepers', '2');
   await terminal.fails(2, ['65535'], 'start', '--http-port', '65536');
   await terminal.fails(2, ['15, 16, 17, 18'], 'start', '--pg-version', '14');

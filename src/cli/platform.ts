@@ -17,6 +17,7 @@ export interface RunningPlatform {
 
 /** `--data-dir`, else STRATA_DATA_DIR, else `.strata`. */
 export function chooseDataDirectory(option: string | undefined, environment: NodeJS.ProcessEnv): string {
+  if (option === '') throw new CliError('--data-dir "" names no directory', 2);
   return option ?? (environment['STRATA_DATA_DIR'] || DEFAULT_DATA_DIRECTORY);
 }
 

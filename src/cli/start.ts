@@ -5,6 +5,7 @@ import { Command, InvalidArgumentError } from 'commander';
 import { MIN_WAL_LIMIT_BYTES } from '../api/backpressure-limits.ts';
 import { PG_VERSIONS } from '../postgres/version.ts';
 import { DEFAULT_SUSPEND_TIMEOUT_SECONDS } from '../api/control.ts';
+import { CliError } from './errors.ts';
 import { chooseDataDirectory } from './platform.ts';
 
 export interface StartOptions {
@@ -73,6 +74,7 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
     .option(
       '--object-store <url>',
       'where history is kept for good: a directory, or s3://bucket/prefix?endpoint=… (default: the one used before, else in the data directory)',
+      notEmpty,
     )
     .option(
       '--refill-object-store',
@@ -91,6 +93,9 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
     )
     .addHelpText('after', '\nExample:\n  $ strata start --data-dir ~/strata --pg-port 5433')
     .action(async (given: GivenOptions) => {
+      if (given.pgPort === given.httpPort) {
+        throw new CliError(`--pg-port and --http-port are both ${given.pgPort}: choose two ports`, 2);
+      }
       await start({
         dataDir: chooseDataDirectory(given.dataDir, environment),
         pgPort: given.pgPort,
@@ -121,6 +126,11 @@ function oneOf(values: readonly number[]): (text: string) => number {
     if (value !== undefined) return value;
     throw new InvalidArgumentError(`It must be one of ${values.join(', ')}.`);
   };
+}
+
+function notEmpty(text: string): string {
+  if (text !== '') return text;
+  throw new InvalidArgumentError('It must not be empty.');
 }
 
 const UNITS = { KB: 1024, MB: 1024 ** 2, GB: 1024 ** 3, TB: 1024 ** 4 } as const;

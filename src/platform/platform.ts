@@ -194,7 +194,9 @@ async function bringUp(
   cleanup.add(async () => {
     await api.close();
   });
-  await api.listen({ host: LOOPBACK, port: options.httpPort });
+  await api.listen({ host: LOOPBACK, port: options.httpPort }).catch((error: unknown) => {
+    throw portRefused(options.httpPort, '--http-port', error); // a service has taken it meanwhile
+  });
   await storage.ensureTemplate(found.pgVersion);
   await control.recover();
   if (control.projects.count() === 0) {
@@ -278,7 +280,8 @@ async function startServices(
   const { rpcPort, pagePort, safekeeperPorts } = ports;
   const secret = secrets.platformSecret.toString('hex');
   const started: ChildService[] = [];
-  const start = async (
+  const starts: Promise<ChildService>[] = [];
+  const startOne = async (
     name: string,
     command: string[],
     config: () => Record<string, unknown>,
@@ -302,8 +305,14 @@ async function startServices(
     started.push(service);
     return service;
   };
+  const start = (...args: Parameters<typeof startOne>): Promise<ChildService> => {
+    const service = startOne(...args);
+    starts.push(service);
+    return service;
+  };
   cleanup.add(async () => {
-    await Promise.all(started.map((service) => service.stop()));
+    // One that is still starting would hold up the end of a start that has failed: it is stopped as soon as it can be.
+    await Promise.all(starts.map(async (service) => (await service.catch(() => undefined))?.stop()));
   });
   const token = await signToken(secrets.platformSecret, { scope: 'platform' });
   const pageserverAddress = { host: LOOPBACK, port: rpcPort };
@@ -401,12 +410,16 @@ async function assertPortFree(port: number, option: string): Promise<void> {
   try {
     await listen(server, LOOPBACK, port);
   } catch (error) {
-    const { code } = error as NodeJS.ErrnoException;
-    const why = code === 'EADDRINUSE' ? 'is in use' : `cannot be listened on (${code})`;
-    throw new StrataError('conflict', `port ${port} ${why}: choose another with ${option}`, { cause: error });
+    throw portRefused(port, option, error);
   } finally {
     server.close();
   }
+}
+
+function portRefused(port: number, option: string, error: unknown): StrataError {
+  const { code } = error as NodeJS.ErrnoException;
+  const why = code === 'EADDRINUSE' ? 'is in use' : `cannot be listened on (${code})`;
+  return new StrataError('conflict', `port ${port} ${why}: choose another with ${option}`, { cause: error });
 }
 
 /** What was started, to be stopped in the opposite order; each step is tried whatever the others do. */

@@ -3,7 +3,7 @@
  */
 import assert from 'node:assert/strict';
 import { execFile } from 'node:child_process';
-import { chmodSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { chmodSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
@@ -120,6 +120,17 @@ describe('starting is refused with the next step', () => {
     assert.match(said, new RegExp(`${address.port}.*--http-port`));
     server.close();
     rmSync(dataDir, { recursive: true });
+  });
+
+  test('on a port that one of its own services has, when others are still starting', async () => {
+    const platform = await TestPlatform.start();
+    await platform.stop();
+    const kept = JSON.parse(readFileSync(join(platform.dataDir, 'ports.json'), 'utf8')) as { ports: number[] };
+    const [pageserverPort] = kept.ports;
+    const ports = ['--pg-port', String(platform.pgPort), '--http-port', String(pageserverPort)];
+    const said = await refusal(['--data-dir', platform.dataDir, ...ports]);
+    assert.match(said, new RegExp(`port ${pageserverPort} is in use: choose another with --http-port`));
+    await platform.destroy();
   });
 
   test('with a data directory that cannot be made, a version without binaries, and nonsense values', async () => {
