@@ -89,7 +89,11 @@ export class FlushQueue {
   }
 
   #start(): void {
-    this.#flushing ??= this.#flushAll().finally(() => (this.#flushing = undefined));
+    this.#flushing ??= this.#flushAll().finally(() => {
+      this.#flushing = undefined;
+      // One may have come after the last look.
+      if (this.#layers.length > 0 && this.#error === undefined && !this.#isStopped) this.#start();
+    });
   }
 
   async #flushAll(): Promise<void> {
