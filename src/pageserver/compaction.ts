@@ -62,8 +62,15 @@ export class Compaction {
   request(timeline: Timeline): void {
     if (this.#isClosed || planMerge(deltaRuns(timeline.index.layers)) === undefined) return;
     this.#waiting.add(timeline);
-    this.#running ??= this.#run().finally(() => (this.#running = undefined));
+    this.#start();
     this.#startSmall();
+  }
+
+  #start(): void {
+    this.#running ??= this.#run().finally(() => {
+      this.#running = undefined;
+      if (this.#waiting.size > 0) this.#start(); // One may have come after the last look.
+    });
   }
 
   /** Resolves when no merge is under way or wanted. */

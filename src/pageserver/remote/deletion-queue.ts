@@ -51,7 +51,15 @@ export class DeletionQueue {
       );
     }
     this.#waiting.push(...deletions.slice(0, room));
-    if (this.#waiting.length > 0) this.#running ??= this.#run().finally(() => (this.#running = undefined));
+    this.#start();
+  }
+
+  #start(): void {
+    if (this.#waiting.length === 0 || this.#stopped.aborted) return;
+    this.#running ??= this.#run().finally(() => {
+      this.#running = undefined;
+      this.#start(); // Some may have come after the last look.
+    });
   }
 
   /** Resolves when nothing waits. */

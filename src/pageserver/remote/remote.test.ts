@@ -20,7 +20,7 @@ import type { NodeOptions } from '../../../test/pageserver/node.ts';
 import { FaultyStore } from '../../object-store/faulty-store.ts';
 import { FileSystemStore } from '../../object-store/file-system-store.ts';
 import { listAll } from '../../object-store/object-store.ts';
-import type { ObjectStore } from '../../object-store/object-store.ts';
+import type { ObjectStore, PutOptions } from '../../object-store/object-store.ts';
 import { ALL_KEYS, relationBlockKey, relationSizeKey } from '../key.ts';
 import { layerFileName, layerPath } from '../layers/layer-format.ts';
 import { LEASE_MS } from '../retention.ts';
@@ -515,6 +515,35 @@ describe('a pageserver and the object store', () => {
     assert(await node.remote.settled());
     await assertNoOrphans();
     await assertRight(node);
+  });
+
+  test('what comes to be confirmed in the moment in which a confirmation is done is confirmed too', async () => {
+    await node.close();
+    let gate = Promise.withResolvers<void>();
+    class HeldStore extends FaultyStore {
+      override async put(name: string, bytes: Uint8Array, options?: PutOptions): Promise<void> {
+        await super.put(name, bytes, options);
+        if (name.endsWith('-deleted')) await gate.promise;
+      }
+    }
+    await start('a', { store: new HeldStore(farStore(plain)) });
+    for (let steps = 0; steps < 24; steps++) {
+      gate = Promise.withResolvers<void>();
+      generations.isLatest = () => Promise.resolve(true);
+      await branch(node, 100 + steps, LSN);
+      assert(await node.remote.settled());
+      const deletion = node.timelines.delete(id(100 + steps));
+      generations.isLatest = () => {
+        let comes = Promise.resolve();
+        for (let step = 0; step < steps; step++) comes = comes.then(() => {});
+        void comes.then(() => gate.resolve());
+        return Promise.resolve(true);
+      };
+      write(node, 10);
+      await node.timelines.get(id(1)).flush();
+      await deletion;
+      assert(await node.remote.settled(5_000), `after ${steps} steps`);
+    }
   });
 
   test('local layers stay within the limit, and are fetched when they are read again', async () => {

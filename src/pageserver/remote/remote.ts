@@ -418,9 +418,17 @@ export class Remote {
       // Beyond it they stay as orphans, which scrub finds.
       known.deletions.push(...more.deletions.slice(0, Math.max(0, UNCONFIRMED_DELETIONS_MAX - known.deletions.length)));
     }
+    this.#startConfirming();
+  }
+
+  #startConfirming(): void {
+    if (this.#unconfirmed.size === 0 || this.#stop.signal.aborted) return;
     this.#confirming ??= this.#confirmAll()
       .catch((error: unknown) => this.#options.log.error({ err: error }, 'confirmation ended'))
-      .finally(() => (this.#confirming = undefined));
+      .finally(() => {
+        this.#confirming = undefined;
+        this.#startConfirming(); // Something may have come after the last look.
+      });
   }
 
   async #confirmAll(): Promise<void> {
