@@ -8,6 +8,7 @@ import type { Finding, ScrubReport, ScrubRequest } from '../api/scrub.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import { type CliContext, openPlatform, projectCommand, type ProjectOptions, show } from './context.ts';
 import { findBranch, findProject, listBranches, listProjects } from './entities.ts';
+import { CliError } from './errors.ts';
 import { formatBytes, formatFields } from './format.ts';
 import type { RunningPlatform } from './platform.ts';
 import { occasionally } from './progress.ts';
@@ -55,7 +56,7 @@ export function scrubCommand(context: CliContext, tool: ScrubTool, setExitCode: 
       const branches = await branchesToScrub(platform, options);
       const isPartial = options.branch !== undefined || options.project !== undefined;
       const interrupted = new AbortController();
-      process.once('SIGINT', () => interrupted.abort(new Error('interrupted')));
+      process.once('SIGINT', () => interrupted.abort(new CliError('interrupted')));
       const report = await tool({
         platform,
         timelineIds: isPartial ? branches.map(({ timelineId }) => timelineId) : undefined,

@@ -170,6 +170,7 @@ export function walCommand(context: CliContext, tools: WalTools, setExitCode: (c
     .option('--relation <spc/db/rel>', 'records that change a block of this relation', relation)
     .option('--rmgr <name>', 'records of this resource manager, for example Heap or Transaction', resourceManager)
     .option('--limit <count>', 'at most so many records', count)
+    .addHelpText('after', '\nWith --output json each record is a line of its own.')
     .action(async (place: string | undefined, options: DumpOptions) => {
       assertOrder(options);
       const filter: DumpFilter = {

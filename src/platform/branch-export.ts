@@ -100,7 +100,7 @@ const SPACE_MARGIN_BYTES = 64 * 1024 * 1024;
  */
 export async function exportBranch(options: BranchExportOptions): Promise<ExportedDirectory> {
   const user = unprivilegedUser();
-  const target = openTarget(options.target, user);
+  const { path: target, isNew } = openTarget(options.target, user);
   const staging = join(target, UNFINISHED_EXPORT);
   mkdirSync(staging, { mode: 0o700 });
   const { platformSecret } = readSecrets(options.dataDirectory);
@@ -111,7 +111,9 @@ export async function exportBranch(options: BranchExportOptions): Promise<Export
     publish(staging, target);
     return { path: target, ...exported };
   } catch (error) {
+    // Should somebody have put a file into the directory meanwhile, it stays.
     rmSync(staging, { recursive: true, force: true });
+    if (isNew && readdirSync(target).length === 0) rmdirSync(target);
     throw error;
   } finally {
     await pageserver.close();
@@ -287,7 +289,7 @@ function publish(staging: string, target: string): void {
   fsyncDirectory(target);
 }
 
-function openTarget(wanted: string, user: UnixUser | undefined): string {
+function openTarget(wanted: string, user: UnixUser | undefined): { path: string; isNew: boolean } {
   const path = resolve(wanted);
   const status = statSync(path, { throwIfNoEntry: false });
   if (status !== undefined && !status.isDirectory()) throw new StrataError('bad-request', `${path} is no directory`);
@@ -311,7 +313,7 @@ function openTarget(wanted: string, user: UnixUser | undefined): string {
   }
   // Postgres runs as this user when the superuser is made.
   if (user !== undefined) chownSync(path, user.uid, user.gid);
-  return realpathSync(path);
+  return { path: realpathSync(path), isNew: status === undefined };
 }
 
 function assertSpace(directory: string, bytes: number): void {

@@ -213,12 +213,18 @@ describe('strata export', () => {
     )!;
     const target = join(folder, 'interrupted');
     const command = `bin/strata export --data-dir "${platform.dataDir}" --project ${project.id} --pgdata "${target}"`;
-    const script = `${command} & pid=$!; while [ ! -e "${target}/unfinished-export/base" ]; do sleep 0.01; done; kill -9 $pid; wait $pid`;
-    try {
-      execFileSync('sh', ['-c', script], { cwd: join(import.meta.dirname, '../..'), stdio: 'pipe' });
-    } catch {
-      // It was killed.
-    }
+    const interrupt = (signal: string): void => {
+      const script = `${command} & pid=$!; while [ ! -e "${target}/unfinished-export/base" ]; do sleep 0.01; done; kill -${signal} $pid; wait $pid`;
+      try {
+        execFileSync('sh', ['-c', script], { cwd: join(import.meta.dirname, '../..'), stdio: 'pipe' });
+      } catch (error) {
+        // It was killed, or says that it was interrupted.
+        if (signal === 'TERM') assert.match(String((error as Error).message), /interrupted; nothing is left of it/);
+      }
+    };
+    interrupt('TERM');
+    assert.equal(existsSync(target), false);
+    interrupt('KILL');
     assert.deepEqual(readdirSync(target), ['unfinished-export']);
     await using server = new VanillaPostgres(17, target);
     await assert.rejects(server.start());
