@@ -68,6 +68,8 @@ interface Sampled {
   isGone: boolean;
 }
 
+const COPIED = 'its database was copied, and no record has its pages';
+
 export async function replayPages(options: ReplayOptions): Promise<Replayed> {
   const { source, onRecord, onProgress } = options;
   const replay = new PageReplay(options);
@@ -122,7 +124,7 @@ class PageReplay {
       else if (change.kind === 'drop-relation') this.#remove(change.relation, 0);
       else if (change.kind === 'drop-database') this.#removeDatabase(change.spc, change.db);
       else if (change.kind === 'copy-database') {
-        this.#removeDatabase(change.spc, change.db);
+        this.#removeDatabase(change.spc, change.db, COPIED);
         this.#copied.add(`${change.spc}/${change.db}`);
       }
     }
@@ -163,7 +165,7 @@ class PageReplay {
       changes: 0,
       picked: undefined,
       lastLsn: 0,
-      refused: isCopied && !isMade ? 'its database was copied, and no record has its pages' : undefined,
+      refused: isCopied && !isMade ? COPIED : undefined,
       isGone: false,
     };
     this.#sampled.set(name, sampled);
@@ -197,10 +199,13 @@ class PageReplay {
     }
   }
 
-  #removeDatabase(spc: number, db: number): void {
+  /** `refused`: why what is there from now on is not known. */
+  #removeDatabase(spc: number, db: number, refused?: string): void {
     this.#cut.set(`${spc}/${db}`, 0);
     for (const sampled of this.#sampled.values()) {
-      if (sampled.fork.db === db && sampled.fork.spc === spc) this.#forget(sampled);
+      if (sampled.fork.db !== db || sampled.fork.spc !== spc) continue;
+      this.#forget(sampled);
+      sampled.refused = refused;
     }
   }
 

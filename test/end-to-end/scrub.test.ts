@@ -150,6 +150,20 @@ describe('scrub', () => {
     await stored();
   });
 
+  test('nor when a database is copied under the number of one that is gone', async () => {
+    const url = new URL(platform.connectionString);
+    url.pathname = '/first';
+    await platform.psql('CREATE DATABASE first OID 70000');
+    await platform.psql("CREATE TABLE t AS SELECT i, repeat('x', 500) FROM generate_series(1, 5000) AS i", url.href);
+    await platform.psql('CREATE DATABASE kept TEMPLATE first');
+    await platform.psql('DROP DATABASE first');
+    await platform.psql('CREATE DATABASE first OID 70000 TEMPLATE kept STRATEGY FILE_COPY');
+    await stored();
+    const { code, report } = await scrub('--sample', '3000', '--branch', 'main');
+    assert.equal(code, 0, JSON.stringify(report.differences.slice(0, 3)));
+    assert(report.branches[0]!.refused > 100, 'of what is copied no WAL has the pages');
+  });
+
   test('a layer that is damaged or gone here is named, and repaired when that is asked for', async () => {
     const path = await settledLayer();
     const bytes = readFileSync(path);
