@@ -395,7 +395,7 @@ test('a connection string is for the default branch or a named one', async () =>
     /^postgresql:\/\/stratadb_owner:\w+@127\.0\.0\.1:55432\/stratadb\?sslmode=require&options=endpoint%3Dep-[a-z0-9-]+$/,
   );
   await terminal.fails(1, ['"bob"', 'stratadb_owner'], 'connection-string', '--role', 'bob');
-  await terminal.fails(1, ['"nope"'], 'connection-string', '--database', 'nope');
+  await terminal.fails(1, ['"nope"', 'made with SQL'], 'connection-string', '--database', 'nope');
 });
 
 test('psql gets its arguments, and the password through the environment only', async () => {

@@ -43,7 +43,7 @@ export class Catalog {
     const names = this.roles(branchId).map((role) => role.name);
     throw new StrataError(
       'not-found',
-      `role ${JSON.stringify(name)} does not exist on branch ${branchId} (roles: ${names.join(', ')})`,
+      `the platform has no role ${JSON.stringify(name)} on branch ${branchId} (roles: ${names.join(', ')}); of one that was made with SQL it knows no password: write name and password into a connection string of the branch`,
     );
   }
 
@@ -59,10 +59,9 @@ export class Catalog {
     );
     if (row !== undefined) return row;
     const names = this.databases(branchId).map((database) => database.name);
-    const known = `(databases: ${names.join(', ')})`;
     throw new StrataError(
       'not-found',
-      `database ${JSON.stringify(name)} does not exist on branch ${branchId} ${known}`,
+      `the platform has no database ${JSON.stringify(name)} on branch ${branchId} (databases: ${names.join(', ')}): write the name of one that was made with SQL into a connection string of the branch`,
     );
   }
 

@@ -254,7 +254,7 @@ export class Safekeepers implements SafekeeperDirectory, Omit<SafekeeperAdmin, '
     if (target.length % 2 === 1 && target.length <= COUNT_MAX) return target;
     throw new StrataError(
       'bad-request',
-      `that would be ${target.length} safekeepers: choose 1, 3, 5 or ${COUNT_MAX}, as an even number survives no more failures than one less`,
+      `that would be ${target.length} safekeepers: choose 1, 3, 5 or ${COUNT_MAX}${target.length % 2 === 0 ? ', as an even number survives no more failures than one less' : ''}`,
     );
   }
 
