@@ -83,6 +83,8 @@ export async function startLedTimeline(
   proposer.write(encodeJson(FRAME.greeting, greetingOf(timeline)));
   proposer.write(encodeProposerMessage({ kind: 'vote', term: 1, generation: 0, configuration: NO_CONFIGURATION }));
   proposer.write(encodeProposerMessage({ kind: 'elected', term: 1, startLsn: MID_SEGMENT_LSN, history }));
+  // An append that comes while the history is being written down is refused.
+  while (!replies.some(({ kind }) => kind === 'append-reply')) await sleep(5);
   return {
     root,
     secret,
