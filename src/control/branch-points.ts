@@ -99,7 +99,12 @@ export class BranchPoints {
       );
     }
     await storage.headLsn(branch.timeline_id); // So that every commit up to now is known.
-    const lsn = await storage.lsnForTimestamp(branch.timeline_id, timestampUs);
+    const lsn = await storage.lsnForTimestamp(branch.timeline_id, timestampUs).catch(async (error: unknown) => {
+      if (!(error instanceof StrataError) || error.code !== 'history-gone') throw error;
+      const kept = keptText(await storage.status(branch.timeline_id)); // storage knows no names
+      const state = `the state of ${formatTimestampUs(timestampUs)} of branch ${branch.name}`;
+      throw new StrataError('history-gone', `${state} is no longer kept: ${kept}`, { cause: error });
+    });
     return { ...this.#owned(branch, lsn), isHead: false, timestampUs };
   }
 
@@ -125,9 +130,15 @@ export class BranchPoints {
 /** What there is of the branch is in `kept`. */
 export function outsideHistory(branch: BranchRow, lsn: Lsn, kept: TimelineStatus): StrataError {
   const where = lsn < kept.oldestLsn ? 'before the beginning' : 'in the future';
-  const time = kept.oldestTimeMs === undefined ? '' : ` (the state of ${formatTimestampMs(kept.oldestTimeMs)})`;
-  const range = `oldest ${formatLsn(kept.oldestLsn)}${time}, newest ${formatLsn(kept.newestLsn)}`;
-  return new StrataError('bad-request', `LSN ${formatLsn(lsn)} is ${where} of branch ${branch.name}: ${range}`);
+  return new StrataError(
+    'bad-request',
+    `LSN ${formatLsn(lsn)} is ${where} of branch ${branch.name}: ${keptText(kept)}`,
+  );
+}
+
+function keptText({ oldestLsn, oldestTimeMs, newestLsn }: TimelineStatus): string {
+  const time = oldestTimeMs === undefined ? '' : ` (the state of ${formatTimestampMs(oldestTimeMs)})`;
+  return `oldest ${formatLsn(oldestLsn)}${time}, newest ${formatLsn(newestLsn)}`;
 }
 
 function parsedLsn(text: string): Lsn {
