@@ -1,7 +1,7 @@
 /**
  * The other contender: the same Postgres binaries with the same memory settings, fsync and full-page writes on, on a local directory.
  */
-import { chownSync, mkdtempSync, writeFileSync } from 'node:fs';
+import { chownSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { freePort } from '../src/base/free-port.ts';
@@ -67,6 +67,7 @@ export async function withVanilla<T>(
       return await use(vanilla);
     } finally {
       await vanilla.stop();
+      rmSync(runDir, { recursive: true, force: true });
     }
   });
 }
