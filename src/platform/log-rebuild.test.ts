@@ -90,6 +90,16 @@ test('a safekeeper whose log is more advanced than what is offloaded gives it to
   assert(withoutStore.kind === 'rebuild' && withoutStore.copied === 1);
 });
 
+test('of what is offloaded with a history that was pruned up to its end, it is known that it is committed, and no more', () => {
+  const pruned: OffloadedEnd = { ...OFFLOADED, history: history() };
+  const found = plan([ABSENT, present(9_000, 2, { commitLsn: 4_000 }), ABSENT], 4_500, pruned);
+  assert(found.kind === 'rebuild');
+  assert.deepEqual([found.source, found.keptLsn], ['object store', 5_000]);
+  assert.deepEqual(found.state.history, [...pruned.history, { term: found.state.term, startLsn: 5_000 }]);
+  const ahead = plan([ABSENT, present(9_000, 2, { commitLsn: 5_000 }), ABSENT], 4_500, pruned);
+  assert(ahead.kind === 'rebuild' && ahead.source === 'another safekeeper' && ahead.keptLsn === 9_000);
+});
+
 test('a pageserver that is ahead of all logs is the truth, and all of them begin anew where it is', () => {
   const found = plan([ABSENT, present(5_500, 3), ABSENT], 7_000, OFFLOADED);
   assert(found.kind === 'rebuild');

@@ -157,7 +157,14 @@ export function planRebuild(
     kind: 'rebuild',
     targets: absent,
     logStartLsn: startLsn,
-    state: { term, generation, configuration, commitLsn: offloadedLsn, history },
+    state: {
+      term,
+      generation,
+      configuration,
+      commitLsn: offloadedLsn,
+      // So that it is more advanced than what survives of older terms.
+      history: isStoredPruned ? [...history, { term, startLsn: offloadedLsn }] : history,
+    },
     source: 'object store',
     keptLsn: offloadedLsn,
   };
