@@ -49,11 +49,13 @@ export function branchesCommand(context: CliContext): Command {
         endpoints: options.endpoint ? [{ type: 'read_write' }] : [],
       });
       const { branch } = created;
+      // A point of before the parent began is one of the parent's parent.
+      const owner = branches.find(({ id }) => id === branch.parent_id) ?? parent;
       show(context, options, created, () =>
         formatFields([
           ['branch', branch.name],
           ['id', branch.id],
-          ['parent', `${parent.name} at ${branch.parent_lsn ?? '-'}`],
+          ['parent', `${owner.name} at ${branch.parent_lsn ?? '-'}`],
           ['endpoint', created.endpoints[0]?.id ?? '-'],
           ['connection', created.connection_uris?.[0]?.connection_uri ?? '-'],
         ]),

@@ -342,6 +342,8 @@ test('changes are of a branch since it began, or of two since they parted, by nu
   const { storage } = terminal.world;
   storage.commit(await timelineOf('main'), Date.now() * 1000);
   await terminal.ok('branches', 'create', '--name', 'dev');
+  const before = ['--parent', 'dev', '--at', '0/1500000', '--no-endpoint'];
+  assert.match(await terminal.ok('branches', 'create', '--name', 'old', ...before), /^parent +main at 0\/1500000$/m);
   await terminal.ok('endpoints', 'suspend', 'main');
   await terminal.ok('endpoints', 'suspend', 'dev');
   const nothing = await terminal.ok('branches', 'changes', 'dev', '--no-wake');
