@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
-import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
@@ -13,6 +13,7 @@ import type { LayerRun } from './compaction-plan.ts';
 import { inlineCompactor, ThreadCompactor } from './compactor.ts';
 import type { Compactor } from './compactor.ts';
 import { ALL_KEYS, databaseKey, relationBlockKey } from './key.ts';
+import { layerFileName } from './layers/layer-format.ts';
 import { HOT_CHANGES_MAX } from './layers/memory-layer.ts';
 import { CHAIN_RECORDS_MAX, TAIL_RECORDS_MAX } from './merge.ts';
 import type { Timeline } from './timeline.ts';
@@ -195,6 +196,40 @@ describe('compaction', () => {
       }
     },
   );
+
+  test('what a merge has written is left alone by the next when nobody knows which index is on disk', async () => {
+    await open();
+    const root = await importRoot();
+    const write = async (): Promise<void> => {
+      const lsn = root.lastRecordLsn + 8;
+      root.put(databaseKey(1663, 5), lsn, encodeImage(randomBytes(100)));
+      root.advance(lsn, lsn - 8);
+      await root.flush();
+    };
+    for (let i = 0; i < RUNS_TO_MERGE - 1; i++) await write();
+    const before = new Set(readdirSync(root.directory));
+    // The index is surely the old one: the next is written under this name first.
+    const next = join(root.directory, 'index.partial');
+    mkdirSync(next);
+    await assert.rejects(
+      timelines.compaction.merge(root, (runs) => runs),
+      /index\.partial/,
+    );
+    rmdirSync(next);
+    assert.deepEqual(new Set(readdirSync(root.directory)), before);
+    root.replaceLayers = () => Promise.reject(new Error('the folder cannot be synced'));
+    await assert.rejects(
+      timelines.compaction.merge(root, (runs) => runs),
+      /cannot be synced/,
+    );
+    const written = readdirSync(root.directory).filter((name) => !before.has(name));
+    assert.equal(written.length, 1);
+    const content = readFileSync(join(root.directory, written[0]!));
+    Reflect.deleteProperty(root, 'replaceLayers');
+    assert(await timelines.compaction.merge(root, (runs) => runs));
+    assert.deepEqual(readFileSync(join(root.directory, written[0]!)), content);
+    assert(!root.index.layers.some((layer) => layerFileName(layer) === written[0]));
+  });
 
   test('merges run in a thread, a closed store gives them up, and the folder holds what the index names', async () => {
     await open(new ThreadCompactor());

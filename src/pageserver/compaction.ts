@@ -51,6 +51,8 @@ export class Compaction {
   #small: Promise<void> | undefined;
   /** What was asked for last. */
   #last: Promise<unknown> = Promise.resolve();
+  /** The highest that a merge of the timeline has had. */
+  readonly #revisions = new WeakMap<Timeline, number>();
   #isClosed = false;
 
   constructor(options: CompactionOptions) {
@@ -193,6 +195,7 @@ export class Compaction {
         }),
       ],
       retention: retentionOf(timeline),
+      revision: this.#nextRevision(timeline, runs),
       cancel,
     };
     const merged = await this.#mergeWhole(timeline, job);
@@ -213,6 +216,17 @@ export class Compaction {
       },
       'compacted',
     );
+  }
+
+  /**
+   * No two merges have the same: when the index could not be replaced for certain, the one on disk may name what a merge has written, and the next one
+   * must neither overwrite nor remove that.
+   */
+  #nextRevision(timeline: Timeline, runs: readonly LayerRun[]): number {
+    const revisions = runs.flatMap((run) => run.layers.map((layer) => layer.revision ?? 0));
+    const revision = 1 + Math.max(this.#revisions.get(timeline) ?? 0, ...revisions);
+    this.#revisions.set(timeline, revision);
+    return revision;
   }
 
   /** The merge reads files: those of its runs that are not here are fetched first, others when it comes upon them. Nothing is evicted meanwhile. */

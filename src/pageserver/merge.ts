@@ -53,6 +53,8 @@ export interface MergeJob {
   /** All layers of the timeline, then of its ancestors, and up to where they count: for pages whose history begins before these runs. */
   readonly lineage: readonly MergeLineageStep[];
   readonly retention: Retention | undefined;
+  /** Of the new layers: above that of the runs' layers. */
+  readonly revision: number;
   /** Its first element becomes 1 when the merge is to be given up. */
   readonly cancel: Int32Array;
 }
@@ -92,7 +94,6 @@ class Merge {
   readonly #lineage: readonly LineageStep[];
   readonly #lsnStart: Lsn;
   readonly #lsnEnd: Lsn;
-  readonly #revision: number;
   readonly #written: LayerDescription[] = [];
   #writer: LayerWriter | undefined;
   /** The value of the image that was made last: memory that is given up for each costs more than making it. */
@@ -110,7 +111,6 @@ class Merge {
     this.#reader = new HistoryReader(new PageCache(8 * 1024 * 1024), this.#cache.blocks, replay);
     this.#lsnStart = job.runs[0]![0]!.lsnStart;
     this.#lsnEnd = job.runs.at(-1)![0]!.lsnEnd;
-    this.#revision = 1 + Math.max(...job.runs.flat().map((layer) => layer.revision ?? 0));
     this.#lineage = job.lineage.map(({ directory, layers, endLsn }, number) => {
       const layerMap = new LayerMap();
       for (const layer of layers) layerMap.insert(this.#file(directory, layer));
@@ -165,7 +165,7 @@ class Merge {
       timelineId,
       lsnStart: this.#lsnStart,
       lsnEnd: this.#lsnEnd,
-      revision: this.#revision,
+      revision: this.#job.revision,
     }));
     const chain = holdsPages(key) ? new ImageChain(this, key) : undefined;
     for (let i = 0; i < entries.length; i++) {

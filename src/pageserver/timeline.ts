@@ -13,7 +13,7 @@
  */
 
 import assert from 'node:assert/strict';
-import { rm } from 'node:fs/promises';
+import { readFile, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { StrataError } from '../base/errors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
@@ -44,7 +44,7 @@ import type { Horizon } from './retention.ts';
 import type { OnStep } from './step.ts';
 import type { KeyValue, TimelineReader, TimelineWriter } from './timeline-access.ts';
 import { removeTimelineDirectory } from './timeline-directory.ts';
-import { encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
+import { decodeTimelineIndex, encodeTimelineIndex, TIMELINE_INDEX_NAME } from './timeline-index.ts';
 import type { TimelineIndex } from './timeline-index.ts';
 import { encodeImage } from './value.ts';
 
@@ -439,15 +439,23 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
 
   /**
    * Has the index name `added`, which are durable, in the place of `removed`, and then removes the files of those. Reads see the old
-   * layers or the new ones, which must have the same to tell of every LSN that may be read.
+   * layers or the new ones, which must have the same to tell of every LSN that may be read. When it rejects, the files of `added` are gone, unless the index on
+   * disk names them all the same.
    */
   async replaceLayers(removed: readonly LayerDescription[], added: readonly LayerDescription[]): Promise<void> {
     const names = new Set(removed.map((layer) => layerPath(this.directory, layer)));
     const isRemoved = (layer: LayerDescription): boolean => names.has(layerPath(this.directory, layer));
-    await this.#writeIndex((index) => {
-      if (this.#stopped !== undefined) throw this.#stoppedError();
-      return { ...index, layers: [...index.layers.filter((layer) => !isRemoved(layer)), ...added] };
-    });
+    try {
+      await this.#writeIndex((index) => {
+        if (this.#stopped !== undefined) throw this.#stoppedError();
+        return { ...index, layers: [...index.layers.filter((layer) => !isRemoved(layer)), ...added] };
+      });
+    } catch (error) {
+      if (!(await this.#mayNameOnDisk(added))) {
+        for (const layer of added) await rm(layerPath(this.directory, layer), { force: true });
+      }
+      throw error;
+    }
     this.#options.onStep?.('compacted index written');
     const old = [...this.layerMap.all()].filter((file) => isRemoved(file.description));
     for (const file of old) this.layerMap.remove(file);
@@ -600,6 +608,18 @@ export class Timeline implements TimelineWriter, TimelineReader, History {
     });
     this.#indexWritten = written.catch(() => {});
     return written;
+  }
+
+  /** Whether the index on disk names one of the layers, or cannot be read. */
+  async #mayNameOnDisk(layers: readonly LayerDescription[]): Promise<boolean> {
+    const path = join(this.directory, TIMELINE_INDEX_NAME);
+    const names = new Set(layers.map((layer) => layerFileName(layer)));
+    try {
+      const onDisk = decodeTimelineIndex(await readFile(path), path);
+      return onDisk.layers.some((layer) => names.has(layerFileName(layer)));
+    } catch {
+      return true;
+    }
   }
 
   #layerFile(description: LayerDescription): LayerFile {
