@@ -91,7 +91,7 @@ export class Acceptor<Sender> {
   #commitLsn: Lsn;
   #generation: number;
   #configuration: Configuration;
-  readonly #votesFrom: LogPosition | undefined;
+  #votesFrom: LogPosition | undefined;
   #persistedCommitLsn: Lsn;
   #flushLsn: Lsn;
   /** End of what is durable; may lie inside a record. */
@@ -474,6 +474,10 @@ export class Acceptor<Sender> {
   }
 
   #state(): AcceptorState {
+    // Once it was there it has all that it may have helped to commit: it votes from then on, even if a leader with a pruned history cuts it to less.
+    if (this.#votesFrom !== undefined && hasReached(this.#history, this.#flushLsn, this.#votesFrom)) {
+      this.#votesFrom = undefined;
+    }
     const votesFrom = this.#votesFrom;
     return {
       term: this.#term,

@@ -51,6 +51,10 @@ const KEPT_SEEDS = [
   90_043,
 ];
 
+test('a log that was given anew goes on voting when its leader has a pruned history', () => {
+  for (const seed of [15_077, 72_582, 78_896]) simulate(seed);
+});
+
 for (const seed of KEPT_SEEDS) {
   test(`seed ${seed}, which once showed a mistake, shows none`, () => {
     simulate(seed, { removesWal: false });
