@@ -166,6 +166,11 @@ test('what is wrong with a request is said with its value', async () => {
   const post = async (words: string[], body: unknown) => api.refused(400, words, 'POST', '/projects', body);
   await post(['project.pg_version', '"17"'], { project: { pg_version: '17' } });
   await post(['pg_version 99', 'available: 17'], { project: { pg_version: 99 } });
+  for (const seconds of [0, 3600, 2_592_001]) {
+    const limit = seconds < 21_600 ? '21600' : '2592000';
+    const project = { history_retention_seconds: seconds };
+    await post(['project.history_retention_seconds', String(seconds), limit], { project });
+  }
   await post(['project.name', '12'], { project: { name: 12 } });
   await post(['project.branch.role_name', '63'], { project: { branch: { role_name: 'x'.repeat(64) } } });
   for (const name of ['pg_x', 'strata_admin', 'strata_owner', 'public', 'none']) {

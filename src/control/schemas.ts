@@ -2,6 +2,8 @@
  * JSON schemas of the API's requests. Fields that are not named here are taken and ignored, as clients send more than we know; what we know
  * but cannot do yet is refused by the logic, by name.
  */
+import { RETENTION_MS } from '../api/pageserver.ts';
+
 /** Names of projects, branches and endpoints stand in tables and messages: something must be seen of them, on one line. A `description` is for the error. */
 const nameText = {
   type: 'string',
@@ -48,7 +50,8 @@ const defaultEndpointSettings = {
   },
 } as const;
 
-const retention = { type: 'integer', minimum: 0, maximum: 2_592_000 } as const;
+/** Seconds. */
+const retention = { type: 'integer', minimum: RETENTION_MS.min / 1000, maximum: RETENTION_MS.max / 1000 } as const;
 
 /** A body of one object under one name, as all of the API's are. */
 function body(name: string, properties: object, required: readonly string[] = []) {

@@ -10,7 +10,6 @@ import {
   type ImportProgress,
   type ObjectStoreStatus,
   type PageserverClient,
-  RETENTION_MS,
   type TimelineSizes,
 } from '../api/pageserver.ts';
 import { SafekeeperClient, type SafekeeperTimelineStatus } from '../api/safekeeper.ts';
@@ -150,8 +149,7 @@ export class ClusterStorage implements Storage {
   }
 
   async setRetention(tenantId: string, retentionSeconds: number): Promise<void> {
-    const { min, max } = RETENTION_MS;
-    await this.#options.pageserver.setRetention(tenantId, Math.min(max, Math.max(min, retentionSeconds * 1000)));
+    await this.#options.pageserver.setRetention(tenantId, retentionSeconds * 1000);
   }
 
   /**
