@@ -3,7 +3,8 @@ import { spawn } from 'node:child_process';
 import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 import { createLog } from './log.ts';
-import { findProcessors, keepTo, shareOf } from './processors.ts';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { findProcessors, keepTo, shareOf, SharedProcessor } from './processors.ts';
 
 const log = createLog({ name: 'test', level: 'silent' });
 
@@ -30,4 +31,27 @@ test('a process is kept to processors, and one that is gone does no harm', async
     assert.match(readFileSync(`/proc/${pid}/status`, 'latin1'), new RegExp(`^Cpus_allowed_list:\\s*${list}$`, 'm'));
   }
   await keepTo('0', 2 ** 30, log);
+});
+
+test('this process shares the processor from the first sender on until the last is gone', async (context) => {
+  const found = findProcessors();
+  if (found === undefined) return context.skip('there are not few processors');
+  const processor = new SharedProcessor(found, log);
+  const children = [spawn('sleep', ['60']), spawn('sleep', ['60'])];
+  context.after(() => children.forEach((child) => child.kill()));
+  const isOn = async (list: string, pid = process.pid): Promise<void> => {
+    const pattern = new RegExp(`^Cpus_allowed_list:\\s*${list}$`, 'm');
+    for (const deadline = Date.now() + 20_000; !pattern.test(readFileSync(`/proc/${pid}/status`, 'latin1'));) {
+      assert(Date.now() < deadline, `process ${pid} does not run on ${list}`);
+      await sleep(5);
+    }
+  };
+  const [first, second] = children.map(({ pid }) => processor.keepSender(pid!));
+  for (const pid of [process.pid, ...children.map((child) => child.pid)]) await isOn(found.shared, pid);
+  first!();
+  first!();
+  await sleep(100);
+  await isOn(found.shared);
+  second!();
+  await isOn(found.all);
 });

@@ -21,6 +21,37 @@ export interface Processors {
   readonly shared: string;
 }
 
+/** What commits share. To start a Postgres takes half as long again from there, so this process keeps to it only while one sends it WAL. */
+export class SharedProcessor implements Processors {
+  readonly all: string;
+  readonly shared: string;
+  readonly #log: Logger;
+  #senderCount = 0;
+  #moved: Promise<void> = Promise.resolve();
+
+  constructor({ all, shared }: Processors, log: Logger) {
+    this.all = all;
+    this.shared = shared;
+    this.#log = log;
+  }
+
+  /** Keeps a process that sends WAL to it, and this process until the function that is returned is called for each. */
+  keepSender(pid: number): () => void {
+    void keepTo(this.shared, pid, this.#log);
+    if (this.#senderCount++ === 0) this.#move(this.shared);
+    let isThere = true;
+    return () => {
+      if (isThere && --this.#senderCount === 0) this.#move(this.all);
+      isThere = false;
+    };
+  }
+
+  /** One move after the other: the last one counts. */
+  #move(processors: string): void {
+    this.#moved = this.#moved.then(() => keepTo(processors, process.pid, this.#log));
+  }
+}
+
 /** Undefined when the scheduler is to decide. Must be asked before this process itself is kept to one. */
 export function findProcessors(): Processors | undefined {
   try {

@@ -17,7 +17,7 @@ import type { PageserverClient } from '../api/pageserver.ts';
 import type { SafekeeperDirectory } from '../api/safekeeper-set.ts';
 import { toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
-import type { Processors } from '../base/processors.ts';
+import type { SharedProcessor } from '../base/processors.ts';
 import { signToken } from '../base/token.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { ActivityMonitor, applyCatalog, connectAdmin } from './admin.ts';
@@ -42,7 +42,7 @@ export interface ComputeEnvironment {
   /** Where the shim asks for pages. */
   readonly pageAddress: { readonly host: string; readonly port: number };
   /** Undefined when the scheduler decides. */
-  readonly processors?: Processors | undefined;
+  readonly processors?: SharedProcessor | undefined;
   readonly platformSecret: Uint8Array;
   readonly adminPassword: string;
   /** When storage lags; those of api/backpressure-limits.ts when absent. */
@@ -148,7 +148,7 @@ export class Compute {
           slotName: PROPOSER_NAME,
           proposer,
           log,
-          processor: environment.processors?.shared,
+          processor: environment.processors,
         }),
       );
       const { instanceDir, postgres, isKept, lease } = instance;

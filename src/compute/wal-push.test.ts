@@ -22,7 +22,8 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { promisify } from 'node:util';
 import { Client } from 'pg';
 import { readWal, SafekeeperClient, type SafekeeperEndpoint, type TimelineIdentity } from '../api/safekeeper.ts';
-import { findProcessors } from '../base/processors.ts';
+import { createLog } from '../base/log.ts';
+import { findProcessors, SharedProcessor } from '../base/processors.ts';
 import { signToken } from '../base/token.ts';
 import { formatLsn, type Lsn, parseLsn } from '../postgres/lsn.ts';
 import { RM_XACT } from '../postgres/rmgr.ts';
@@ -35,6 +36,8 @@ import { startWalPush } from './wal-push.ts';
 const SECRET = randomBytes(32);
 const PGBENCH = '/usr/bin/pgbench';
 const USER = 'strata_admin';
+const log = createLog({ name: 'test', level: 'silent' });
+const processors = findProcessors();
 const XACT_OPERATION_MASK = 0x70;
 const XACT_COMMIT = 0x00;
 
@@ -73,7 +76,7 @@ test('commits go on with one safekeeper of three killed, wait with two, and none
     password: 'secret',
     slotName: 'strata',
     proposer,
-    processor: findProcessors()?.shared,
+    processor: processors === undefined ? undefined : new SharedProcessor(processors, log),
   });
   await query(socketDir, `ALTER SYSTEM SET synchronous_standby_names = 'strata'`);
   await query(socketDir, `SELECT pg_reload_conf()`);
@@ -134,7 +137,6 @@ test('commits go on with one safekeeper of three killed, wait with two, and none
 
 /** Waits until the process that sends the WAL runs on the processor that it was to be kept to. */
 async function senderIsKept(socketDir: string): Promise<void> {
-  const processors = findProcessors();
   if (processors === undefined) return;
   const pid = (await query(socketDir, 'SELECT pid FROM pg_stat_replication'))[0]?.['pid'] as number;
   const isKept = (): boolean =>

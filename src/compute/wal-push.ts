@@ -7,7 +7,7 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Logger } from '../base/log.ts';
-import { keepTo } from '../base/processors.ts';
+import type { SharedProcessor } from '../base/processors.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import { DELAY_MS_MAX, delayMs } from './backpressure.ts';
 import type { Proposer } from './proposer.ts';
@@ -19,8 +19,8 @@ export interface WalPushOptions extends Omit<ReplicationOptions, 'applicationNam
   readonly proposer: Proposer;
   readonly signal?: AbortSignal;
   readonly log?: Logger;
-  /** Postgres' process that sends the WAL is kept to it (base/processors.ts). */
-  readonly processor?: string | undefined;
+  /** Postgres' process that sends the WAL is kept to it, and this one. */
+  readonly processor?: SharedProcessor | undefined;
 }
 
 /** How long a lost connection to a Postgres that may be gone is tried again. */
@@ -58,6 +58,7 @@ export class WalPush {
   /** Storage lags: no WAL is taken until it fires. */
   #slowTimer: NodeJS.Timeout | undefined;
   #keepTimer: NodeJS.Timeout | undefined;
+  #leaveProcessor: (() => void) | undefined;
   #ended = false;
 
   constructor(options: WalPushOptions) {
@@ -115,14 +116,20 @@ export class WalPush {
   }
 
   #keepSenderSoon(client: ReplicationClient): void {
-    const { processor, log } = this.#options;
+    const { processor } = this.#options;
     const { serverPid } = client;
-    clearTimeout(this.#keepTimer);
+    this.#leaveSender();
     if (processor === undefined || serverPid === undefined) return;
     this.#keepTimer = setTimeout(() => {
-      if (this.#client === client) void keepTo(processor, serverPid, log);
+      if (this.#client === client) this.#leaveProcessor = processor.keepSender(serverPid);
     }, KEEP_AFTER_MS);
     this.#keepTimer.unref();
+  }
+
+  #leaveSender(): void {
+    clearTimeout(this.#keepTimer);
+    this.#leaveProcessor?.();
+    this.#leaveProcessor = undefined;
   }
 
   #slow(waitMs: number): void {
@@ -168,7 +175,7 @@ export class WalPush {
     signal?.removeEventListener('abort', this.#onAbort);
     clearInterval(this.#statusTimer);
     clearTimeout(this.#slowTimer);
-    clearTimeout(this.#keepTimer);
+    this.#leaveSender();
     this.#client?.close();
     this.#resolveClosed?.(reason);
   }

@@ -14,7 +14,7 @@ import { type DirectoryLock, lockDirectory } from '../base/directory-lock.ts';
 import { writeFileDurably } from '../base/durable-file.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import { createLog, type Logger } from '../base/log.ts';
-import { findProcessors, keepTo, type Processors } from '../base/processors.ts';
+import { findProcessors, type Processors, SharedProcessor } from '../base/processors.ts';
 import { listen, serveRpc } from '../base/rpc.ts';
 import { signToken } from '../base/token.ts';
 import { nodesOf } from '../consensus/configuration.ts';
@@ -108,7 +108,8 @@ async function bringUp(
   );
 
   progress('starting storage');
-  const processors = findProcessors();
+  const few = findProcessors();
+  const processors = few === undefined ? undefined : new SharedProcessor(few, log);
   const wakeService = Promise.withResolvers<WakeService>();
   const { safekeepers, pageserver, pageserverAddress, pageAddress, services, startProxy } = await startServices(
     options,
@@ -236,8 +237,6 @@ async function bringUp(
   safekeepers.resume();
   cleanup.add(() => safekeepers.close());
   if (options.safekeeperCount !== undefined) void changeCount(safekeepers, options.safekeeperCount, progress);
-  // Last: what is started until then is started with all of them.
-  if (processors !== undefined) await keepTo(processors.shared, process.pid, log);
   log.info({ services: services.map((service) => service.pid), processors }, 'ready');
   return {
     connectionString: control.defaultConnectionUri(),
