@@ -11,6 +11,7 @@ import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 
 /** A lease is renewed after this part of the time that it lasts, so that there are several tries. */
 const RENEW_FRACTION = 1 / 5;
+/** After a failure, at the latest. */
 const RETRY_MS = 10_000;
 
 export class LsnLease {
@@ -20,6 +21,7 @@ export class LsnLease {
   readonly #holder: string;
   readonly #log: Logger;
   #timer: NodeJS.Timeout | undefined;
+  #renewMs = 0;
   #isReleased = false;
   #resolveLost: (reason: string) => void = () => {};
   /** Resolves, with why, when the pageserver no longer has what the compute may ask for. */
@@ -42,7 +44,8 @@ export class LsnLease {
   ): Promise<LsnLease> {
     const lease = new LsnLease(pageserver, timelineId, lsn, options.kind ?? 'compute', options.log);
     const { durationMs } = await pageserver.leaseLsn(timelineId, lsn, lease.#holder, options.signal);
-    lease.#renewIn(durationMs * RENEW_FRACTION);
+    lease.#renewMs = durationMs * RENEW_FRACTION;
+    lease.#renewIn(lease.#renewMs);
     return lease;
   }
 
@@ -63,7 +66,8 @@ export class LsnLease {
   async #renew(): Promise<void> {
     try {
       const { durationMs } = await this.#pageserver.leaseLsn(this.#timelineId, this.#lsn, this.#holder);
-      this.#renewIn(durationMs * RENEW_FRACTION);
+      this.#renewMs = durationMs * RENEW_FRACTION;
+      this.#renewIn(this.#renewMs);
     } catch (error) {
       const { code, message } = toStrataError(error);
       if (code === 'history-gone' || code === 'not-found') {
@@ -71,7 +75,7 @@ export class LsnLease {
         return;
       }
       this.#log.warn({ lsn: formatLsn(this.#lsn), reason: message }, 'the lease on the start LSN could not be renewed');
-      this.#renewIn(RETRY_MS);
+      this.#renewIn(Math.min(RETRY_MS, this.#renewMs));
     }
   }
 }
