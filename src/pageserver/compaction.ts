@@ -11,6 +11,7 @@
  */
 
 import type { Logger } from '../base/log.ts';
+import { SingleRun } from '../base/single-run.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import { deltaRuns, planMerge } from './compaction-plan.ts';
 import type { LayerRun } from './compaction-plan.ts';
@@ -45,7 +46,10 @@ export class Compaction {
   readonly #options: CompactionOptions;
   readonly #largeBytes: number;
   readonly #waiting = new Set<Timeline>();
-  #running: Promise<void> | undefined;
+  readonly #runs = new SingleRun(
+    () => this.#run(),
+    () => this.#waiting.size > 0,
+  );
   /** The timeline of which a large merge is under way, and the small ones beside it: they begin while it runs, and whatever comes next waits for them. */
   #large: Timeline | undefined;
   #small: Promise<void> | undefined;
@@ -64,20 +68,13 @@ export class Compaction {
   request(timeline: Timeline): void {
     if (this.#isClosed || planMerge(deltaRuns(timeline.index.layers)) === undefined) return;
     this.#waiting.add(timeline);
-    this.#start();
+    this.#runs.start();
     this.#startSmall();
-  }
-
-  #start(): void {
-    this.#running ??= this.#run().finally(() => {
-      this.#running = undefined;
-      if (this.#waiting.size > 0) this.#start(); // One may have come after the last look.
-    });
   }
 
   /** Resolves when no merge is under way or wanted. */
   async settled(): Promise<void> {
-    while (this.#running !== undefined) await this.#running;
+    await this.#runs.settled();
     await this.#last;
     await this.#small;
   }

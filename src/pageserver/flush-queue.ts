@@ -4,6 +4,7 @@
  */
 
 import { setTimeout as sleep } from 'node:timers/promises';
+import { SingleRun } from '../base/single-run.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import type { LayerDescription } from './layers/layer-format.ts';
 import type { MemoryLayer } from './layers/memory-layer.ts';
@@ -32,7 +33,10 @@ export class FlushQueue {
   readonly #layers: FrozenLayer[] = [];
   #isStopped = false;
   #isGivenUp = false;
-  #flushing: Promise<void> | undefined;
+  readonly #flushes = new SingleRun(
+    () => this.#flushAll(),
+    () => this.#layers.length > 0 && this.#error === undefined && !this.#isStopped,
+  );
   /** Resolves when a failed flush is tried again. */
   #retry: Promise<void> | undefined;
   #error: Error | undefined;
@@ -57,7 +61,7 @@ export class FlushQueue {
 
   push(frozen: FrozenLayer): void {
     this.#layers.push(frozen);
-    this.#start();
+    this.#flushes.start();
   }
 
   /** To be called by `write` when the oldest layer is read from disk. */
@@ -69,31 +73,23 @@ export class FlushQueue {
   async flushed(): Promise<void> {
     const last = this.#layers.at(-1);
     if (last === undefined) return;
-    if (!this.#isStopped) this.#start();
+    if (!this.#isStopped) this.#flushes.start();
     while (this.#layers.includes(last) && !this.#isStopped) {
-      await this.#flushing;
+      await this.#flushes.current;
       if (this.#error !== undefined) throw this.#error;
     }
   }
 
   /** Resolves when it is not full, or stopped. */
   async room(): Promise<void> {
-    while (this.isFull) await (this.#flushing ?? this.#retry ?? sleep(RETRY_DELAY_MS));
+    while (this.isFull) await (this.#flushes.current ?? this.#retry ?? sleep(RETRY_DELAY_MS));
   }
 
   /** Resolves when nothing is written any more. What fails is not tried again; `isGivenUp`: only what is being written now is. */
   async stop(isGivenUp: boolean): Promise<void> {
     this.#isStopped = true;
     this.#isGivenUp = isGivenUp;
-    await this.#flushing;
-  }
-
-  #start(): void {
-    this.#flushing ??= this.#flushAll().finally(() => {
-      this.#flushing = undefined;
-      // One may have come after the last look.
-      if (this.#layers.length > 0 && this.#error === undefined && !this.#isStopped) this.#start();
-    });
+    await this.#flushes.current;
   }
 
   async #flushAll(): Promise<void> {
@@ -108,7 +104,7 @@ export class FlushQueue {
         if (this.#isStopped) return;
         this.#retry ??= sleep(RETRY_DELAY_MS, undefined, { ref: false }).then(() => {
           this.#retry = undefined;
-          if (!this.#isStopped && this.#layers.length > 0) this.#start();
+          if (!this.#isStopped && this.#layers.length > 0) this.#flushes.start();
         });
         return;
       }

@@ -5,6 +5,7 @@
  */
 
 import type { Logger } from '../../base/log.ts';
+import { SingleRun } from '../../base/single-run.ts';
 import { listAll } from '../../object-store/object-store.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -29,7 +30,10 @@ export class DeletionQueue {
   readonly #options: DeletionQueueOptions;
   readonly #stopped: AbortSignal;
   #waiting: Deletion[] = [];
-  #running: Promise<void> | undefined;
+  readonly #runs = new SingleRun(
+    () => this.#run(),
+    () => this.#isWanted,
+  );
   #isFull = false;
 
   constructor(options: DeletionQueueOptions, stopped: AbortSignal) {
@@ -51,20 +55,16 @@ export class DeletionQueue {
       );
     }
     this.#waiting.push(...deletions.slice(0, room));
-    this.#start();
+    if (this.#isWanted) this.#runs.start();
   }
 
-  #start(): void {
-    if (this.#waiting.length === 0 || this.#stopped.aborted) return;
-    this.#running ??= this.#run().finally(() => {
-      this.#running = undefined;
-      this.#start(); // Some may have come after the last look.
-    });
+  get #isWanted(): boolean {
+    return this.#waiting.length > 0 && !this.#stopped.aborted;
   }
 
   /** Resolves when nothing waits. */
-  async settled(): Promise<void> {
-    while (this.#running !== undefined) await this.#running;
+  settled(): Promise<void> {
+    return this.#runs.settled();
   }
 
   async #run(): Promise<void> {

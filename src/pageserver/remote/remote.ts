@@ -17,6 +17,7 @@ import type { Generations } from '../../api/generations.ts';
 import type { ObjectStoreStatus } from '../../api/pageserver.ts';
 import { StrataError } from '../../base/errors.ts';
 import type { Logger } from '../../base/log.ts';
+import { SingleRun } from '../../base/single-run.ts';
 import { isObjectError, ObjectStoreError } from '../../object-store/object-store.ts';
 import type { ObjectStore } from '../../object-store/object-store.ts';
 import { LayerAbsentError } from '../layers/block.ts';
@@ -87,7 +88,10 @@ export class Remote {
   readonly #waiters = new Map<TimelineUpload, Waiter[]>();
   readonly #unconfirmed = new Map<TimelineUpload, Confirmable>();
   readonly #fetches = new Map<string, Promise<void>>();
-  #confirming: Promise<void> | undefined;
+  readonly #confirming = new SingleRun(
+    () => this.#confirmAll().catch((error: unknown) => this.#options.log.error({ err: error }, 'confirmation ended')),
+    () => this.#isConfirmationWanted,
+  );
   #failure: { readonly message: string; readonly sinceMs: number } | undefined;
   #failureCount = 0;
   #isStale = false;
@@ -295,7 +299,7 @@ export class Remote {
       this.#settleWaiters(upload, new StrataError('unavailable', 'the pageserver is stopping'));
     }
     await Promise.allSettled([...this.#running.values()].map(({ done }) => done));
-    await this.#confirming;
+    await this.#confirming.current;
     await this.#deletions.settled();
     await Promise.allSettled(this.#fetches.values());
   }
@@ -418,17 +422,11 @@ export class Remote {
       // Beyond it they stay as orphans, which scrub finds.
       known.deletions.push(...more.deletions.slice(0, Math.max(0, UNCONFIRMED_DELETIONS_MAX - known.deletions.length)));
     }
-    this.#startConfirming();
+    if (this.#isConfirmationWanted) this.#confirming.start();
   }
 
-  #startConfirming(): void {
-    if (this.#unconfirmed.size === 0 || this.#stop.signal.aborted) return;
-    this.#confirming ??= this.#confirmAll()
-      .catch((error: unknown) => this.#options.log.error({ err: error }, 'confirmation ended'))
-      .finally(() => {
-        this.#confirming = undefined;
-        this.#startConfirming(); // Something may have come after the last look.
-      });
+  get #isConfirmationWanted(): boolean {
+    return this.#unconfirmed.size > 0 && !this.#stop.signal.aborted;
   }
 
   async #confirmAll(): Promise<void> {
