@@ -12,7 +12,6 @@ import type { Lsn } from '../../src/postgres/lsn.ts';
 import { RM_CLOG, RM_SMGR, RM_XACT } from '../../src/postgres/rmgr.ts';
 import { WalReader } from '../../src/postgres/wal/reader.ts';
 import { encodeRecordAt } from '../../src/postgres/wal/writer.ts';
-import { encodeCheckpointState } from '../../src/pageserver/ingest/checkpoint-state.ts';
 import { Ingest } from '../../src/pageserver/ingest/ingest.ts';
 import { ALL_KEYS, CHECKPOINT_STATE_KEY, databaseKey, KEY_KIND } from '../../src/pageserver/key.ts';
 import type { Key } from '../../src/pageserver/key.ts';
@@ -23,6 +22,7 @@ import type { OnStep } from '../../src/pageserver/step.ts';
 import type { Timeline } from '../../src/pageserver/timeline.ts';
 import { Timelines } from '../../src/pageserver/timelines.ts';
 import { readWhole } from '../../src/pageserver/whole-reads.ts';
+import { checkpointStateAt } from '../ingest/checkpoint.ts';
 import { u32 } from '../ingest/make-record.ts';
 
 export const START_LSN: Lsn = 0x1000000;
@@ -30,40 +30,6 @@ const ID = '1'.padStart(32, '0');
 const RECORDS = 4_000;
 const RECORDS_IN_A_CYCLE = 150;
 const WAL_PIECE_BYTES = 10_000;
-
-const STATE = encodeCheckpointState({
-  checkPoint: {
-    redo: START_LSN,
-    timelineId: 1,
-    prevTimelineId: 1,
-    fullPageWrites: false,
-    walLevel: 1,
-    nextXid: 700,
-    nextOid: 16384,
-    nextMulti: 1,
-    nextMultiOffset: 0,
-    oldestXid: 3,
-    oldestXidDb: 1,
-    oldestMulti: 1,
-    oldestMultiDb: 1,
-    time: 1_700_000_000,
-    oldestCommitTsXid: 0,
-    newestCommitTsXid: 0,
-    oldestActiveXid: 0,
-  },
-  parameters: {
-    walLevel: 1,
-    walLogHints: false,
-    maxConnections: 100,
-    maxWorkerProcesses: 8,
-    maxWalSenders: 10,
-    maxPreparedTransactions: 0,
-    maxLocksPerTransaction: 64,
-    trackCommitTimestamp: false,
-  },
-  checkpointLsn: START_LSN - 64,
-  shutdownLsn: START_LSN,
-});
 
 /** Tables are made, and transactions commit. */
 const WAL = makeWal();
@@ -121,7 +87,7 @@ export async function openRepairable(directory: string, onStep?: OnStep): Promis
   const root =
     timelines.find(ID) ??
     (await timelines.import(request, async (target) => {
-      target.put(CHECKPOINT_STATE_KEY, STATE);
+      target.put(CHECKPOINT_STATE_KEY, checkpointStateAt(START_LSN));
       target.put(databaseKey(1663, 5), Buffer.from('map'));
       await target.drain();
     }));

@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { beforeEach, test } from 'node:test';
 
+import { checkPointAt, checkpointStateAt } from '../../../test/ingest/checkpoint.ts';
 import { makeRecord, u32 } from '../../../test/ingest/make-record.ts';
 import type { RecordToMake } from '../../../test/ingest/make-record.ts';
 import { MemoryTimeline } from '../../../test/ingest/memory-timeline.ts';
@@ -19,7 +20,7 @@ import {
   slruSizeKey,
   twoPhaseKey,
 } from '../key.ts';
-import { decodeCheckpointState, encodeCheckpointState } from './checkpoint-state.ts';
+import { decodeCheckpointState } from './checkpoint-state.ts';
 import { IngestError } from './ingest-error.ts';
 import { Ingest } from './ingest.ts';
 
@@ -31,46 +32,13 @@ let timeline: MemoryTimeline;
 let ingest: Ingest;
 let lsn: Lsn;
 
-const CHECKPOINT: CheckPoint = {
-  redo: START,
-  timelineId: 1,
-  prevTimelineId: 1,
-  fullPageWrites: false,
-  walLevel: 1,
-  nextXid: 700,
-  nextOid: 16384,
-  nextMulti: 1,
-  nextMultiOffset: 0,
-  oldestXid: 3,
-  oldestXidDb: 1,
-  oldestMulti: 1,
-  oldestMultiDb: 1,
-  time: 1_700_000_000,
-  oldestCommitTsXid: 0,
-  newestCommitTsXid: 0,
-  oldestActiveXid: 0,
-};
+const CHECKPOINT = checkPointAt(START);
 
 beforeEach(() => open(CHECKPOINT));
 
 function open(checkPoint: CheckPoint): void {
   timeline = new MemoryTimeline(17, START, START - 64);
-  const state = encodeCheckpointState({
-    checkPoint,
-    parameters: {
-      walLevel: 1,
-      walLogHints: false,
-      maxConnections: 100,
-      maxWorkerProcesses: 8,
-      maxWalSenders: 10,
-      maxPreparedTransactions: 0,
-      maxLocksPerTransaction: 64,
-      trackCommitTimestamp: false,
-    },
-    checkpointLsn: START - 64,
-    shutdownLsn: START,
-  });
-  timeline.put(CHECKPOINT_STATE_KEY, state);
+  timeline.put(CHECKPOINT_STATE_KEY, checkpointStateAt(START, checkPoint));
   ingest = new Ingest(timeline);
   lsn = START + 40;
 }

@@ -4,6 +4,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
+import { checkpointStateAt } from '../../../test/ingest/checkpoint.ts';
 import { u32 } from '../../../test/ingest/make-record.ts';
 import { farStore, TestGenerations, TestNode } from '../../../test/pageserver/node.ts';
 import { FileSystemStore } from '../../object-store/file-system-store.ts';
@@ -13,7 +14,6 @@ import { RM_DBASE } from '../../postgres/rmgr.ts';
 import { WalReader } from '../../postgres/wal/reader.ts';
 import type { WalRecord } from '../../postgres/wal/record.ts';
 import { encodeRecordAt } from '../../postgres/wal/writer.ts';
-import { encodeCheckpointState } from '../ingest/checkpoint-state.ts';
 import { Ingest } from '../ingest/ingest.ts';
 import { CHECKPOINT_STATE_KEY, databaseKey, relationBlockKey, relationSizeKey } from '../key.ts';
 import type { Key } from '../key.ts';
@@ -31,40 +31,6 @@ const LSN = 0x1000000;
 const COPIED_LSN = LSN + 64;
 const BLOCKS = 250;
 const FROM = { spc: 1663, db: 5, rel: 16384, fork: 0 };
-
-const STATE = encodeCheckpointState({
-  checkPoint: {
-    redo: LSN,
-    timelineId: 1,
-    prevTimelineId: 1,
-    fullPageWrites: false,
-    walLevel: 1,
-    nextXid: 700,
-    nextOid: 16384,
-    nextMulti: 1,
-    nextMultiOffset: 0,
-    oldestXid: 3,
-    oldestXidDb: 1,
-    oldestMulti: 1,
-    oldestMultiDb: 1,
-    time: 1_700_000_000,
-    oldestCommitTsXid: 0,
-    newestCommitTsXid: 0,
-    oldestActiveXid: 0,
-  },
-  parameters: {
-    walLevel: 1,
-    walLogHints: false,
-    maxConnections: 100,
-    maxWorkerProcesses: 8,
-    maxWalSenders: 10,
-    maxPreparedTransactions: 0,
-    maxLocksPerTransaction: 64,
-    trackCommitTimestamp: false,
-  },
-  checkpointLsn: LSN - 64,
-  shutdownLsn: LSN,
-});
 
 const WAL = encodeRecordAt({
   lsn: COPIED_LSN,
@@ -100,7 +66,7 @@ describe('a copied database, and an object store', () => {
     });
     const request = { tenantId: TENANT, timelineId: ID, pgVersion: 17, lsn: LSN, recordLsn: LSN - 64 } as const;
     timeline = await node.timelines.import(request, async (target) => {
-      target.put(CHECKPOINT_STATE_KEY, STATE);
+      target.put(CHECKPOINT_STATE_KEY, checkpointStateAt(LSN));
       target.put(databaseKey(FROM.spc, FROM.db), Buffer.from('map'));
       target.put(relationSizeKey(FROM.spc, FROM.db, FROM.rel, FROM.fork), u32(BLOCKS));
       await target.drain();
