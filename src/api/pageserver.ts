@@ -93,10 +93,6 @@ export interface LsnForTimestamp {
   readonly lsn: Lsn;
 }
 
-const HOUR_MS = 60 * 60_000;
-/** How long history is kept, for each project. */
-export const RETENTION_MS = { min: 6 * HOUR_MS, default: 7 * 24 * HOUR_MS, max: 30 * 24 * HOUR_MS } as const;
-
 export interface LsnLease {
   /** For how long it lasts if it is not renewed, in milliseconds. */
   readonly durationMs: number;

@@ -1,13 +1,13 @@
 /** `strata projects create | list | update | delete`. */
 import { Command, InvalidArgumentError } from 'commander';
+import { RETENTION_MS } from '../api/retention.ts';
 import { type CliContext, type CommonOptions, openPlatform, platformCommand, show } from './context.ts';
 import { type Project, findProject, listProjects } from './entities.ts';
 import { CliError } from './errors.ts';
 import { formatAgo, formatFields, formatTable } from './format.ts';
 
 const HISTORY = 'for how long its history is kept, from 6h to 30d';
-/** As storage bounds it (RETENTION_MS in api/pageserver.ts). */
-const HISTORY_HOURS = { min: 6, max: 30 * 24 };
+const HOUR_SECONDS = 3600;
 
 interface CreateOptions extends CommonOptions {
   readonly name?: string;
@@ -77,7 +77,7 @@ export function projectsCommand(context: CliContext): Command {
         formatFields([
           ['project', project.name],
           ['id', project.id],
-          ['history', formatHours(project.history_retention_seconds / 3600)],
+          ['history', formatHours(project.history_retention_seconds / HOUR_SECONDS)],
         ]),
       );
     });
@@ -103,7 +103,8 @@ export function projectsCommand(context: CliContext): Command {
 function historySeconds(text: string): number {
   const match = /^(\d{1,4})(h|d)$/.exec(text);
   const hours = match === null ? NaN : Number(match[1]) * (match[2] === 'd' ? 24 : 1);
-  if (hours >= HISTORY_HOURS.min && hours <= HISTORY_HOURS.max) return hours * 3600;
+  const seconds = hours * HOUR_SECONDS;
+  if (seconds * 1000 >= RETENTION_MS.min && seconds * 1000 <= RETENTION_MS.max) return seconds;
   throw new InvalidArgumentError('It must be from 6h to 30d, in hours (36h) or days (7d).');
 }
 

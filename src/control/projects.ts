@@ -6,6 +6,7 @@
  * imported project (imports.ts) has no ancestor.
  */
 import type { BranchPoint } from '../api/control.ts';
+import { RETENTION_MS } from '../api/retention.ts';
 import { StrataError } from '../base/errors.ts';
 import type { Branches } from './branches.ts';
 import { likePattern } from './branches.ts';
@@ -20,7 +21,7 @@ import type { BranchRow, EndpointRow, OperationAction, ProjectRow } from './stat
 export const DEFAULT_ROLE_NAME = 'stratadb_owner';
 export const DEFAULT_DATABASE_NAME = 'stratadb';
 const DEFAULT_BRANCH_NAME = 'main';
-const DEFAULT_HISTORY_RETENTION_SECONDS = 7 * 24 * 3600;
+const DEFAULT_HISTORY_RETENTION_SECONDS = RETENTION_MS.default / 1000;
 
 export interface ProjectCreateOptions {
   readonly name?: string;

@@ -2,7 +2,7 @@
  * JSON schemas of the API's requests. Fields that are not named here are taken and ignored, as clients send more than we know; what we know
  * but cannot do yet is refused by the logic, by name.
  */
-import { RETENTION_MS } from '../api/pageserver.ts';
+import { RETENTION_MS } from '../api/retention.ts';
 
 /** Names of projects, branches and endpoints stand in tables and messages: something must be seen of them, on one line. A `description` is for the error. */
 const nameText = {

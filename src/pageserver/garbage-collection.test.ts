@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
 import fc from 'fast-check';
 import { encodePoke, ModelTimeline, replayPoke } from '../../test/pageserver/history-model.ts';
-import { RETENTION_MS } from '../api/pageserver.ts';
+import { RETENTION_MS } from '../api/retention.ts';
 import { createLog } from '../base/log.ts';
 import { Indexed } from './indexed-timeline.ts';
 import { WalIndexWriter } from './ingest/wal-index-writer.ts';

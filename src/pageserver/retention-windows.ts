@@ -8,7 +8,7 @@
 
 import { mkdirSync, readFileSync } from 'node:fs';
 import { dirname } from 'node:path';
-import { RETENTION_MS } from '../api/pageserver.ts';
+import { RETENTION_MS } from '../api/retention.ts';
 import { crc32c } from '../base/crc32c.ts';
 import { writeFileDurably } from '../base/durable-file.ts';
 import type { Logger } from '../base/log.ts';

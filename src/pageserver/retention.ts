@@ -6,7 +6,7 @@
  * everybody has had the time of a whole lease to take theirs again (GarbageCollection).
  */
 
-import { RETENTION_MS } from '../api/pageserver.ts';
+import { RETENTION_MS } from '../api/retention.ts';
 import { StrataError } from '../base/errors.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import type { Lsn } from '../postgres/lsn.ts';
