@@ -44,8 +44,7 @@ export class LsnLease {
   ): Promise<LsnLease> {
     const lease = new LsnLease(pageserver, timelineId, lsn, options.kind ?? 'compute', options.log);
     const { durationMs } = await pageserver.leaseLsn(timelineId, lsn, lease.#holder, options.signal);
-    lease.#renewMs = durationMs * RENEW_FRACTION;
-    lease.#renewIn(lease.#renewMs);
+    lease.#granted(durationMs);
     return lease;
   }
 
@@ -57,6 +56,11 @@ export class LsnLease {
     this.#pageserver.releaseLsn(this.#timelineId, this.#holder).catch(() => {});
   }
 
+  #granted(durationMs: number): void {
+    this.#renewMs = durationMs * RENEW_FRACTION;
+    this.#renewIn(this.#renewMs);
+  }
+
   #renewIn(delayMs: number): void {
     if (this.#isReleased) return;
     this.#timer = setTimeout(() => void this.#renew(), delayMs);
@@ -66,8 +70,7 @@ export class LsnLease {
   async #renew(): Promise<void> {
     try {
       const { durationMs } = await this.#pageserver.leaseLsn(this.#timelineId, this.#lsn, this.#holder);
-      this.#renewMs = durationMs * RENEW_FRACTION;
-      this.#renewIn(this.#renewMs);
+      this.#granted(durationMs);
     } catch (error) {
       const { code, message } = toStrataError(error);
       if (code === 'history-gone' || code === 'not-found') {
