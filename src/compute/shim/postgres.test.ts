@@ -8,6 +8,8 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import type { Client } from 'pg';
 import { countPresentPages, reusePageMap } from '../page-map.ts';
 import type { PostgresProcess } from '../postgres-process.ts';
+import { type Lsn, parseLsn } from '../../postgres/lsn.ts';
+import { ReplicationClient } from '../replication-client.ts';
 import { buildShim } from './build.ts';
 import {
   type Cluster,
@@ -380,6 +382,48 @@ test('the server goes down with the process that started it, and runs on the pro
   assert.match(readFileSync(`/proc/${pid}/status`, 'latin1'), /^Cpus_allowed_list:\s*0$/m);
   parent.kill('SIGKILL');
   await until(() => !existsSync(`/proc/${pid}`) || readFileSync(`/proc/${pid}/stat`, 'utf8').includes(') Z '));
+});
+
+test('a walsender gathers WAL while its last small message is not answered, and holds nothing back for ever', async () => {
+  const running = await startCold();
+  const { client, cluster } = running;
+  const flushLsn = async (): Promise<Lsn> => parseLsn(await one(client, 'select pg_current_wal_flush_lsn()'));
+  await client.query('create table counted (n int); set synchronous_commit = on');
+  const follower = await ReplicationClient.connect({
+    socketDir: cluster.dataDir,
+    port: 5432,
+    user: 'postgres',
+    password: '',
+    applicationName: 'follower',
+  });
+  let [messages, lsn, answers] = [0, await flushLsn(), false];
+  await follower.ensureSlot('follower');
+  await follower.stream('follower', lsn, {
+    onWal: (startLsn, bytes) => {
+      messages++;
+      lsn = startLsn + bytes.length;
+      if (answers) follower.sendStatus(lsn);
+    },
+    onStatusWanted: () => follower.sendStatus(lsn),
+    onClose: () => {},
+  });
+  const insert = async (): Promise<void> => {
+    for (let n = 0; n < 100; n++) await client.query('insert into counted values ($1)', [n]);
+    const end = await flushLsn();
+    await until(() => lsn >= end);
+  };
+  const startMs = performance.now();
+  await insert();
+  const elapsedMs = performance.now() - startMs;
+  assert.ok(messages <= elapsedMs / 2 + 3, `${messages} messages in ${elapsedMs.toFixed(0)} ms`);
+  answers = true;
+  await insert();
+  // Much WAL, in large messages.
+  await client.query('insert into counted select generate_series(1, 100000)');
+  const end = await flushLsn();
+  await until(() => lsn >= end);
+  follower.close();
+  await stop(running);
 });
 
 async function until(condition: () => boolean): Promise<void> {

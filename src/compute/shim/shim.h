@@ -7,6 +7,7 @@
  *   wire.c     the connection to the pageserver, one per process
  *   files.c    files that are made on first use
  *   map.c      the configuration and the page map: load, check, find
+ *   walsender.c  the messages in which WAL leaves; nothing to do with pages
  *
  * Rules that all keep:
  *   - A page's state leaves `absent` only by a compare-and-swap to `claimed`; the claimer alone writes that page to the local file, and
