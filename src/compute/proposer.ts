@@ -414,7 +414,9 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     for (const waiter of this.#waiters) if (waiter.lsn <= lsn) waiter.resolve();
     this.emit('commit', lsn);
     const ackedByAll = Math.min(...this.#active.map((index) => this.#state.peer(index).ackedLsn));
-    this.#buffer.trim(Math.min(lsn, Math.max(ackedByAll, lsn - (this.#options.retainedBytes ?? RETAINED_BYTES))));
+    const keptLsn = Math.max(ackedByAll, lsn - (this.#options.retainedBytes ?? RETAINED_BYTES));
+    // Who has acknowledged it has read it from its connection; connections that were lost are closed, and send nothing more.
+    this.#buffer.trim(Math.min(lsn, keptLsn), ackedByAll);
     this.#startPause();
     this.#schedulePump(); // One that recovers may find a source now.
   }
