@@ -1,6 +1,7 @@
 /**
- * How fast are durable commits? pgbench -N with three safekeepers, and with one, against one vanilla Postgres with fsync on. Beside the rate, which depends on what
- * else the machine does, the processor time of all processes for each commit.
+ * How fast are durable commits? pgbench -N with three safekeepers, and with one, against one vanilla Postgres with fsync on: the compute itself, over its Unix
+ * socket, against vanilla over its own, and the proxy against vanilla over TCP. Beside the rate, which depends on what else the machine does, the processor time
+ * of all processes for each commit.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { inTurns, median, processorSeconds, type Row } from './measure.ts';
@@ -15,20 +16,21 @@ export async function durableCommits({ vanilla, strata, rounds, seconds, scale }
   const rows: Row[] = [];
   for (const clients of [1, 8, 32]) {
     const args = pgbenchArgs(clients);
-    const [theirs, direct, tls] = await inTurnsMeasured(rounds, seconds, [
+    const [socket, tcp, direct, tls] = await inTurnsMeasured(rounds, seconds, [
+      { pid: vanilla.pid, run: () => tps(vanilla.directConnectionString(), args, seconds) },
       { pid: vanilla.pid, run: () => tps(vanilla.connectionString, args, seconds) },
       { pid: strata.pid, run: () => tps(strata.directConnectionString(), args, seconds) },
       { pid: strata.pid, run: () => tps(strata.connectionString, args, seconds) },
     ]);
     const question = `durable pgbench -N, ${clients} client${clients === 1 ? '' : 's'}`;
-    rows.push(row(`${question}, compute itself`, theirs!, direct!), row(`${question}, proxy with TLS`, theirs!, tls!));
+    rows.push(row(`${question}, compute itself`, socket!, direct!), row(`${question}, proxy with TLS`, tcp!, tls!));
   }
   const single = await BenchedPlatform.start(['--safekeepers', '1']);
   try {
     await load(single.connectionString, scale);
     const args = pgbenchArgs(8);
     const [theirs, direct] = await inTurnsMeasured(rounds, seconds, [
-      { pid: vanilla.pid, run: () => tps(vanilla.connectionString, args, seconds) },
+      { pid: vanilla.pid, run: () => tps(vanilla.directConnectionString(), args, seconds) },
       { pid: single.pid, run: () => tps(single.directConnectionString(), args, seconds) },
     ]);
     rows.push(row('durable pgbench -N, 8 clients, one safekeeper, compute itself', theirs!, direct!));

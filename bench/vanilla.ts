@@ -13,6 +13,8 @@ import { makeFolderFor } from '../src/platform/platform-directory.ts';
 
 export interface Vanilla {
   readonly connectionString: string;
+  /** At its Unix socket: to be compared with a compute's. */
+  directConnectionString(): string;
   readonly socketDir: string;
   readonly pid: number;
   stop(): Promise<void>;
@@ -51,6 +53,8 @@ export async function withVanilla<T>(
     let postgres: PostgresProcess | undefined;
     const vanilla = {
       connectionString: `postgresql://${ADMIN_ROLE}:${PASSWORD}@127.0.0.1:${port}/postgres`,
+      directConnectionString: () =>
+        `postgresql://${ADMIN_ROLE}:${PASSWORD}@${encodeURIComponent(runDir)}:${port}/postgres`,
       socketDir: runDir,
       get pid(): number {
         return postgres?.pid ?? 0;

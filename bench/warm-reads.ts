@@ -1,5 +1,6 @@
 /**
- * How fast are reads of pages that are here? pgbench -S, prepared statements; through the proxy, and at the compute's own socket. What a relay costs at least is
+ * How fast are reads of pages that are here? pgbench -S, prepared statements; through the proxy, against vanilla over TCP, and at the compute's own socket, against
+ * vanilla's. What a relay costs at least is
  * measured too: a bare one, before the same compute.
  */
 import { startBareRelay } from './bare-relay.ts';
@@ -15,8 +16,9 @@ export async function warmReads({ vanilla, strata, rounds, seconds }: Contenders
   try {
     for (const clients of [1, 8]) {
       const args = ['-S', '-M', 'prepared', '-c', String(clients), '-j', '2'];
-      const [theirs, direct, plain, tls, plainFloor, tlsFloor] = await inTurns(
+      const [socket, tcp, direct, plain, tls, plainFloor, tlsFloor] = await inTurns(
         rounds,
+        () => tps(vanilla.directConnectionString(), args, seconds),
         () => tps(vanilla.connectionString, args, seconds),
         () => tps(strata.directConnectionString(), args, seconds),
         () => tps(strata.plainConnectionString(), args, seconds),
@@ -25,7 +27,7 @@ export async function warmReads({ vanilla, strata, rounds, seconds }: Contenders
         () => tps(strata.connectionStringAt(bareTls.port, 'require'), args, seconds),
       );
       const question = `warm pgbench -S, ${clients} client${clients === 1 ? '' : 's'}`;
-      const row = (name: string, value: number, floor?: number): Row => ({
+      const row = (name: string, theirs: number, value: number, floor?: number): Row => ({
         question: `${question}, ${name}`,
         unit: 'tps',
         vanilla: theirs,
@@ -33,8 +35,8 @@ export async function warmReads({ vanilla, strata, rounds, seconds }: Contenders
         isRate: true,
         ...(floor === undefined ? {} : { note: `a bare relay in Node: ${Math.round(floor).toLocaleString('en-US')}` }),
       });
-      rows.push(row('compute itself', direct!));
-      rows.push(row('proxy without TLS', plain!, plainFloor), row('proxy with TLS', tls!, tlsFloor));
+      rows.push(row('compute itself', socket!, direct!));
+      rows.push(row('proxy without TLS', tcp!, plain!, plainFloor), row('proxy with TLS', tcp!, tls!, tlsFloor));
     }
   } finally {
     await barePlain.stop();
