@@ -1,14 +1,10 @@
 /**
  * `npm run bench`: Strata and vanilla Postgres (the same binaries) in the same run on the same machine; medians of several rounds.
- *
- *   --quick               short rounds, for a look
- *   --only NAME[,NAME]    some of the questions
- *   --sync-delay MS       both on a disk whose flushes take so much longer
- *   --json                the rows as JSON instead of a table
  */
-import { parseArgs } from 'node:util';
+import { Command, InvalidArgumentError, Option } from 'commander';
 import { append } from './append.ts';
 import { branchCreation } from './branch-creation.ts';
+import { bulkInsert } from './bulk-insert.ts';
 import { changes } from './changes.ts';
 import { commitLatency } from './commit-latency.ts';
 import { coldScan } from './cold-scan.ts';
@@ -46,6 +42,7 @@ export interface Contenders {
 const QUESTIONS: Readonly<Record<string, (contenders: Contenders) => Promise<Row[]>>> = {
   'warm-reads': warmReads,
   'durable-commits': durableCommits,
+  'bulk-insert': bulkInsert,
   'cold-scan': coldScan,
   wake,
   failover,
@@ -68,22 +65,36 @@ const PART_QUESTIONS: Readonly<Record<string, (options: { readonly quick: boolea
   space,
 };
 
-const { values } = parseArgs({
-  options: {
-    quick: { type: 'boolean' },
-    only: { type: 'string' },
-    'sync-delay': { type: 'string' },
-    json: { type: 'boolean' },
-  },
-});
-const syncDelayMs = Number(values['sync-delay'] ?? 0);
-if (!(syncDelayMs >= 0)) throw new Error(`--sync-delay ${values['sync-delay']}: give milliseconds, such as 1 or 0.5`);
-const env = syncDelayMs === 0 ? {} : slowDisk(syncDelayMs);
-const known = [...Object.keys(PART_QUESTIONS), ...Object.keys(QUESTIONS)];
-const names = values.only?.split(',') ?? known;
-const unknown = names.find((name) => !known.includes(name));
-if (unknown !== undefined) throw new Error(`no question "${unknown}"; there are ${known.join(', ')}`);
-const quick = values.quick === true;
+const KNOWN = [...Object.keys(PART_QUESTIONS), ...Object.keys(QUESTIONS)];
+
+interface Options {
+  readonly quick: boolean;
+  readonly only: readonly string[];
+  /** Milliseconds. */
+  readonly syncDelay: number;
+  readonly json: boolean;
+}
+
+const {
+  quick,
+  only: names,
+  syncDelay,
+  json,
+} = new Command('npm run bench --')
+  .description(
+    'Asks Strata and a vanilla Postgres in turns, and prints figures and ratios. Without options: everything.',
+  )
+  .option('--quick', 'short rounds, for a look', false)
+  .addOption(
+    new Option('--only <names>', `some of the questions, with commas between: ${KNOWN.join(', ')}`)
+      .argParser(parseNames)
+      .default(KNOWN, 'all'),
+  )
+  .option('--sync-delay <ms>', 'both on a disk whose flushes take so much longer', parseMilliseconds, 0)
+  .option('--json', 'the rows as JSON instead of a table', false)
+  .parse()
+  .opts<Options>();
+const env = syncDelay === 0 ? {} : slowDisk(syncDelay);
 const scale = quick ? 5 : 20;
 const rows: Row[] = [];
 
@@ -96,7 +107,7 @@ for (const name of names) {
 
 const platformNames = names.filter((name) => name in QUESTIONS);
 if (platformNames.length > 0) await withVanilla(askPlatform, env);
-console.log(values.json ? JSON.stringify(rows, undefined, 2) : formatTable(rows));
+console.log(json ? JSON.stringify(rows, undefined, 2) : formatTable(rows));
 
 async function askPlatform(vanilla: Vanilla): Promise<void> {
   const strata = await BenchedPlatform.start([], env);
@@ -112,4 +123,17 @@ async function askPlatform(vanilla: Vanilla): Promise<void> {
   } finally {
     await strata.destroy();
   }
+}
+
+function parseNames(text: string): string[] {
+  const given = text.split(',');
+  const unknown = given.find((name) => !KNOWN.includes(name));
+  if (unknown !== undefined) throw new InvalidArgumentError(`There is no question "${unknown}".`);
+  return given;
+}
+
+function parseMilliseconds(text: string): number {
+  const value = Number(text);
+  if (!(value >= 0)) throw new InvalidArgumentError('Give milliseconds, such as 1 or 0.5.');
+  return value;
 }
