@@ -11,7 +11,7 @@
  *
  * The network is a proxy before each safekeeper, or, if asked for, a network namespace for each, as on a host of its own.
  *
- *   bin/node test/end-to-end/log-faults.ts --rounds 200 [--seed N] [--pgbench] [--namespaces]
+ * For many rounds: bin/node test/end-to-end/log-faults.ts --help
  */
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
@@ -20,7 +20,8 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { parseArgs, promisify } from 'node:util';
+import { promisify } from 'node:util';
+import { Command } from 'commander';
 import type { Client } from 'pg';
 import { readWal, type TimelineIdentity } from '../../src/api/safekeeper.ts';
 import { signToken } from '../../src/base/token.ts';
@@ -471,24 +472,17 @@ function generator(seed: number): () => number {
 }
 
 if (import.meta.main) {
-  const { values } = parseArgs({
-    options: {
-      rounds: { type: 'string' },
-      seed: { type: 'string' },
-      pgbench: { type: 'boolean' },
-      namespaces: { type: 'boolean' },
-    },
-  });
-  const rounds = Number(values.rounds ?? 10);
-  const seed = Number(values.seed ?? Math.floor(Math.random() * 2 ** 31));
+  const { rounds, seed, pgbench, namespaces } = new Command('bin/node test/end-to-end/log-faults.ts')
+    .description('Kills, stops and cuts off safekeepers, proposers and Postgres, and looks for commits that are lost.')
+    .option('--rounds <count>', 'how many', Number, 10)
+    .option('--seed <number>', 'which ones', Number, Math.floor(Math.random() * 2 ** 31))
+    .option('--pgbench', 'pgbench runs beside the checkers', false)
+    .option('--namespaces', 'each safekeeper has a network namespace of its own; needs root', false)
+    .parse()
+    .opts<{ rounds: number; seed: number; pgbench: boolean; namespaces: boolean }>();
   console.log(`seed ${seed}`);
-  const report = await runFaults({
-    rounds,
-    seed,
-    log: (text) => console.log(text),
-    withPgbench: values.pgbench === true,
-    withNamespaces: values.namespaces === true,
-  });
+  const log = (text: string): void => console.log(text);
+  const report = await runFaults({ rounds, seed, log, withPgbench: pgbench, withNamespaces: namespaces });
   console.log(JSON.stringify(report, undefined, 2));
   process.exit(0);
 }

@@ -1,16 +1,9 @@
 /**
- * Runs the simulation for as many seeds as wanted, on as many threads, or one seed with all that happened in it.
- *
- *   npm run simulate -- --seeds 100000 --from 1 [--threads 2] [--bug NAME]
- *   npm run simulate -- --from 17 --trace [--bug NAME]
- *   npm run simulate -- --explore [bounds of explore.ts]
- *
- * Whether logs lose their beginning is drawn by the seed, unless --removal or --no-removal says so.
- *
- * Exit code 1 when a seed broke an invariant.
+ * Runs the simulation for as many seeds as wanted, on as many threads, or one seed with all that happened in it; or the explorer. Exit code 1 when a seed broke
+ * an invariant.
  */
-import { parseArgs } from 'node:util';
 import { isMainThread, parentPort, Worker, workerData } from 'node:worker_threads';
+import { Command, InvalidArgumentError, Option } from 'commander';
 import { type RunOptions, simulate } from './cluster.ts';
 import { explore, SMALL_BOUNDS } from './explore.ts';
 import type { Bounds } from './explored-world.ts';
@@ -42,61 +35,69 @@ interface Tally {
 if (isMainThread) await main();
 else runShare(workerData as Share, (tally) => parentPort!.postMessage(tally));
 
+interface Options extends Omit<Bounds, 'memberSets' | 'proposers' | 'prunes'> {
+  readonly members: Bounds['memberSets'];
+  readonly seeds: number;
+  readonly from: number;
+  readonly threads: number;
+  readonly bug: Bug | undefined;
+  readonly removal: boolean | undefined;
+  readonly trace: boolean;
+  readonly explore: boolean;
+}
+
 async function main(): Promise<void> {
-  const { values } = parseArgs({
-    allowNegative: true,
-    options: {
-      seeds: { type: 'string', default: '1000' },
-      from: { type: 'string', default: '1' },
-      threads: { type: 'string', default: '1' },
-      bug: { type: 'string' },
-      removal: { type: 'boolean' },
-      trace: { type: 'boolean', default: false },
-      explore: { type: 'boolean', default: false },
-      terms: { type: 'string' },
-      entries: { type: 'string' },
-      delays: { type: 'string' },
-      crashes: { type: 'string' },
-      breaks: { type: 'string' },
-      restarts: { type: 'string' },
-      acceptors: { type: 'string' },
-      members: { type: 'string' },
-      'max-states': { type: 'string' },
-    },
-  });
-  if (values.explore) {
-    const bound = (
-      name: 'acceptors' | 'terms' | 'entries' | 'delays' | 'crashes' | 'breaks' | 'restarts' | 'max-states',
-      least: number,
-    ): number => (values[name] === undefined ? least : wholeNumber(`--${name}`, values[name]));
-    const { acceptors, terms, entries, delays, crashes, breaks, restarts, maxStates } = SMALL_BOUNDS;
-    exploreAll({
-      ...SMALL_BOUNDS,
-      acceptors: bound('acceptors', acceptors),
-      memberSets: values.members === undefined ? SMALL_BOUNDS.memberSets : memberSets(values.members),
-      terms: bound('terms', terms),
-      entries: bound('entries', entries),
-      delays: bound('delays', delays),
-      crashes: bound('crashes', crashes),
-      breaks: bound('breaks', breaks),
-      restarts: bound('restarts', restarts),
-      maxStates: bound('max-states', maxStates),
-    });
+  const bounds = SMALL_BOUNDS;
+  const command = new Command('npm run simulate --')
+    .description('The simulation of the consensus, for seeds, or an exhaustive exploration of it within bounds.')
+    .option('--seeds <count>', 'how many', wholeNumber, 1_000)
+    .option('--from <seed>', 'the first', wholeNumber, 1)
+    .option('--threads <count>', 'on which to run them', wholeNumber, 1)
+    .option('--trace', 'run the first seed alone, and show all that happens')
+    .addOption(new Option('--bug <name>', 'a mistake made on purpose, which is to be found').choices(BUGS))
+    .option('--removal', 'logs lose their beginning (default: drawn by the seed)')
+    .option('--no-removal', 'logs do not')
+    .option('--explore', 'explore instead, within these bounds:')
+    .option('--acceptors <count>', 'acceptors', wholeNumber, bounds.acceptors)
+    .addOption(
+      new Option('--members <sets>', 'sets of acceptors that follow each other as members, such as 0,1,2/0,1,3')
+        .argParser(parseMembers)
+        .default(bounds.memberSets, 'all of them'),
+    )
+    .option('--terms <count>', 'terms', wholeNumber, bounds.terms)
+    .option('--entries <count>', 'entries', wholeNumber, bounds.entries)
+    .option('--delays <count>', 'messages that come late', wholeNumber, bounds.delays)
+    .option('--crashes <count>', 'crashes', wholeNumber, bounds.crashes)
+    .option('--breaks <count>', 'connections that break', wholeNumber, bounds.breaks)
+    .option('--restarts <count>', 'restarts', wholeNumber, bounds.restarts)
+    .addOption(
+      new Option('--max-states <count>', 'states after which to stop')
+        .argParser(wholeNumber)
+        .default(bounds.maxStates, 'none'),
+    );
+  const {
+    seeds,
+    from,
+    threads,
+    bug,
+    removal,
+    trace,
+    explore: isExploration,
+    ...rest
+  } = command.parse().opts<Options>();
+  if (isExploration) {
+    const { members: memberSets, ...asked } = rest;
+    exploreAll({ ...bounds, ...asked, memberSets });
     return;
   }
-  const from = wholeNumber('--from', values.from);
-  const seeds = wholeNumber('--seeds', values.seeds);
-  const threads = wholeNumber('--threads', values.threads);
-  const bug = BUGS.find((each) => each === values.bug);
-  if (values.bug !== undefined && bug === undefined) fail(`--bug is one of ${BUGS.join(', ')}`);
-  if (values.trace) {
-    traceOne(from, { bug, removesWal: values.removal });
+  if (trace) {
+    traceOne(from, { bug, removesWal: removal });
     return;
   }
   const startedAt = performance.now();
   const tallies = await Promise.all(
     Array.from({ length: threads }, (_, index) =>
-      runThread({ from: from + index, end: from + seeds, step: threads, bug, removesWal: values.removal }, (tally) => {
+      runThread({ from: from + index, end: from + seeds, step: threads, bug, removesWal: removal }, (tally) => {
         if (index === 0) console.log(`${tally.seeds * threads} of ${seeds} seeds`);
       }),
     ),
@@ -198,18 +199,13 @@ function add(a: Tally, b: Tally): Tally {
   };
 }
 
-/** `0,1,2/0,1,3`: sets of acceptors, by their numbers. */
-function memberSets(text: string): number[][] {
-  return text.split('/').map((set) => set.split(',').map((node) => wholeNumber('--members', node)));
+/** Sets of acceptors, by their numbers. */
+function parseMembers(text: string): number[][] {
+  return text.split('/').map((set) => set.split(',').map((node) => wholeNumber(node)));
 }
 
-function wholeNumber(option: string, text: string): number {
+function wholeNumber(text: string): number {
   const value = Number(text);
-  if (!Number.isSafeInteger(value) || value < 0) fail(`${option} is a whole number, not "${text}"`);
+  if (!Number.isSafeInteger(value) || value < 0) throw new InvalidArgumentError('It is a whole number.');
   return value;
-}
-
-function fail(message: string): never {
-  console.error(message);
-  process.exit(2);
 }
