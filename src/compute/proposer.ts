@@ -315,7 +315,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
       yieldsToLeader: yieldsToLeader ?? false,
       state: this.#state,
       buffer: () => this.#buffer,
-      mayBegin: () => this.#isBeginning && this.#isEager(index),
+      mayBegin: () => this.#mayBegin(index),
       perform: (actions) => this.#perform(actions),
       addressOf: (peer) => this.#addressOf(peer),
       onAcknowledged: () => this.#acknowledged(),
@@ -351,6 +351,11 @@ export class Proposer extends EventEmitter<ProposerEvents> {
   /** All of them while the members change. */
   #isEager(index: number): boolean {
     return this.#state.configuration.newMembers !== undefined || this.#eager.has(this.#active.indexOf(index));
+  }
+
+  /** In a round, also when it began while this one was still busy with the last, of which others had made a quorum. */
+  #mayBegin(index: number): boolean {
+    return this.#isEager(index) && (this.#isBeginning || this.#state.peer(index).sendLsn < this.#roundEndLsn);
   }
 
   /** Once for all that has come from Postgres and from safekeepers by now. */
