@@ -7,7 +7,7 @@
  *   wire.c     the connection to the pageserver, one per process
  *   files.c    files that are made on first use
  *   map.c      the configuration and the page map: load, check, find
- *   walsender.c  the messages in which WAL leaves; nothing to do with pages
+ *   walsender.c  the calls of a walsender on its socket; nothing to do with pages
  *
  * Rules that all keep:
  *   - A page's state leaves `absent` only by a compare-and-swap to `claimed`; the claimer alone writes that page to the local file, and
@@ -28,6 +28,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <sys/epoll.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -83,6 +84,9 @@ struct real_calls {
 	FILE *(*fopen)(const char *, const char *);
 	DIR *(*opendir)(const char *);
 	int (*access)(const char *, int);
+	ssize_t (*send)(int, const void *, size_t, int);
+	ssize_t (*recv)(int, void *, size_t, int);
+	int (*epoll_wait)(int, struct epoll_event *, int, int);
 	int (*stat)(const char *, struct stat *);
 	int (*lstat)(const char *, struct stat *);
 	int (*xstat)(int, const char *, struct stat *);

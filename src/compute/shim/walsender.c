@@ -12,10 +12,11 @@
  * The messages: "Streaming Replication Protocol" in Postgres' documentation, and XLogSendPhysical in replication/walsender.c, which sends each by itself.
  */
 #define _GNU_SOURCE
-#include <dlfcn.h>
+#include <endian.h>
 #include <errno.h>
 #include <poll.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
@@ -33,37 +34,25 @@
 #define STATUS_BYTES 39
 #define FLUSHED_OFFSET 14
 
-static ssize_t (*real_send)(int, const void *, size_t, int);
-static ssize_t (*real_recv)(int, void *, size_t, int);
-static int (*real_epoll_wait)(int, struct epoll_event *, int, int);
-/* Postgres' own (replication/walsender.c); NULL in other programs. */
-static const bool *am_walsender, *am_db_walsender;
+/* Postgres' own (replication/walsender.c); without an address in other programs. */
+extern bool am_walsender __attribute__((weak));
+extern bool am_db_walsender __attribute__((weak));
 
 static int client_fd = -1;
 /* End of the last message of WAL, and what is not waited for any more. */
 static uint64_t sent_lsn, answered_lsn;
 static size_t recent_bytes;
 
-static void resolve(void)
-{
-	am_walsender = dlsym(RTLD_DEFAULT, "am_walsender");
-	am_db_walsender = dlsym(RTLD_DEFAULT, "am_db_walsender");
-	*(void **)&real_epoll_wait = dlsym(RTLD_NEXT, "epoll_wait");
-	*(void **)&real_recv = dlsym(RTLD_NEXT, "recv");
-	*(void **)&real_send = dlsym(RTLD_NEXT, "send");
-}
-
 static bool is_physical_walsender(void)
 {
-	return am_walsender != NULL && *am_walsender && am_db_walsender != NULL && !*am_db_walsender;
+	return &am_walsender != NULL && am_walsender && &am_db_walsender != NULL && !am_db_walsender;
 }
 
 static uint64_t big_endian(const unsigned char *at)
 {
-	uint64_t value = 0;
-	for (int i = 0; i < 8; i++)
-		value = value << 8 | at[i];
-	return value;
+	uint64_t value;
+	memcpy(&value, at, sizeof value);
+	return be64toh(value);
 }
 
 static bool is_unanswered(void) { return answered_lsn < sent_lsn; }
@@ -88,9 +77,8 @@ static void read_answer(const unsigned char *rest, size_t length)
 
 EXPORT ssize_t send(int fd, const void *bytes, size_t length, int flags)
 {
-	if (__builtin_expect(real_send == NULL, 0))
-		resolve();
-	ssize_t sent = real_send(fd, bytes, length, flags);
+	ready();
+	ssize_t sent = real.send(fd, bytes, length, flags);
 	const unsigned char *message = bytes;
 	if (is_physical_walsender() && sent > WAL_OFFSET && message[0] == 'd' && message[KIND_OFFSET] == 'w') {
 		client_fd = fd;
@@ -104,14 +92,13 @@ EXPORT ssize_t send(int fd, const void *bytes, size_t length, int flags)
 
 EXPORT ssize_t recv(int fd, void *bytes, size_t length, int flags)
 {
-	if (__builtin_expect(real_recv == NULL, 0))
-		resolve();
-	ssize_t got = real_recv(fd, bytes, length, flags);
+	ready();
+	ssize_t got = real.recv(fd, bytes, length, flags);
 	if (fd != client_fd || !is_unanswered())
 		return got;
 	if (got < 0 && errno == EAGAIN) {
 		if (wait_for_client())
-			got = real_recv(fd, bytes, length, flags);
+			got = real.recv(fd, bytes, length, flags);
 		else
 			errno = EAGAIN;
 	} else if (got > 1) {
@@ -122,9 +109,8 @@ EXPORT ssize_t recv(int fd, void *bytes, size_t length, int flags)
 
 EXPORT int epoll_wait(int epoll, struct epoll_event *events, int most, int timeout)
 {
-	if (__builtin_expect(real_epoll_wait == NULL, 0))
-		resolve();
+	ready();
 	if (client_fd >= 0 && is_unanswered() && (timeout < 0 || timeout > MOST_WAIT_MS))
 		wait_for_client();
-	return real_epoll_wait(epoll, events, most, timeout);
+	return real.epoll_wait(epoll, events, most, timeout);
 }

@@ -55,6 +55,9 @@ void resolve_real_calls(void)
 	RESOLVE(fopen);
 	RESOLVE(opendir);
 	RESOLVE(access);
+	RESOLVE(send);
+	RESOLVE(recv);
+	RESOLVE(epoll_wait);
 	RESOLVE(stat);
 	RESOLVE(lstat);
 	*(void **)&real.xstat = dlsym(RTLD_NEXT, "__xstat");
