@@ -15,7 +15,6 @@ export interface Vanilla {
   readonly connectionString: string;
   /** At its Unix socket: to be compared with a compute's. */
   directConnectionString(): string;
-  readonly socketDir: string;
   readonly pid: number;
   stop(): Promise<void>;
   start(): Promise<void>;
@@ -55,7 +54,6 @@ export async function withVanilla<T>(
       connectionString: `postgresql://${ADMIN_ROLE}:${PASSWORD}@127.0.0.1:${port}/postgres`,
       directConnectionString: () =>
         `postgresql://${ADMIN_ROLE}:${PASSWORD}@${encodeURIComponent(runDir)}:${port}/postgres`,
-      socketDir: runDir,
       get pid(): number {
         return postgres?.pid ?? 0;
       },

@@ -1,7 +1,6 @@
 /**
  * How fast are reads of pages that are here? pgbench -S, prepared statements; through the proxy, against vanilla over TCP, and at the compute's own socket, against
- * vanilla's. What a relay costs at least is
- * measured too: a bare one, before the same compute.
+ * vanilla's. What a relay costs at least is measured too: a bare one, before the same compute.
  */
 import { startBareRelay } from './bare-relay.ts';
 import type { Contenders } from './main.ts';
