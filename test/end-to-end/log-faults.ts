@@ -472,14 +472,19 @@ function generator(seed: number): () => number {
 }
 
 if (import.meta.main) {
-  const { rounds, seed, pgbench, namespaces } = new Command('bin/node test/end-to-end/log-faults.ts')
+  const {
+    rounds,
+    seed = Math.floor(Math.random() * 2 ** 31),
+    pgbench,
+    namespaces,
+  } = new Command('bin/node test/end-to-end/log-faults.ts')
     .description('Kills, stops and cuts off safekeepers, proposers and Postgres, and looks for commits that are lost.')
     .option('--rounds <count>', 'how many', Number, 10)
-    .option('--seed <number>', 'which ones', Number, Math.floor(Math.random() * 2 ** 31))
+    .option('--seed <number>', 'which ones (default: by chance)', Number)
     .option('--pgbench', 'pgbench runs beside the checkers', false)
     .option('--namespaces', 'each safekeeper has a network namespace of its own; needs root', false)
     .parse()
-    .opts<{ rounds: number; seed: number; pgbench: boolean; namespaces: boolean }>();
+    .opts<{ rounds: number; seed?: number; pgbench: boolean; namespaces: boolean }>();
   console.log(`seed ${seed}`);
   const log = (text: string): void => console.log(text);
   const report = await runFaults({ rounds, seed, log, withPgbench: pgbench, withNamespaces: namespaces });

@@ -1,6 +1,6 @@
 /**
  * Runs the simulation for as many seeds as wanted, on as many threads, or one seed with all that happened in it; or the explorer. Exit code 1 when a seed broke
- * an invariant.
+ * an invariant, 2 when an option is not what it should be.
  */
 import { isMainThread, parentPort, Worker, workerData } from 'node:worker_threads';
 import { Command, InvalidArgumentError, Option } from 'commander';
@@ -49,6 +49,7 @@ interface Options extends Omit<Bounds, 'memberSets' | 'proposers' | 'prunes'> {
 async function main(): Promise<void> {
   const bounds = SMALL_BOUNDS;
   const command = new Command('npm run simulate --')
+    .exitOverride((error) => process.exit(error.exitCode === 0 ? 0 : 2))
     .description('The simulation of the consensus, for seeds, or an exhaustive exploration of it within bounds.')
     .option('--seeds <count>', 'how many', wholeNumber, 1_000)
     .option('--from <seed>', 'the first', wholeNumber, 1)
