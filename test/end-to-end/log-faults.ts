@@ -1,5 +1,5 @@
 /**
- * Is anything lost that was acknowledged? A real Postgres commits through three real safekeeper processes while they are killed and stopped, while the network
+ * Is anything lost that was acknowledged? A real Postgres, with the shim that computes have, commits through three real safekeeper processes while they are killed and stopped, while the network
  * between is cut, while the proposer is replaced under it, and while it is killed itself. Its clients write down what they did and what they were told; a
  * stock hot standby, which has nothing but the safekeepers' WAL, is asked what there is.
  *
@@ -16,7 +16,7 @@
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { execFile } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { chmodSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -26,6 +26,7 @@ import type { Client } from 'pg';
 import { readWal, type TimelineIdentity } from '../../src/api/safekeeper.ts';
 import { signToken } from '../../src/base/token.ts';
 import { electProposer, type Proposer } from '../../src/compute/proposer.ts';
+import { buildShim } from '../../src/compute/shim/build.ts';
 import { startWalPush, type WalPush } from '../../src/compute/wal-push.ts';
 import { inspectDataDirectory } from '../../src/pageserver/import-check.ts';
 import { formatLsn, parseLsn } from '../../src/postgres/lsn.ts';
@@ -64,6 +65,7 @@ export async function runFaults(options: FaultOptions): Promise<FaultReport> {
   const { rounds, seed, log, withPgbench = false, withNamespaces = false } = options;
   const random = generator(seed);
   const root = mkdtempSync(join(tmpdir(), 'strata-faults-'));
+  chmodSync(root, 0o711); // Postgres, which runs as another user, loads the shim.
   const secret = randomBytes(32);
   const namespaces = withNamespaces
     ? [1, 2, 3].map((nodeId) => new NetworkNamespace(nodeId, () => safekeepers[nodeId - 1]!.address.port))
@@ -84,7 +86,9 @@ export async function runFaults(options: FaultOptions): Promise<FaultReport> {
     primary.initdb();
     standby.becomeStandbyOf(primary);
     const timeline = identityOf(primary);
-    await primary.start(SETTINGS);
+    const env = { LD_PRELOAD: await buildShim(join(root, 'shim')) };
+    const startPrimary = (): Promise<void> => primary.start(SETTINGS, env);
+    await startPrimary();
     const leader = new Leader(primary, links, timeline, await signToken(secret, { scope: 'platform' }));
     await leader.replace(true);
     await prepare(primary);
@@ -105,7 +109,7 @@ export async function runFaults(options: FaultOptions): Promise<FaultReport> {
       faults[name] = (faults[name] ?? 0) + 1;
       const before = history.acknowledged;
       await sleep(100 + random() * 300);
-      await inflict(name, { safekeepers, links, primary, leader, random });
+      await inflict(name, { safekeepers, links, primary, startPrimary, leader, random });
       const deadline = Date.now() + CATCH_UP_MS;
       // Liveness: once the fault is over, commits go on.
       const goal = history.acknowledged + 20;
@@ -160,20 +164,21 @@ interface World {
   readonly safekeepers: readonly SafekeeperProcess[];
   readonly links: readonly Link[];
   readonly primary: Cluster;
+  readonly startPrimary: () => Promise<void>;
   readonly leader: Leader;
   readonly random: () => number;
 }
 
 /** Does it, waits a little, and undoes it. */
 async function inflict(fault: Fault, world: World): Promise<void> {
-  const { safekeepers, links, primary, leader, random } = world;
+  const { safekeepers, links, leader, random } = world;
   const first = Math.floor(random() * 3);
   const chosen = [first, (first + 1) % 3, (first + 2) % 3];
   const some = chosen.slice(0, fault.includes('all') ? 3 : fault.includes('two') ? 2 : 1);
   const pauseMs = 100 + random() * 700;
   if (fault.startsWith('kill') && fault.includes('safekeeper')) {
     await Promise.all(some.map((index) => safekeepers[index]!.kill()));
-    if (fault.includes('Postgres')) await restartPostgres(primary, leader, async () => sleep(pauseMs));
+    if (fault.includes('Postgres')) await restartPostgres(world, pauseMs);
     else await sleep(pauseMs);
     await Promise.all(some.map((index) => safekeepers[index]!.start()));
   } else if (fault.startsWith('stop')) {
@@ -190,16 +195,16 @@ async function inflict(fault: Fault, world: World): Promise<void> {
     await sleep(pauseMs);
     links[first]!.mode = 'open';
   } else {
-    await restartPostgres(primary, leader, async () => sleep(pauseMs / 4));
+    await restartPostgres(world, pauseMs / 4);
   }
 }
 
-async function restartPostgres(primary: Cluster, leader: Leader, meanwhile: () => Promise<void>): Promise<void> {
+async function restartPostgres({ primary, startPrimary, leader }: World, pauseMs: number): Promise<void> {
   await primary.kill();
-  await meanwhile();
+  await sleep(pauseMs);
   for (let attempt = 0; ; attempt++) {
     try {
-      await primary.start(SETTINGS);
+      await startPrimary();
       break;
     } catch (error) {
       if (attempt === 20) throw error;

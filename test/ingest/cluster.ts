@@ -109,7 +109,8 @@ export class Cluster implements AsyncDisposable {
     }
   }
 
-  async start(settings = ''): Promise<void> {
+  /** `env` is added to the environment of Postgres. */
+  async start(settings = '', env: Readonly<Record<string, string>> = {}): Promise<void> {
     writeFileSync(
       join(this.dataDir, 'postgresql.auto.conf'),
       `${SETTINGS}unix_socket_directories = '${this.#directory}'\n${settings}`,
@@ -120,6 +121,7 @@ export class Cluster implements AsyncDisposable {
       dataDir: this.dataDir,
       logFile: join(this.#directory, 'log'),
       user: this.#user,
+      env,
     });
   }
 
