@@ -4,7 +4,7 @@
  * scope `platform`: the platform's own processes, everything is allowed.
  * scope `timeline`: a compute; it may read that one timeline's pages (and through it the ancestors'), nothing else.
  */
-import { jwtVerify, SignJWT } from 'jose';
+import { errors, jwtVerify, SignJWT } from 'jose';
 import { StrataError } from './errors.ts';
 
 export type TokenClaims = { readonly scope: 'platform' } | { readonly scope: 'timeline'; readonly timelineId: string };
@@ -22,7 +22,9 @@ export async function verifyToken(secret: Uint8Array, token: string): Promise<To
     const timelineId = payload['timelineId'];
     if (payload['scope'] === 'timeline' && typeof timelineId === 'string') return { scope: 'timeline', timelineId };
   } catch (error) {
-    throw new StrataError('unauthorized', 'the token is not signed by this platform', { cause: error });
+    const what =
+      error instanceof errors.JWTExpired ? 'the token has expired' : 'the token is not signed by this platform';
+    throw new StrataError('unauthorized', what, { cause: error });
   }
   throw new StrataError('unauthorized', 'the token has no known scope');
 }

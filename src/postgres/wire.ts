@@ -10,6 +10,7 @@
  */
 
 export const PROTOCOL_3_0 = 196608;
+export const PROTOCOL_3_2 = 196610;
 export const SSL_REQUEST_CODE = 80877103;
 export const GSSENC_REQUEST_CODE = 80877104;
 export const CANCEL_REQUEST_CODE = 80877102;
@@ -152,6 +153,16 @@ export class MessageReader {
     if (this.#chunks.length !== 1) this.#chunks = [Buffer.concat(this.#chunks, this.#length)];
     return this.#chunks[0]!;
   }
+}
+
+/**
+ * What a server says before all else to a client that asks for a later protocol than 3.2, or for options of it (names that begin with `_pq_.`), none of which is
+ * known here: a NegotiateProtocolVersion. Undefined when there is nothing to say.
+ */
+export function encodeNegotiation(protocol: number, parameters: ReadonlyMap<string, string>): Buffer | undefined {
+  const unknown = Array.from(parameters.keys()).filter((name) => name.startsWith('_pq_.'));
+  if (protocol <= PROTOCOL_3_2 && unknown.length === 0) return undefined;
+  return encodeMessage('v', u32s(Math.min(protocol, PROTOCOL_3_2), unknown.length), ...unknown.map(cstring));
 }
 
 /** The fields of an ErrorResponse or NoticeResponse that programs use. */

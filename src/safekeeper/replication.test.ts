@@ -15,9 +15,13 @@ import { formatLsn, segmentOffset, segmentStart, WAL_SEGMENT_SIZE, walFileName }
 import {
   cstring,
   decodeErrorResponse,
+  encodeCancelRequest,
   encodeMessage,
+  encodeSslRequest,
   encodeStartupPacket,
   MessageReader,
+  PROTOCOL_3_0,
+  PROTOCOL_3_2,
   type WireMessage,
 } from '../postgres/wire.ts';
 import { type LedTimeline, startLedTimeline } from './led-timeline.test-data.ts';
@@ -221,6 +225,7 @@ test('who may not read, asks for what is not there, or speaks nonsense is told s
     ['CREATE_REPLICATION_SLOT "s" PHYSICAL', '0A000', /no replication slots/],
     ['TIMELINE_HISTORY 2', '58P01', /always timeline 1/],
     [`START_REPLICATION ${formatLsn(wal.endLsn)}`, '58P01', /ahead of what is committed/],
+    ['START_REPLICATION FFFFFFFF/0', '22023', /not an LSN: "FFFFFFFF\/0"/],
   ];
   for (const [command, code, message] of refusals) {
     client.query(command);
@@ -247,6 +252,12 @@ test('who may not read, asks for what is not there, or speaks nonsense is told s
   const long = open();
   long.socket.write(Buffer.from([0, 0, 0xff, 0xff, 0, 3, 0, 0]));
   assert.equal((await long.error()).code, '08P01', 'a startup packet that is too long');
+  const insisting = open();
+  insisting.socket.write(Buffer.concat([encodeSslRequest(), encodeSslRequest(), encodeSslRequest()]));
+  await once(insisting.socket, 'close');
+  const cancelling = open();
+  cancelling.socket.write(encodeCancelRequest(1, Buffer.alloc(4)));
+  assert.equal(await cancelling.next(), undefined, 'a request to cancel has no answer');
 
   const listener = open();
   await listener.logIn(led);
@@ -255,6 +266,28 @@ test('who may not read, asks for what is not there, or speaks nonsense is told s
   await listener.until('W');
   listener.socket.write(encodeMessage('Q', cstring('SELECT 1')));
   assert.equal((await listener.error()).code, '08P01', 'only replies while WAL is streamed');
+});
+
+test('who asks for a protocol or options that are not known here is told which are, and goes on', async (context) => {
+  const led = await startLedTimeline(context, { pgVersion: 17 });
+  const user = led.timeline.timelineId;
+  for (const [protocol, option, answer] of [
+    [PROTOCOL_3_0, 'replication', undefined],
+    [PROTOCOL_3_2, 'replication', undefined],
+    [PROTOCOL_3_2 + 1, 'replication', Buffer.from([0, 3, 0, 2, 0, 0, 0, 0])],
+    [PROTOCOL_3_0, '_pq_.some', Buffer.from([0, 3, 0, 0, 0, 0, 0, 1, ...cstring('_pq_.some')])],
+  ] as const) {
+    const client = new RawClient(context, led.safekeeper.port);
+    client.socket.write(encodeStartupPacket(new Map(Object.entries({ user, [option]: 'true' })), protocol));
+    let message = await client.next();
+    if (answer !== undefined) {
+      assert.equal(message?.type, 'v');
+      assert.deepEqual(message.payload, answer);
+      message = await client.next();
+    }
+    assert.equal(message?.type, 'R');
+    client.socket.destroy();
+  }
 });
 
 test('a reader that does not read is sent little, one that is silent is let go, and the leader notices nothing', async (context) => {

@@ -30,8 +30,10 @@ import {
   decodeStartupPacket,
   encodeErrorResponse,
   encodeMessage,
+  encodeNegotiation,
   MessageReader,
   ProtocolError,
+  type StartupPacket,
   startupPacketLength,
   type WireMessage,
 } from '../postgres/wire.ts';
@@ -55,6 +57,8 @@ const MAX_MESSAGE_BYTES = 64 * 1024;
 const MAX_INPUT_BYTES = 256 * 1024;
 /** As wal_sender_timeout. */
 const READER_TIMEOUT_MS = 60_000;
+/** One for TLS and one for GSSAPI. */
+const MAX_ENCRYPTION_REQUESTS = 2;
 const AHEAD_WAIT_MS = 5_000;
 /** Between the Unix epoch and that of Postgres' times. */
 const POSTGRES_EPOCH_US = 946_684_800_000_000n;
@@ -126,12 +130,13 @@ class ReplicationConnection {
     socket.on('data', (chunk) => this.#received(chunk));
     const timer = setTimeout(() => socket.destroy(), LOGIN_TIMEOUT_MS);
     this.#received(opening);
-    let timeline: Timeline;
+    let timeline: Timeline | undefined;
     try {
       timeline = await this.#login();
     } finally {
       clearTimeout(timer);
     }
+    if (timeline === undefined) return;
     this.#isLoggedIn = true;
     for (let message = await this.#next(); message !== undefined; message = await this.#next()) {
       if (message.type === 'X') return;
@@ -142,7 +147,8 @@ class ReplicationConnection {
         .trim()
         .replace(/;$/, '');
       await this.#execute(timeline, command);
-      this.#socket.write(readyForQuery());
+      // Who asks without end and reads no answer is not answered any more.
+      if (!this.#socket.write(readyForQuery())) await this.#drained();
     }
   }
 
@@ -160,17 +166,20 @@ class ReplicationConnection {
     return message;
   }
 
-  async #login(): Promise<Timeline> {
-    let parameters: ReadonlyMap<string, string> | undefined;
-    while (parameters === undefined) {
-      const packet = await this.#startupPacket();
-      if (packet === undefined) throw new ProtocolError('the client left while it logged in');
-      if (packet.kind === 'cancel') throw new ProtocolError('there is nothing to cancel here');
-      if (packet.kind === 'startup') parameters = packet.parameters;
-      else this.#socket.write('N');
-    }
+  /** What was written is with the system, or the client is gone. */
+  async #drained(): Promise<void> {
+    await once(this.#socket, 'drain', { signal: this.#gone.signal }).catch(() => {});
+  }
+
+  /** Undefined for who only wanted to cancel something: there is nothing to cancel here. */
+  async #login(): Promise<Timeline | undefined> {
+    const packet = await this.#startupPacket();
+    if (packet === undefined) return undefined;
+    const { protocol, parameters } = packet;
     this.#isStarted = true;
     this.#messages.push(this.#startup);
+    const negotiation = encodeNegotiation(protocol, parameters);
+    if (negotiation !== undefined) this.#socket.write(negotiation);
     this.#socket.write(encodeMessage('R', u32(AUTHENTICATION_CLEARTEXT)));
     const message = await this.#next();
     if (message?.type !== 'p') throw new ProtocolError('a password is due');
@@ -199,15 +208,20 @@ class ReplicationConnection {
     return timeline;
   }
 
-  async #startupPacket(): Promise<ReturnType<typeof decodeStartupPacket> | undefined> {
-    for (;;) {
+  async #startupPacket(): Promise<Extract<StartupPacket, { kind: 'startup' }> | undefined> {
+    for (let refusals = 0; ;) {
       const length = startupPacketLength(this.#startup);
       if (length !== undefined && this.#startup.length >= length) {
         const packet = decodeStartupPacket(this.#startup.subarray(0, length));
         this.#startup = this.#startup.subarray(length);
-        return packet;
+        if (packet.kind === 'startup') return packet;
+        if (packet.kind === 'cancel') return undefined;
+        if (++refusals > MAX_ENCRYPTION_REQUESTS)
+          throw new ProtocolError('encryption was refused, and is asked for again');
+        this.#socket.write('N');
+        continue;
       }
-      if (this.#gone.signal.aborted) return undefined;
+      if (this.#gone.signal.aborted) throw new ProtocolError('the client left while it logged in');
       await this.#arrival();
     }
   }
@@ -234,7 +248,14 @@ class ReplicationConnection {
     const start = START_REPLICATION.exec(command);
     const shown = /^SHOW\s+(\w+)$/i.exec(command)?.[1]?.toLowerCase();
     if (start !== null) {
-      await this.#startReplication(timeline, parseLsn(start[1]!), Number(start[2] ?? 1));
+      let fromLsn: Lsn;
+      try {
+        fromLsn = parseLsn(start[1]!);
+      } catch (error) {
+        this.#refuse('22023', (error as RangeError).message);
+        return;
+      }
+      await this.#startReplication(timeline, fromLsn, Number(start[2] ?? 1));
     } else if (/^IDENTIFY_SYSTEM$/i.test(command)) {
       const { systemId } = timeline.identity;
       this.#row('IDENTIFY_SYSTEM', [
@@ -319,7 +340,7 @@ class ReplicationConnection {
         const hasRoom = this.#socket.write(encodeMessage('d', walHead(lsn, commitLsn), bytes));
         toldLsn = commitLsn;
         toldAtMs = performance.now();
-        if (!hasRoom) await once(this.#socket, 'drain', { signal: this.#gone.signal }).catch(() => {});
+        if (!hasRoom) await this.#drained();
       } else if (toldLsn < commitLsn || performance.now() - toldAtMs >= keepaliveMs) {
         this.#socket.write(encodeMessage('d', keepalive(commitLsn, performance.now() - this.#heardAtMs > silenceMs)));
         toldLsn = commitLsn;

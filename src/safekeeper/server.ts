@@ -3,8 +3,9 @@
  * (replication.ts), on one port.
  *
  * Frames of a connection are handled in order. A frame whose handling must wait (checking the token, opening a timeline) holds those
- * behind it; a proposer's appends never wait.
+ * behind it; a proposer's appends never wait. Who does not read what is answered is not listened to.
  */
+import { once } from 'node:events';
 import type { Socket } from 'node:net';
 import { type Frame, FRAME_HEADER_BYTES, FrameReader } from '../base/frames.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
@@ -89,6 +90,8 @@ class Connection implements ProposerLink {
   /** The piece of a large append that was taken last, and how much of it is still to come. */
   #append: (Append & { readonly leftBytes: number }) | undefined;
   #busy = false;
+  /** Its unwritten WAL is as much as may be in memory. */
+  #isTimelineFull = false;
   #use: 'proposer' | 'reader' | 'watcher' | undefined;
   /** Of a reader. */
   readonly #hurry = new Hurry();
@@ -120,7 +123,13 @@ class Connection implements ProposerLink {
       }
     };
     socket.on('data', onData);
+    socket.on('drain', () => this.#listen());
     onData(opening);
+  }
+
+  /** Goes on with what comes, unless there is a reason left not to. */
+  #listen(): void {
+    if (!this.#isTimelineFull && this.#frames.length === 0 && !this.#socket.writableNeedDrain) this.#socket.resume();
   }
 
   #readFrames(): void {
@@ -143,7 +152,8 @@ class Connection implements ProposerLink {
   // ProposerLink
 
   send(message: AcceptorMessage): void {
-    if (!this.#socket.destroyed) this.#socket.write(encodeAcceptorMessage(message));
+    if (this.#socket.destroyed || this.#socket.write(encodeAcceptorMessage(message))) return;
+    this.#socket.pause(); // Who does not read what it is answered is not listened to; 'drain' goes on.
   }
 
   tell(feedback: PageserverFeedback): void {
@@ -181,8 +191,12 @@ class Connection implements ProposerLink {
   #take(timeline: Timeline, message: ProposerMessage): void {
     if (this.#socket.writableEnded) return; // It has failed.
     if (timeline.receive(this, message)) return;
+    this.#isTimelineFull = true;
     this.#socket.pause();
-    timeline.onWritable(() => this.#socket.resume());
+    timeline.onWritable(() => {
+      this.#isTimelineFull = false;
+      this.#listen();
+    });
   }
 
   #handle(frame: Frame): void {
@@ -205,7 +219,7 @@ class Connection implements ProposerLink {
         this.#handle(frame);
       }
       if (this.#frames.length > 0) return;
-      this.#socket.resume();
+      this.#listen();
       this.#readFrames();
     } catch (error) {
       this.fail(toStrataError(error));
@@ -343,7 +357,8 @@ class Connection implements ProposerLink {
       const { code, message } = toStrataError(error);
       reply = { id, error: { code, message } };
     }
-    if (!this.#socket.destroyed) this.#socket.write(encodeJson(FRAME.response, reply));
+    if (this.#socket.destroyed || this.#socket.write(encodeJson(FRAME.response, reply))) return;
+    await once(this.#socket, 'drain', { signal: this.#gone.signal }).catch(() => {});
   }
 
   async #answer(method: string, params: unknown): Promise<unknown> {
