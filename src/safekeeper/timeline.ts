@@ -69,6 +69,8 @@ export class Timeline {
   #loss: string | undefined;
   #reviveTimer: NodeJS.Timeout | undefined;
   #reviving: Promise<void> | undefined;
+  /** Where the log is being cut, or was when that failed. */
+  #cutLsn: Lsn | undefined;
   #markedLsn: Lsn = 0;
 
   constructor(options: {
@@ -276,8 +278,12 @@ export class Timeline {
   async #release(): Promise<void> {
     clearTimeout(this.#reviveTimer);
     await this.#reviving;
-    await this.#mark.release().catch(() => {}); // It only says less than it could.
+    await this.#releaseMark();
     await this.#store.release();
+  }
+
+  async #releaseMark(): Promise<void> {
+    await this.#mark.release().catch(() => {}); // It only says less than it could.
   }
 
   async #recover(): Promise<void> {
@@ -330,7 +336,8 @@ export class Timeline {
     await this.save();
     if (this.#links.size > 0 || this.#acceptor?.isIdle !== true) return;
     this.#acceptor.rest();
-    await this.#release();
+    // The file at once, as nobody writes to it now: a leader that comes back meanwhile opens it anew.
+    await Promise.all([this.#store.release(), this.#releaseMark()]);
   }
 
   #perform(actions: readonly AcceptorAction<ProposerLink>[]): void {
@@ -347,7 +354,8 @@ export class Timeline {
           break;
         case 'truncate':
           this.#log.info({ lsn: formatLsn(action.lsn) }, 'cutting WAL that another leader has not got');
-          this.#io(this.#cut(action.lsn));
+          this.#cutLsn = action.lsn;
+          this.#io(this.#cut(action.lsn).then(() => (this.#cutLsn = undefined)));
           break;
         case 'persist':
           this.#state = action.state;
@@ -375,7 +383,7 @@ export class Timeline {
     else this.#io(writing);
   }
 
-  #io(operation: Promise<void>): void {
+  #io(operation: Promise<unknown>): void {
     operation.then(
       () => this.#ioDone(),
       (error: unknown) => this.#ioFailed(error),
@@ -408,7 +416,7 @@ export class Timeline {
 
   /**
    * After a failed write or fsync nobody knows what the disk holds after what was acknowledged. What was, is there: it was written through. So the timeline
-   * comes back, when the disk works again, as from a restart that ended its log there.
+   * comes back, when the disk works again, as from a restart that ended its log there, or where it was being cut.
    */
   #ioFailed(error: unknown): void {
     const { code } = (error ?? {}) as NodeJS.ErrnoException;
@@ -449,10 +457,14 @@ export class Timeline {
     if (acceptor === undefined) {
       this.#opening = undefined; // It was the opening that failed: the next one tries again.
     } else {
-      await this.#store.truncate(acceptor.flushLsn);
+      // A cut that failed may have taken some of what it was to take: it is made whole.
+      const endLsn = this.#cutLsn ?? acceptor.flushLsn;
+      if (this.#cutLsn === undefined) await this.#store.truncate(endLsn);
+      else await this.#cut(endLsn);
       await this.#writeControl();
       if (this.#isOver) return;
-      this.#opened(acceptor.flushLsn);
+      this.#cutLsn = undefined;
+      this.#opened(endLsn);
     }
     this.#failure = undefined;
     this.#log.info({ flushLsn: formatLsn(this.flushLsn) }, 'the disk works again');
