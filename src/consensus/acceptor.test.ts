@@ -116,6 +116,23 @@ test('appends that come during a write make up the next one, with one acknowledg
   ]);
 });
 
+test('appends behind something else that waits for the disk are counted, and make up one write after it', () => {
+  const acceptor = follower();
+  assert.deepEqual(kinds(acceptor.receive('a', append(1, 100, 10))), ['write']);
+  assert.deepEqual(acceptor.receive('a', renew(1, 1)), []);
+  for (const lsn of [110, 120, 130]) assert.deepEqual(acceptor.receive('a', append(1, lsn, 10)), []);
+  assert.deepEqual(acceptor.receive('b', append(1, 140, 10)), []);
+  assert.equal(acceptor.unwrittenBytes, 40);
+  acceptor.forget('b');
+  assert.equal(acceptor.unwrittenBytes, 30);
+  assert.deepEqual(acceptor.receive('a', vote(2, 1)), []);
+  assert.deepEqual(kinds(acceptor.completed()), ['progress', 'append-reply', 'persist']);
+  const [reply, write, ...others] = acceptor.completed();
+  assert(reply?.kind === 'send' && write?.kind === 'write' && others.length === 0);
+  assert.deepEqual([write.beginLsn, write.chunks.length, acceptor.unwrittenBytes], [110, 3, 0]);
+  assert.deepEqual(kinds(acceptor.completed()), ['progress', 'append-reply', 'persist']);
+});
+
 test('the flush LSN is the end of a whole record', () => {
   const acceptor = follower();
   acceptor.receive('a', append(1, 100, 17));

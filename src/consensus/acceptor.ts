@@ -109,6 +109,8 @@ export class Acceptor<Sender> {
   /** What to do when the I/O that is out has ended. */
   #afterIo: ((actions: AcceptorAction<Sender>[]) => void) | undefined;
   #queue: Waiting<Sender>[] = [];
+  /** Of the appends in the queue. */
+  #queuedBytes = 0;
   /** Appends received but not handed to a write yet. */
   #unwritten: Buffer[] = [];
   #unwrittenBytes = 0;
@@ -193,7 +195,7 @@ export class Acceptor<Sender> {
 
   /** WAL held in memory until the disk is free. */
   get unwrittenBytes(): number {
-    return this.#unwrittenBytes;
+    return this.#queuedBytes + this.#unwrittenBytes;
   }
 
   get isIdle(): boolean {
@@ -206,6 +208,7 @@ export class Acceptor<Sender> {
       this.#append(sender, message, actions);
     } else {
       this.#queue.push({ sender, message });
+      this.#queuedBytes += walBytesOf(message);
     }
     this.#advance(actions);
     return actions;
@@ -254,6 +257,8 @@ export class Acceptor<Sender> {
   forget(sender: Sender): void {
     this.#toAcknowledge.delete(sender);
     this.#queue = this.#queue.filter((waiting) => waiting.sender !== sender);
+    this.#queuedBytes = 0;
+    for (const { message } of this.#queue) this.#queuedBytes += walBytesOf(message);
   }
 
   /** No sender is left: lets go of the memory that following a log takes. The next leader introduces itself anyway. */
@@ -265,13 +270,16 @@ export class Acceptor<Sender> {
 
   #advance(actions: AcceptorAction<Sender>[]): void {
     while (this.#afterIo === undefined) {
-      if (this.#unwritten.length > 0) {
+      const next = this.#queue[0];
+      // Those that waited for something else together make up one write, too.
+      if (this.#unwritten.length > 0 && next?.message.kind !== 'append') {
         this.#startWrite(actions);
         return;
       }
-      const next = this.#queue.shift();
       if (next === undefined) break;
+      this.#queue.shift();
       const { sender, message } = next;
+      this.#queuedBytes -= walBytesOf(message);
       if (message.kind === 'vote') this.#vote(sender, message, actions);
       else if (message.kind === 'elected') this.#elected(sender, message, actions);
       else if (message.kind === 'renew') this.#renew(sender, message, actions);
@@ -502,6 +510,10 @@ export class Acceptor<Sender> {
       after(later);
     };
   }
+}
+
+function walBytesOf(message: ProposerMessage): number {
+  return message.kind === 'append' ? message.bytes.length : 0;
 }
 
 /** `known` is the leader's history, or what pruning has left of it. */
