@@ -9,7 +9,7 @@
  *     16+n     4  CRC32C of bytes 0 to 16+n, u32
  *
  * Written to `control.partial`, fsynced, renamed to `control`, and the folder fsynced. A folder without `control` is a timeline whose creation
- * never finished. The tombstone of a deleted timeline is a control file too; it stays for ever.
+ * never finished, unless it has a flush mark. The tombstone of a deleted timeline is a control file too; it stays for ever.
  */
 import { join } from 'node:path';
 import type { TimelineIdentity } from '../api/safekeeper.ts';

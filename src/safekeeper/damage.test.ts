@@ -1,7 +1,7 @@
 /** Damage to what a safekeeper has on its disk: it is found, costs nobody else anything, and others heal it. */
 import assert from 'node:assert/strict';
 import { cpSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
-import { open, rm } from 'node:fs/promises';
+import { mkdir, open, rm, truncate } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
@@ -50,8 +50,26 @@ async function offer(
   });
 }
 
-for (const what of ['control file', 'WAL'] as const) {
-  test(`a log whose ${what} is damaged is not served, others are, and only who was elected without it gives it anew`, async (context) => {
+const damages: Readonly<Record<string, { readonly at: (directory: string) => Promise<void>; readonly says: RegExp }>> =
+  {
+    'control file is changed': {
+      at: (directory) => overwrite(join(directory, CONTROL_FILE_NAME), 60, Buffer.from('?')),
+      says: /CRC|JSON/,
+    },
+    'control file is empty': { at: (directory) => truncate(join(directory, CONTROL_FILE_NAME)), says: /0 bytes/ },
+    'control file is a directory': {
+      at: async (directory) => {
+        await rm(join(directory, CONTROL_FILE_NAME));
+        await mkdir(join(directory, CONTROL_FILE_NAME));
+      },
+      says: /EISDIR/,
+    },
+    'control file is gone': { at: (directory) => rm(join(directory, CONTROL_FILE_NAME)), says: /no control/ },
+    'WAL is gone': { at: (directory) => rm(segmentPath(directory, MID_SEGMENT_LSN)), says: /is not in/ },
+  };
+
+for (const [what, { at, says }] of Object.entries(damages)) {
+  test(`a log whose ${what} is not served, others are, and only who was elected without it gives it anew`, async (context) => {
     const served = await serve(context);
     const [timeline, sound] = [newTimeline(), newTimeline()];
     for (const each of [timeline, sound]) {
@@ -65,8 +83,7 @@ for (const what of ['control file', 'WAL'] as const) {
     const { tenantId, timelineId } = timeline;
     const directory = join(served.dataDir, tenantId, timelineId);
     await served.safekeeper.close();
-    if (what === 'control file') await overwrite(join(directory, CONTROL_FILE_NAME), 60, Buffer.from('?'));
-    else await rm(segmentPath(directory, MID_SEGMENT_LSN));
+    await at(directory);
     await served.start();
 
     const client = new SafekeeperClient(served.endpoint);
@@ -83,7 +100,7 @@ for (const what of ['control file', 'WAL'] as const) {
       damaged.map((each) => [each.timelineId, each.failure]),
       [[timelineId, undefined]],
     );
-    assert.match(damaged[0]!.damage!, what === 'WAL' ? /is not in/ : /CRC|JSON/);
+    assert.match(damaged[0]!.damage!, says);
 
     const refused = await offer(served, timeline, blankState(MID_SEGMENT_LSN));
     assert(refused instanceof Error && refused.code === 'unavailable', 'what is there may be all that there is');

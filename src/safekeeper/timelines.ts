@@ -1,8 +1,8 @@
 /**
  * All timelines of a safekeeper: `<data dir>/<tenant id>/<timeline id>/`, each with a control file and WAL segments.
  *
- * A timeline exists once its control file does; a folder without one is the rest of an unfinished creation and is removed at start. A deleted
- * timeline leaves a tombstone, so that a late proposer cannot bring it back empty.
+ * A timeline exists once its control file does; a folder without one is the rest of an unfinished creation and is removed at start, unless a flush mark says
+ * that there was one. A deleted timeline leaves a tombstone, so that a late proposer cannot bring it back empty.
  *
  * A timeline whose files are damaged (their checksums say so) is not served, and the others are. Its leader finds it absent and gives it anew, as after the loss
  * of a disk; what is here is put aside then. Without a leader, whom others have elected, nothing happens to it: it may hold what nobody else has.
@@ -20,8 +20,8 @@ import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration
 import { formatLsn } from '../postgres/lsn.ts';
 import { forEachLimited } from '../base/all-done.ts';
 import { syncDirectory } from '../base/durable-file.ts';
-import { type ControlFile, readControlFile, writeControlFile } from './control-file.ts';
-import { FLUSH_MARK_NAME } from './flush-mark.ts';
+import { CONTROL_FILE_NAME, type ControlFile, readControlFile, writeControlFile } from './control-file.ts';
+import { FLUSH_MARK_NAME, FlushMark } from './flush-mark.ts';
 import { KeptWal } from './kept-wal.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
 import type { Offloader } from './offloader.ts';
@@ -267,6 +267,8 @@ export class Timelines {
     try {
       control = await readControlFile(directory);
       extent = await readWalExtent(directory);
+      if (control === undefined && (await new FlushMark(directory, () => {}).read()) !== undefined)
+        throw new Error(`${directory} has WAL that was acknowledged, and no ${CONTROL_FILE_NAME}`);
     } catch (error) {
       const reason = error instanceof Error ? error.message : String(error);
       this.#log.error(
