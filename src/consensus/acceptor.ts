@@ -198,6 +198,11 @@ export class Acceptor<Sender> {
     return this.#queuedBytes + this.#unwrittenBytes;
   }
 
+  /** Messages that wait for the I/O that is out. */
+  get waitingCount(): number {
+    return this.#queue.length;
+  }
+
   get isIdle(): boolean {
     return this.#afterIo === undefined && this.#queue.length === 0 && this.#unwrittenBytes === 0;
   }

@@ -34,6 +34,8 @@ export interface ProposerLink {
 
 /** WAL that waits for the disk; beyond it connections are paused. */
 const MAX_UNWRITTEN_BYTES = 8 * 1024 * 1024;
+/** Messages that wait for the disk; likewise. */
+const MAX_WAITING = 64;
 const REVIVE_MIN_MS = 1_000;
 const REVIVE_MAX_MS = 30_000;
 /** What must be writable before a timeline whose disk was full is served again. */
@@ -210,7 +212,7 @@ export class Timeline {
     const acceptor = this.#acceptor!;
     if (message.kind === 'elected') this.#leader = link;
     this.#perform(acceptor.receive(link, message));
-    return acceptor.unwrittenBytes < MAX_UNWRITTEN_BYTES;
+    return hasRoom(acceptor);
   }
 
   /** The pageserver has told how far it has got. */
@@ -394,7 +396,7 @@ export class Timeline {
     if (this.#failure !== undefined) return;
     const acceptor = this.#acceptor!;
     this.#perform(acceptor.completed());
-    if (acceptor.unwrittenBytes < MAX_UNWRITTEN_BYTES) this.#wake(this.#writableWaiters);
+    if (hasRoom(acceptor)) this.#wake(this.#writableWaiters);
     if (acceptor.isIdle) this.#wake(this.#idleWaiters);
   }
 
@@ -488,6 +490,11 @@ export class Timeline {
   #wake(waiters: (() => void)[]): void {
     for (const wake of waiters.splice(0)) wake();
   }
+}
+
+/** For more from proposers: what has come and waits for the disk is bounded. */
+function hasRoom(acceptor: Acceptor<ProposerLink>): boolean {
+  return acceptor.unwrittenBytes < MAX_UNWRITTEN_BYTES && acceptor.waitingCount < MAX_WAITING;
 }
 
 /** Throws the disk's error when a little more than nothing cannot be written. */

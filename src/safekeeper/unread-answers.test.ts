@@ -12,12 +12,15 @@ import { test, type TestContext } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { greetingOf } from '../api/safekeeper.ts';
 import { encodeHello, encodeJson, encodeProposerMessage, FRAME } from '../api/safekeeper-protocol.ts';
+import { FrameReader } from '../base/frames.ts';
 import { signToken } from '../base/token.ts';
 import { NO_CONFIGURATION } from '../consensus/configuration.ts';
 import { cstring, encodeMessage, encodeStartupPacket } from '../postgres/wire.ts';
 import { type LedTimeline, startLedTimeline } from './led-timeline.test-data.ts';
 
 const ASKED_BYTES = 1_500_000;
+/** Several megabytes. */
+const VOTES_AT_ONCE = 300_000;
 const PIECE_BYTES = 16_000;
 /** More than the system holds of a Unix socket in both directions, and less than what is asked here. */
 const TAKEN_BYTES_MAX = 1_000_000;
@@ -43,6 +46,31 @@ test(
     }
   },
 );
+
+test('votes that come faster than they can be written down wait outside', { timeout: 120_000 }, async (context) => {
+  const folder = mkdtempSync(join(tmpdir(), 'strata-unread-'));
+  context.after(() => rmSync(folder, { recursive: true }));
+  const socketPath = join(folder, 'safekeeper.sock');
+  const led = await startLedTimeline(context, { pgVersion: 17, socketPath });
+  const { proposer } = await conversations(led);
+  const client = new Asker(context, socketPath);
+  const replies = new FrameReader();
+  let replyCount = 0;
+  const answered = new Promise<void>((resolve) => {
+    client.socket.on('data', (chunk: Buffer) => {
+      replies.push(chunk);
+      while (replies.next() !== undefined) if (++replyCount === 100) resolve();
+    });
+  });
+  client.socket.write(proposer!.opening);
+  let term = 100;
+  const votes = Array.from({ length: VOTES_AT_ONCE }, () =>
+    encodeProposerMessage({ kind: 'vote', term: term++, generation: 0, configuration: NO_CONFIGURATION }),
+  );
+  void client.ask(Buffer.concat(votes), votes.length * votes[0]!.length);
+  await answered;
+  assert(client.socket.writableLength > 0, 'all votes were taken, before a hundred were answered');
+});
 
 /** What each kind of client says first, and what it asks again and again. */
 async function conversations(led: LedTimeline): Promise<Record<string, { opening: Buffer; question: Buffer }>> {
