@@ -20,11 +20,12 @@
 import { randomUUID } from 'node:crypto';
 import type { Dirent } from 'node:fs';
 import { constants, createReadStream } from 'node:fs';
-import { link, mkdir, open, readdir, rename, rmdir, stat, unlink } from 'node:fs/promises';
+import { link, open, readdir, rename, rmdir, stat, unlink } from 'node:fs/promises';
 import type { FileHandle } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { pipeline } from 'node:stream/promises';
 import { allDone } from '../base/all-done.ts';
+import { makeMissingDirectories } from '../base/directories.ts';
 import { CountingStream } from './counting-stream.ts';
 import {
   checkLimit,
@@ -79,12 +80,16 @@ export class FileSystemStore implements ObjectStore {
     this.#atStep = options.atStep ?? ((): void => {});
   }
 
-  /** Makes the directory where there is none. */
+  /** Makes the directory where there is none. Throws an `ObjectStoreError` where that cannot be. */
   static async open(directory: string, options: FileSystemStoreOptions = {}): Promise<FileSystemStore> {
     const root = resolve(directory);
     const store = new FileSystemStore(root, options);
     const partials = join(root, PARTIAL);
-    await store.#makeDurable(partials, await store.#makeFolder(partials));
+    try {
+      await store.#makeDurable(partials, await store.#makeFolder(partials));
+    } catch (error) {
+      throw toObjectError(error, `open ${root}`);
+    }
     return store;
   }
 
@@ -292,7 +297,7 @@ export class FileSystemStore implements ObjectStore {
    */
   async #makeFolder(folder: string): Promise<readonly string[]> {
     if (this.#durableFolders.has(folder)) return [];
-    const first = await mkdir(folder, { recursive: true, mode: 0o700 });
+    const first = await makeMissingDirectories(folder, 0o700);
     const way: string[] = [];
     for (let at = folder; at !== this.#root; at = dirname(at)) {
       const isMade = first !== undefined && at.startsWith(first);

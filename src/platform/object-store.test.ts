@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { cpSync, mkdirSync, mkdtempSync, rmSync } from 'node:fs';
+import { cpSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, test } from 'node:test';
@@ -63,6 +63,16 @@ test('a store whose content is lost is taken empty when that is said, and only w
   const elsewhere = join(directory, 'elsewhere');
   assert.equal(await chooseObjectStore(elsewhere, directory, settings, true), elsewhere);
   assert.equal(await chooseObjectStore(undefined, directory, settings), elsewhere);
+});
+
+test('a directory that cannot be made is refused at once, with the next step', async () => {
+  const file = join(directory, 'file');
+  writeFileSync(file, '');
+  for (const path of [join(file, 'below'), file, '/proc/strata', '/proc/strata/below']) {
+    await assert.rejects(chooseObjectStore(path, directory, settings), {
+      message: new RegExp(`^the object store ${path} cannot be used: .*; check`),
+    });
+  }
 });
 
 test('a store belongs to one platform', async () => {
