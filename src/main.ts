@@ -64,7 +64,12 @@ if (role === 'safekeeper') {
     const offloadSeconds = process.env['STRATA_TEST_OFFLOAD_SECONDS'];
     const quietMs = Number(offloadSeconds) * 1000;
     const offload = offloadSeconds === undefined ? {} : { offload: { quietMs, turnMs: quietMs / 5 } };
-    const service = await runSafekeeper({ ...offload, ...config, secret: Buffer.from(config.secret, 'hex'), log });
+    const onLost = (path: string): never => {
+      log.fatal({ path }, 'what was on the disk is gone: starting anew with what is there');
+      process.exit(1);
+    };
+    const secret = Buffer.from(config.secret, 'hex');
+    const service = await runSafekeeper({ ...offload, ...config, secret, log, onLost });
     flushCompileCache();
     return { service, ready: { port: service.port } };
   });

@@ -9,6 +9,8 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { StrataError } from './errors.ts';
 
 export interface DirectoryLock {
+  /** Its file. */
+  readonly path: string;
   release(): void;
 }
 
@@ -17,12 +19,13 @@ const RETRY_MS = 50;
 /** Takes the lock, waiting up to `waitMs` for a holder that is just stopping. Throws `conflict` when it is held for longer. */
 export async function lockDirectory(directory: string, waitMs: number): Promise<DirectoryLock> {
   mkdirSync(directory, { recursive: true, mode: 0o700 });
+  const path = join(directory, 'lock');
   const deadline = performance.now() + waitMs;
   for (;;) {
-    const database = new DatabaseSync(join(directory, 'lock'));
+    const database = new DatabaseSync(path);
     try {
       database.exec('PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE;');
-      return { release: () => database.close() };
+      return { path, release: () => database.close() };
     } catch (error) {
       database.close();
       const isBusy = error instanceof Error && /locked|busy/i.test(error.message);

@@ -7,7 +7,13 @@ import { join } from 'node:path';
 import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { greetingOf, SafekeeperClient, SafekeeperConnection, type TimelineIdentity } from '../api/safekeeper.ts';
-import { decodeGreetingReply, encodeJson, FRAME, type GreetingReply } from '../api/safekeeper-protocol.ts';
+import {
+  decodeGreetingReply,
+  encodeJson,
+  encodeProposerMessage,
+  FRAME,
+  type GreetingReply,
+} from '../api/safekeeper-protocol.ts';
 import { createLog } from '../base/log.ts';
 import type { StrataError } from '../base/errors.ts';
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
@@ -119,6 +125,22 @@ for (const [what, { at, says }] of Object.entries(damages)) {
     assert.equal(aside.length, 1, 'what was there is kept');
   });
 }
+
+test('a log whose files are removed beneath it is told, once, as lost: it goes on neither with what is in memory nor as damaged', async (context) => {
+  const lost: string[] = [];
+  const led = await startLedTimeline(context, { pgVersion: 17, onLost: (path) => lost.push(path) });
+  const { tenantId, timelineId } = led.timeline;
+  const directory = join(led.root, 'sk', tenantId, timelineId);
+  rmSync(directory, { recursive: true });
+  const wal = makeWal(MID_SEGMENT_LSN, [500]);
+  led.append(wal.bytes, wal.startLsn, wal.endLsn, wal.endLsn);
+  const candidate = new SafekeeperConnection(led.endpoint, { onFrame: () => {}, onClose: () => {} });
+  context.after(() => candidate.close());
+  candidate.write(encodeJson(FRAME.greeting, greetingOf(led.timeline)));
+  candidate.write(encodeProposerMessage({ kind: 'vote', term: 2, generation: 0, configuration: NO_CONFIGURATION }));
+  for (const deadline = Date.now() + 30_000; lost.length === 0 && Date.now() < deadline;) await sleep(20);
+  assert.deepEqual(lost, [directory]);
+});
 
 test('a log that ends before what it had acknowledged gives no vote until it is healed; a torn tail costs nothing', async (context) => {
   const served = await serve(context);

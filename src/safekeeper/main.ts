@@ -1,5 +1,10 @@
-/** A safekeeper: keeps WAL of many timelines durable, as one of the quorum. */
-import { chmod, rm } from 'node:fs/promises';
+/**
+ * A safekeeper: keeps WAL of many timelines durable, as one of the quorum.
+ *
+ * One whose files are removed beneath it, or whose disk is empty when it works again, has lost what it acknowledged and whom it voted for. It must say so and not
+ * go on with what is in memory: `onLost` ends the process, and the next one, a new incarnation, finds nothing and is given everything anew.
+ */
+import { chmod, rm, stat } from 'node:fs/promises';
 import { createServer, type Server, type Socket } from 'node:net';
 import { lockDirectory } from '../base/directory-lock.ts';
 import type { Logger } from '../base/log.ts';
@@ -29,6 +34,8 @@ export interface SafekeeperConfig {
   /** Node ids are 1 to this, as a rule; 3 when absent. */
   readonly safekeeperCount?: number;
   readonly offload?: Partial<OffloadLimits>;
+  /** Told once, with the path of what is gone from the disk. */
+  readonly onLost?: (path: string) => void;
 }
 
 export interface Safekeeper {
@@ -39,6 +46,8 @@ export interface Safekeeper {
 
 /** How long a predecessor that was just killed may take to let go of the data directory. */
 const LOCK_WAIT_MS = 5_000;
+/** How often it is looked whether the data directory is still there: a branch that sleeps would not notice. */
+const PRESENCE_INTERVAL_MS = 5_000;
 
 /** Resolves when the safekeeper accepts connections. Throws `conflict` when another process has the data directory. */
 export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeeper> {
@@ -46,7 +55,12 @@ export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeepe
   const lock = await lockDirectory(dataDir, LOCK_WAIT_MS);
   try {
     const offloading = await startOffloading(config);
-    const timelines = await Timelines.load(nodeId, dataDir, log, offloading);
+    let { onLost } = config;
+    const lost = (path: string): void => {
+      onLost?.(path);
+      onLost = undefined;
+    };
+    const timelines = await Timelines.load(nodeId, dataDir, log, offloading, lost);
     const sockets = new Set<Socket>();
     const accept = (socket: Socket): void => {
       sockets.add(socket);
@@ -59,10 +73,12 @@ export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeepe
     if (local !== undefined) await listenUnix(local, config.socketPath!);
     const address = server.address();
     const port = typeof address === 'object' && address !== null ? address.port : config.port;
+    const presence = watchPresence(lock.path, lost);
     log.info({ nodeId, port, timelineCount: timelines.list().length }, 'safekeeper is ready');
     return {
       port,
       close: async () => {
+        clearInterval(presence);
         const closed = [server, ...(local === undefined ? [] : [local])].map(
           (each) => new Promise<void>((resolve) => each.close(() => resolve())),
         );
@@ -77,6 +93,14 @@ export async function runSafekeeper(config: SafekeeperConfig): Promise<Safekeepe
     lock.release();
     throw error;
   }
+}
+
+function watchPresence(path: string, onLost: (path: string) => void): NodeJS.Timeout {
+  const look = async (): Promise<void> => {
+    const found = await stat(path).catch((error: NodeJS.ErrnoException) => error);
+    if (found instanceof Error && found.code === 'ENOENT') onLost(path);
+  };
+  return setInterval(() => void look(), PRESENCE_INTERVAL_MS).unref();
 }
 
 /** Only for the user that we are; the data directory's lock says that a socket that is there is a dead one's. */

@@ -4,10 +4,10 @@
  * An idle timeline is this object with its last known control file: no open file, no timer. The first proposer opens it, which finds the end
  * of its WAL; when the last one leaves, its file is closed and its commit LSN saved.
  *
- * After an I/O error nothing more is acknowledged and nobody is served, until the disk works again (#ioFailed). WAL that was acknowledged and is damaged at a
+ * After an I/O error nothing more is acknowledged and nobody is served, until the disk works again (#ioFailed), or turns out to be empty (main.ts). WAL that was acknowledged and is damaged at a
  * start costs the timeline its vote until others have healed it (flush-mark.ts).
  */
-import { open, rm } from 'node:fs/promises';
+import { open, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
@@ -18,7 +18,7 @@ import type { AcceptorGreeting } from '../consensus/proposer.ts';
 import { compareLogs, hasReached, historyUpTo, lastLogTerm, type LogPosition } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
-import { writeControlFile } from './control-file.ts';
+import { CONTROL_FILE_NAME, writeControlFile } from './control-file.ts';
 import { FLUSH_MARK_NAME, FlushMark } from './flush-mark.ts';
 import type { KeptWal } from './kept-wal.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
@@ -52,6 +52,7 @@ export class Timeline {
   readonly #mark: FlushMark;
   readonly #log: Logger;
   readonly #onProgress: (timeline: Timeline) => void;
+  readonly #onLost: () => void;
   readonly #links = new Set<ProposerLink>();
   readonly #progressListeners = new Set<() => void>();
   readonly #idleWaiters: (() => void)[] = [];
@@ -87,6 +88,8 @@ export class Timeline {
     readonly isNew: boolean;
     readonly log: Logger;
     readonly onProgress: (timeline: Timeline) => void;
+    /** Its files are gone from the disk. */
+    readonly onLost: () => void;
   }) {
     this.#nodeId = options.nodeId;
     this.directory = options.directory;
@@ -96,6 +99,7 @@ export class Timeline {
     this.#state = options.state;
     this.#savedCommitLsn = options.state.commitLsn;
     this.#onProgress = options.onProgress;
+    this.#onLost = options.onLost;
     this.#log = options.log.child({ timelineId: options.identity.timelineId });
     this.#mark = new FlushMark(options.directory, (error) => this.#log.warn({ err: error }, 'the flush mark failed'));
     this.#store = new WalStore(options.directory, options.identity, options.kept.logStartLsn);
@@ -444,7 +448,11 @@ export class Timeline {
     clearTimeout(this.#reviveTimer);
     if (this.#isOver) return;
     this.#reviveTimer = setTimeout(() => {
-      this.#reviving = this.#revive().catch((error: unknown) => {
+      this.#reviving = this.#revive().catch(async (error: unknown) => {
+        if (await this.#isLost()) {
+          this.#onLost();
+          return;
+        }
         this.#log.debug({ err: error }, 'the disk does not work yet');
         this.#scheduleRevival(Math.min(2 * delayMs, REVIVE_MAX_MS));
       });
@@ -471,6 +479,11 @@ export class Timeline {
     this.#failure = undefined;
     this.#log.info({ flushLsn: formatLsn(this.flushLsn) }, 'the disk works again');
     this.#progressed();
+  }
+
+  async #isLost(): Promise<boolean> {
+    const found = await stat(join(this.directory, CONTROL_FILE_NAME)).catch((error: NodeJS.ErrnoException) => error);
+    return found instanceof Error && found.code === 'ENOENT' && !this.#isOver;
   }
 
   #fail(failure: StrataError): void {

@@ -48,6 +48,7 @@ export class Timelines {
   readonly #dataDir: string;
   readonly #log: Logger;
   readonly #offloading: Offloading | undefined;
+  readonly #onLost: (what: string) => void;
   readonly #timelines = new Map<string, Timeline>();
   readonly #byId = new Map<string, Timeline>();
   readonly #tombstones = new Set<string>();
@@ -61,15 +62,29 @@ export class Timelines {
   #configuring: Promise<void> = Promise.resolve();
   #saveTimer: NodeJS.Timeout | undefined;
 
-  private constructor(nodeId: number, dataDir: string, log: Logger, offloading: Offloading | undefined) {
+  private constructor(
+    nodeId: number,
+    dataDir: string,
+    log: Logger,
+    offloading: Offloading | undefined,
+    onLost: (what: string) => void,
+  ) {
     this.#nodeId = nodeId;
     this.#dataDir = dataDir;
     this.#log = log;
     this.#offloading = offloading;
+    this.#onLost = onLost;
   }
 
-  static async load(nodeId: number, dataDir: string, log: Logger, offloading?: Offloading): Promise<Timelines> {
-    const timelines = new Timelines(nodeId, dataDir, log, offloading);
+  /** `onLost` is told what was on the disk and is gone from there. */
+  static async load(
+    nodeId: number,
+    dataDir: string,
+    log: Logger,
+    offloading?: Offloading,
+    onLost: (what: string) => void = () => {},
+  ): Promise<Timelines> {
+    const timelines = new Timelines(nodeId, dataDir, log, offloading, onLost);
     await makeDirectory(dataDir);
     const control = await readControlFile(dataDir);
     if (control?.kind === 'safekeeper') timelines.#configuration = control.configuration;
@@ -386,6 +401,7 @@ export class Timelines {
       isNew,
       log: this.#log,
       onProgress: (moved) => this.#progressed(moved),
+      onLost: () => this.#onLost(directory),
     });
     this.#timelines.set(keyOf(identity.tenantId, identity.timelineId), timeline);
     this.#byId.set(identity.timelineId, timeline);

@@ -86,6 +86,23 @@ describe('a platform that began with one safekeeper', () => {
     );
   });
 
+  test('a safekeeper whose disk is emptied beneath it is given everything anew by itself, while clients write', async () => {
+    const pid = (): number | undefined =>
+      platform.descendants().find(({ command }) => command.endsWith('safekeeper 2'))?.pid;
+    const before = pid();
+    await underLoad(async () => {
+      rmSync(join(platform.dataDir, 'safekeeper-2'), { recursive: true, force: true, maxRetries: 20 });
+      await waitUntil(() => pid() !== undefined && pid() !== before, 'it begins anew', 30_000);
+    });
+    await waitUntil(
+      async () => (await list()).safekeepers.every((each) => each.state === 'up' && each.behind_count === 0),
+      'it has everything again',
+      30_000,
+    );
+    const { wal } = await platform.cliJson<{ wal: { state: string }[] }>(['status']);
+    assert.deepEqual(new Set(wal.map(({ state }) => state)), new Set(['ok']));
+  });
+
   test('replaces a safekeeper, while clients write', async () => {
     await underLoad(async () => {
       const { stderr } = await platform.cli(['safekeepers', 'replace', '2']);
