@@ -1,22 +1,27 @@
 /**
  * Files that are whole or not there: write to a temporary name, fsync, rename, fsync the folder. At once, or without holding up the process.
  */
-import { closeSync, fsyncSync, openSync, renameSync, writeSync } from 'node:fs';
+import { closeSync, fsyncSync, openSync, renameSync, rmSync, writeSync } from 'node:fs';
 import { open, readFile, rename } from 'node:fs/promises';
 import { dirname } from 'node:path';
 
-/** Replaces `path` atomically and durably; when this returns the content survives a power cut. */
+/** Replaces `path` atomically and durably; when this returns the content survives a power cut. When it throws nothing is left beside it. */
 export function writeFileDurably(path: string, content: string | Uint8Array, mode: number): void {
   const temporary = `${path}.partial`;
   const bytes = typeof content === 'string' ? Buffer.from(content) : content;
   const file = openSync(temporary, 'w', mode);
   try {
-    for (let offset = 0; offset < bytes.length;) offset += writeSync(file, bytes, offset);
-    fsyncSync(file);
-  } finally {
-    closeSync(file);
+    try {
+      for (let offset = 0; offset < bytes.length;) offset += writeSync(file, bytes, offset);
+      fsyncSync(file);
+    } finally {
+      closeSync(file);
+    }
+    renameSync(temporary, path);
+  } catch (error) {
+    rmSync(temporary, { force: true });
+    throw error;
   }
-  renameSync(temporary, path);
   fsyncDirectory(dirname(path));
 }
 

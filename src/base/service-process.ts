@@ -34,16 +34,18 @@ export async function runServiceProcess<Config>(
   process.on('SIGHUP', () => {});
   const lines = createInterface({ input: process.stdin });
   const ended = new Promise<void>((resolve) => lines.once('close', resolve));
-  const config = await new Promise<Config>((resolve, reject) => {
+  const config = await new Promise<Config>((resolve) => {
     lines.once('line', (line) => {
       try {
         resolve(JSON.parse(line) as Config);
-      } catch (error) {
-        reject(error as Error);
+      } catch {
+        refuse();
       }
     });
-    lines.once('close', () => reject(new Error('standard input ended before the configuration came')));
+    lines.once('close', refuse);
+    if (process.stdin.isTTY) refuse();
   });
+  lines.off('close', refuse);
   lines.on('line', (line) => {
     if (line === PING) say(ALIVE);
   });
@@ -54,4 +56,13 @@ export async function runServiceProcess<Config>(
   await ended;
   await service.close();
   process.exit(0);
+}
+
+/** Whoever started this is no supervisor, but a person as a rule. */
+function refuse(): never {
+  const [name = 'this'] = process.argv.slice(2);
+  process.stderr.write(
+    `strata: ${name} is a part of the platform: "strata start" starts all of them, "strata --help" shows the commands\n`,
+  );
+  process.exit(2);
 }

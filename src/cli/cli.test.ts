@@ -478,7 +478,9 @@ test('start has the documented defaults and checks what it is given', async () =
   await terminal.fails(2, ['1, 3, 5, 7'], 'start', '--safekeepers', '2');
   await terminal.fails(2, ['65535'], 'start', '--http-port', '65536');
   await terminal.fails(2, ['15, 16, 17, 18'], 'start', '--pg-version', '14');
-  await terminal.fails(2, ['--suspend-timeout'], 'start', '--suspend-timeout', '0');
+  await terminal.fails(2, ['--suspend-timeout', '-1 for never'], 'start', '--suspend-timeout', '0');
+  await terminal.fails(2, ['--suspend-timeout', 'from -1'], 'start', '--suspend-timeout', '-2');
+  await terminal.fails(2, ['--pg-port', 'whole number'], 'start', '--pg-port', '1e3');
   await terminal.fails(2, ['--frobnicate'], 'start', '--frobnicate');
   await terminal.ok('start', '--wal-limit', '4GB', '--cache-size', '500 mb');
   const started: StartOptions | undefined = terminal.started;
@@ -486,6 +488,15 @@ test('start has the documented defaults and checks what it is given', async () =
   await terminal.fails(2, ["'4'", 'with a unit'], 'start', '--wal-limit', '4');
   await terminal.fails(2, ['512MB', 'at least 1GB'], 'start', '--wal-limit', '512MB');
   await terminal.fails(2, ['9999999999TB', 'more than any disk'], 'start', '--wal-limit', '9999999999TB');
+});
+
+test('safekeepers that are named wrongly or twice are told before anything is asked for', async () => {
+  const terminal = new Terminal();
+  for (const verb of ['replace', 'remove', 'rebuild']) {
+    await terminal.fails(2, ['"1x" is not the id'], 'safekeepers', verb, '1x');
+    await terminal.fails(2, ['safekeeper 2 is named twice'], 'safekeepers', verb, '2', '3', '2');
+  }
+  await terminal.fails(2, ['--count', '1 to 99'], 'safekeepers', 'add', '--count', '-2');
 });
 
 test('errors of starting are shown by their message, with the stack only for bugs', async () => {

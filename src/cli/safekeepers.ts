@@ -1,10 +1,11 @@
 /** `strata safekeepers [list] | add | remove | replace | cancel | rebuild`: who keeps the WAL. */
 import { setTimeout as sleep } from 'node:timers/promises';
-import { Command, InvalidArgumentError } from 'commander';
+import { Command } from 'commander';
 import { type CliContext, type CommonOptions, openPlatform, platformCommand, show } from './context.ts';
 import { branchNames, listProjects } from './entities.ts';
 import { CliError } from './errors.ts';
 import { formatBytes, formatTable } from './format.ts';
+import { wholeNumber } from './numbers.ts';
 import type { RunningPlatform } from './platform.ts';
 
 interface Safekeepers {
@@ -56,14 +57,14 @@ export function safekeepersCommand(context: CliContext): Command {
     },
   );
   const add = platformCommand('add', 'add safekeepers, and wait until they have everything', 'safekeepers add')
-    .option('--count <number>', 'how many; an odd number of safekeepers must result', positive, 2)
+    .option('--count <number>', 'how many; an odd number of safekeepers must result', wholeNumber(1, 99), 2)
     .action(async (options: CommonOptions & { readonly count: number }) =>
       change(context, options, { kind: 'add', count: options.count }),
     );
   const remove = platformCommand('remove', 'remove safekeepers and what they kept', 'safekeepers remove 2 3')
     .argument('<id...>', 'ids of safekeepers')
     .action(async (ids: readonly string[], options: CommonOptions) =>
-      change(context, options, { kind: 'remove', ids: ids.map(idOf) }),
+      change(context, options, { kind: 'remove', ids: idsFrom(ids) }),
     );
   const replace = platformCommand(
     'replace',
@@ -72,7 +73,7 @@ export function safekeepersCommand(context: CliContext): Command {
   )
     .argument('<id...>', 'ids of safekeepers')
     .action(async (ids: readonly string[], options: CommonOptions) =>
-      change(context, options, { kind: 'replace', ids: ids.map(idOf) }),
+      change(context, options, { kind: 'replace', ids: idsFrom(ids) }),
     );
   const cancel = platformCommand('cancel', 'give up the change under way', 'safekeepers cancel').action(
     async (options: CommonOptions) => {
@@ -89,7 +90,7 @@ export function safekeepersCommand(context: CliContext): Command {
     .argument('<id...>', 'ids of all safekeepers that do not answer')
     .option('--accept-loss', 'do it; without it, it is only said what would be kept and what is lost')
     .action(async (ids: readonly string[], options: CommonOptions & { readonly acceptLoss?: boolean }) =>
-      rebuildWithout(context, options, ids.map(idOf), options.acceptLoss ?? false),
+      rebuildWithout(context, options, idsFrom(ids), options.acceptLoss ?? false),
     );
   return new Command('safekeepers')
     .description('list, add, remove and replace safekeepers; rebuild what is lost with them')
@@ -194,12 +195,11 @@ function idsOf({ safekeepers }: Safekeepers): string {
   return safekeepers.map(({ id }) => id).join(', ');
 }
 
-function positive(text: string): number {
-  if (/^[1-9]\d?$/.test(text)) return Number(text);
-  throw new InvalidArgumentError('It must be a whole number from 1 to 99.');
-}
-
-function idOf(text: string): number {
-  if (/^[1-9]\d{0,8}$/.test(text)) return Number(text);
-  throw new CliError(`"${text}" is not the id of a safekeeper: "strata safekeepers" lists them`, 2);
+function idsFrom(texts: readonly string[]): number[] {
+  const twice = texts.find((text, index) => texts.indexOf(text) < index);
+  if (twice !== undefined) throw new CliError(`safekeeper ${twice} is named twice`, 2);
+  return texts.map((text) => {
+    if (/^[1-9]\d{0,8}$/.test(text)) return Number(text);
+    throw new CliError(`"${text}" is not the id of a safekeeper: "strata safekeepers" lists them`, 2);
+  });
 }

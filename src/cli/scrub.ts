@@ -2,7 +2,6 @@
  * `strata scrub`: whether everything that is stored is whole. The work is the caller's of the program; here are the command's options and output.
  */
 import { randomInt } from 'node:crypto';
-import { InvalidArgumentError } from 'commander';
 import type { Command } from 'commander';
 import type { Finding, ScrubReport, ScrubRequest } from '../api/scrub.ts';
 import { formatLsn } from '../postgres/lsn.ts';
@@ -10,6 +9,7 @@ import { type CliContext, openPlatform, projectCommand, type ProjectOptions, sho
 import { findBranch, findProject, listBranches, listProjects } from './entities.ts';
 import { CliError } from './errors.ts';
 import { formatBytes, formatFields } from './format.ts';
+import { wholeNumber } from './numbers.ts';
 import type { RunningPlatform } from './platform.ts';
 import { occasionally } from './progress.ts';
 
@@ -45,9 +45,9 @@ Examples:
 export function scrubCommand(context: CliContext, tool: ScrubTool, setExitCode: (code: number) => void): Command {
   return projectCommand('scrub', 'verify layers, objects and a sample of pages', 'scrub')
     .option('--branch <branch>', 'only this branch (name or id); with --project when there are several')
-    .option('--sample <count>', 'pages of each branch to make anew and compare; 0: none', wholeNumber, SAMPLE)
-    .option('--seed <number>', 'which pages; a seed gives the same ones again (default: by chance)', wholeNumber)
-    .option('--wal-mb <megabytes>', 'WAL of each branch to replay, at most', wholeNumber, WAL_MB)
+    .option('--sample <count>', 'pages of each branch to make anew and compare; 0: none', wholeNumber(0), SAMPLE)
+    .option('--seed <number>', 'which pages; a seed gives the same ones again (default: by chance)', wholeNumber(0))
+    .option('--wal-mb <megabytes>', 'WAL of each branch to replay, at most', wholeNumber(0), WAL_MB)
     .option('--delete-orphans', 'delete objects that nobody needs', false)
     .option('--repair', 'have damaged layers and objects brought back now, from what else has them or from WAL', false)
     .addHelpText('after', NOTES)
@@ -235,10 +235,4 @@ function toJson(report: ScrubReport): object {
       reason,
     })),
   };
-}
-
-function wholeNumber(text: string): number {
-  const value = Number(text);
-  if (text.trim() !== '' && Number.isSafeInteger(value) && value >= 0) return value;
-  throw new InvalidArgumentError('It must be a whole number, 0 or above.');
 }

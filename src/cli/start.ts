@@ -6,6 +6,7 @@ import { MIN_WAL_LIMIT_BYTES } from '../api/backpressure-limits.ts';
 import { PG_VERSIONS } from '../postgres/version.ts';
 import { DEFAULT_SUSPEND_TIMEOUT_SECONDS } from '../api/control.ts';
 import { CliError } from './errors.ts';
+import { wholeNumber } from './numbers.ts';
 import { chooseDataDirectory } from './platform.ts';
 
 export interface StartOptions {
@@ -112,14 +113,6 @@ export function startCommand(environment: NodeJS.ProcessEnv, start: (options: St
     });
 }
 
-function wholeNumber(minimum: number, maximum: number): (text: string) => number {
-  return (text) => {
-    const value = Number(text);
-    if (/^-?\d+$/.test(text) && value >= minimum && value <= maximum) return value;
-    throw new InvalidArgumentError(`It must be a whole number from ${minimum} to ${maximum}.`);
-  };
-}
-
 function oneOf(values: readonly number[]): (text: string) => number {
   return (text) => {
     const value = values.find((each) => String(each) === text);
@@ -153,6 +146,7 @@ function walLimit(text: string): number {
 }
 
 function suspendTimeout(text: string): number {
-  if (text === '-1') return -1;
-  return wholeNumber(1, MAX_SUSPEND_TIMEOUT_SECONDS)(text);
+  const value = wholeNumber(-1, MAX_SUSPEND_TIMEOUT_SECONDS)(text);
+  if (value !== 0) return value;
+  throw new InvalidArgumentError('It must be 1 or more, or -1 for never.');
 }

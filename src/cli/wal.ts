@@ -14,6 +14,7 @@ import { type CliContext, openProject, projectCommand, type ProjectOptions, show
 import { findBranch, listBranches } from './entities.ts';
 import { CliError } from './errors.ts';
 import { formatFields, formatTable } from './format.ts';
+import { wholeNumber } from './numbers.ts';
 import type { RunningPlatform } from './platform.ts';
 
 export interface WalProgress {
@@ -169,7 +170,7 @@ export function walCommand(context: CliContext, tools: WalTools, setExitCode: (c
     .option('--end <lsn>', 'up to the last record that ends here or before', lsn)
     .option('--relation <spc/db/rel>', 'records that change a block of this relation', relation)
     .option('--rmgr <name>', 'records of this resource manager, for example Heap or Transaction', resourceManager)
-    .option('--limit <count>', 'at most so many records', count)
+    .option('--limit <count>', 'at most so many records', wholeNumber(1))
     .addHelpText('after', '\nWith --output json each record is a line of its own.')
     .action(async (place: string | undefined, options: DumpOptions) => {
       assertOrder(options);
@@ -401,10 +402,4 @@ function resourceManager(text: string): string {
   if (found !== undefined) return found;
   if (/^custom\d{3}$/.test(text)) return text;
   throw new InvalidArgumentError(`It must be one of ${names.join(', ')}, or custom128 to custom255.`);
-}
-
-function count(text: string): number {
-  const value = Number(text);
-  if (Number.isSafeInteger(value) && value > 0) return value;
-  throw new InvalidArgumentError('It must be a whole number above 0.');
 }

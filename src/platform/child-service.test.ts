@@ -1,5 +1,6 @@
 /** Services that are this very file, started as one (a service runs the main script of the process that supervises it). */
 import assert from 'node:assert/strict';
+import { spawnSync } from 'node:child_process';
 import { mkdtempSync, readlinkSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -31,6 +32,14 @@ async function startService(context: TestContext, options: Partial<ChildServiceO
   });
   return service;
 }
+
+test('a person who starts a service is told what it is, without a stack', () => {
+  for (const input of ['', 'status\n']) {
+    const { status, stderr } = spawnSync(process.execPath, [import.meta.filename, ROLE], { input, encoding: 'utf8' });
+    assert.equal(status, 2);
+    assert.match(stderr, new RegExp(`^strata: ${ROLE} is a part of the platform: "strata start" .*\n$`));
+  }
+});
 
 async function until(condition: () => boolean, what: string): Promise<void> {
   const deadline = Date.now() + 20_000;

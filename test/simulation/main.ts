@@ -3,7 +3,8 @@
  * an invariant, 2 when an option is not what it should be.
  */
 import { isMainThread, parentPort, Worker, workerData } from 'node:worker_threads';
-import { Command, InvalidArgumentError, Option } from 'commander';
+import { Command, Option } from 'commander';
+import { wholeNumber } from '../../src/cli/numbers.ts';
 import { type RunOptions, simulate } from './cluster.ts';
 import { explore, SMALL_BOUNDS } from './explore.ts';
 import type { Bounds } from './explored-world.ts';
@@ -51,29 +52,29 @@ async function main(): Promise<void> {
   const command = new Command('npm run simulate --')
     .exitOverride((error) => process.exit(error.exitCode === 0 ? 0 : 2))
     .description('The simulation of the consensus, for seeds, or an exhaustive exploration of it within bounds.')
-    .option('--seeds <count>', 'how many', wholeNumber, 1_000)
-    .option('--from <seed>', 'the first', wholeNumber, 1)
-    .option('--threads <count>', 'on which to run them', wholeNumber, 1)
+    .option('--seeds <count>', 'how many', wholeNumber(0), 1_000)
+    .option('--from <seed>', 'the first', wholeNumber(0), 1)
+    .option('--threads <count>', 'on which to run them', wholeNumber(0), 1)
     .option('--trace', 'run the first seed alone, and show all that happens')
     .addOption(new Option('--bug <name>', 'a mistake made on purpose, which is to be found').choices(BUGS))
     .option('--removal', 'logs lose their beginning (default: drawn by the seed)')
     .option('--no-removal', 'logs do not')
     .option('--explore', 'explore instead, within these bounds:')
-    .option('--acceptors <count>', 'acceptors', wholeNumber, bounds.acceptors)
+    .option('--acceptors <count>', 'acceptors', wholeNumber(0), bounds.acceptors)
     .addOption(
       new Option('--members <sets>', 'sets of acceptors that follow each other as members, such as 0,1,2/0,1,3')
         .argParser(parseMembers)
         .default(bounds.memberSets, 'all of them'),
     )
-    .option('--terms <count>', 'terms', wholeNumber, bounds.terms)
-    .option('--entries <count>', 'entries', wholeNumber, bounds.entries)
-    .option('--delays <count>', 'messages that come late', wholeNumber, bounds.delays)
-    .option('--crashes <count>', 'crashes', wholeNumber, bounds.crashes)
-    .option('--breaks <count>', 'connections that break', wholeNumber, bounds.breaks)
-    .option('--restarts <count>', 'restarts', wholeNumber, bounds.restarts)
+    .option('--terms <count>', 'terms', wholeNumber(0), bounds.terms)
+    .option('--entries <count>', 'entries', wholeNumber(0), bounds.entries)
+    .option('--delays <count>', 'messages that come late', wholeNumber(0), bounds.delays)
+    .option('--crashes <count>', 'crashes', wholeNumber(0), bounds.crashes)
+    .option('--breaks <count>', 'connections that break', wholeNumber(0), bounds.breaks)
+    .option('--restarts <count>', 'restarts', wholeNumber(0), bounds.restarts)
     .addOption(
       new Option('--max-states <count>', 'states after which to stop')
-        .argParser(wholeNumber)
+        .argParser(wholeNumber(0))
         .default(bounds.maxStates, 'none'),
     );
   const {
@@ -202,11 +203,5 @@ function add(a: Tally, b: Tally): Tally {
 
 /** Sets of acceptors, by their numbers. */
 function parseMembers(text: string): number[][] {
-  return text.split('/').map((set) => set.split(',').map((node) => wholeNumber(node)));
-}
-
-function wholeNumber(text: string): number {
-  const value = Number(text);
-  if (!Number.isSafeInteger(value) || value < 0) throw new InvalidArgumentError('It is a whole number.');
-  return value;
+  return text.split('/').map((set) => set.split(',').map((node) => wholeNumber(0)(node)));
 }
