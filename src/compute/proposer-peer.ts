@@ -365,8 +365,14 @@ export class ProposerPeer {
   #startRecovery(): void {
     const recovery = new AbortController();
     this.#recovery = recovery;
-    this.#recover(recovery.signal)
+    const { state, index } = this.#options;
+    const source = state.recoverySource(index, this.#damagedSources);
+    this.#recover(source, recovery.signal)
       .catch((error: unknown) => {
+        const { code, message } = toStrataError(error);
+        // It cannot read its disk there.
+        const isUnreadable = code === 'internal' || code === 'history-gone';
+        if (source !== undefined && isUnreadable && !recovery.signal.aborted) this.#foundDamage(source, message);
         this.#options.log?.info({ safekeeper: this.#name, err: error }, 'recovery has to start again');
         return new Promise((resolve) => setTimeout(resolve, RECOVERY_RETRY_MS));
       })
@@ -376,10 +382,9 @@ export class ProposerPeer {
       });
   }
 
-  async #recover(signal: AbortSignal): Promise<void> {
+  async #recover(source: number | undefined, signal: AbortSignal): Promise<void> {
     const { state, index, buffer, timeline, token, addressOf, log } = this.#options;
     const peer = state.peer(index);
-    const source = state.recoverySource(index, this.#damagedSources);
     if (source === undefined) throw new StrataError('unavailable', 'no safekeeper with the WAL is connected');
     const { tenantId, timelineId } = timeline;
     // The end of a record, from which on whole ones can be checked; what is needed begins in a later one perhaps.

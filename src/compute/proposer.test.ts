@@ -17,7 +17,7 @@ import {
 import type { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
-import { segmentOffset } from '../postgres/lsn.ts';
+import { segmentOffset, segmentStart, WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
 import { type Safekeeper, type SafekeeperConfig, runSafekeeper } from '../safekeeper/main.ts';
 import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from '../safekeeper/made-wal.test-data.ts';
 import { segmentPath } from '../safekeeper/wal-store.ts';
@@ -98,6 +98,12 @@ class Cluster {
     byte[0]! ^= 0x40;
     await file.write(byte, 0, 1, segmentOffset(lsn));
     await file.close();
+  }
+
+  /** Behind the back of the safekeeper. */
+  async removeSegment(index: number, lsn: number): Promise<void> {
+    const { tenantId, timelineId } = this.timeline;
+    await rm(segmentPath(join(this.#root, `safekeeper-${index}`, tenantId, timelineId), lsn));
   }
 
   async elect(options: Partial<ProposerOptions> = {}): Promise<Proposer> {
@@ -295,6 +301,25 @@ for (const where of ['in what is read before it is sent', 'in a large record, of
     assert((await cluster.walOf(2, wal.endLsn)).equals(wal.bytes));
   });
 }
+
+test('a segment that is gone from one disk: another one is asked', async (context) => {
+  const cluster = await Cluster.start(context);
+  const proposer = await cluster.elect({ retainedBytes: 10_000 });
+  const wal = makeWal(MID_SEGMENT_LSN, Array<number>(400).fill(50_000));
+  assert(wal.endLsn > segmentStart(MID_SEGMENT_LSN) + WAL_SEGMENT_SIZE, 'more than a segment');
+  await cluster.stopOne(2);
+  for (const [record, to] of wal.ends.entries()) {
+    if (record % 20 !== 19) continue;
+    proposer.append(proposer.endLsn, wal.bytes.subarray(proposer.endLsn - MID_SEGMENT_LSN, to - MID_SEGMENT_LSN));
+    await proposer.waitCommitted(to);
+  }
+  await cluster.reaches(0, wal.endLsn);
+  await cluster.reaches(1, wal.endLsn);
+  await cluster.removeSegment(0, MID_SEGMENT_LSN);
+  await cluster.startOne(2);
+  await cluster.reaches(2, wal.endLsn);
+  assert((await cluster.walOf(2, wal.endLsn)).equals(wal.bytes));
+});
 
 test('two of three away: appending is held back, and nothing is lost when one returns', async (context) => {
   const cluster = await Cluster.start(context);
