@@ -420,7 +420,6 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     this.emit('commit', lsn);
     const ackedByAll = Math.min(...this.#active.map((index) => this.#state.peer(index).ackedLsn));
     const keptLsn = Math.max(ackedByAll, lsn - (this.#options.retainedBytes ?? RETAINED_BYTES));
-    // Who has acknowledged it has read it from its connection; connections that were lost are closed, and send nothing more.
     this.#buffer.trim(Math.min(lsn, keptLsn), ackedByAll);
     this.#startPause();
     this.#schedulePump(); // One that recovers may find a source now.

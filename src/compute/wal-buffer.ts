@@ -1,9 +1,16 @@
 /**
  * A window of WAL in memory: bytes are copied in at the end, sent from anywhere, and let go of at the start.
  *
- * Copied, because Postgres sends a few hundred bytes at a time and keeping those would keep the 64 KiB that each was received in. A block is
- * never written again where it was filled, and used anew only when nobody can hold it any more: a socket may still do so when it is let go of. New blocks
- * all the time, while much WAL comes, would make a third of this process' work that of collecting them.
+ * Copied, because Postgres sends a few hundred bytes at a time and keeping those would keep the 64 KiB that each was received in. New blocks all the time, while
+ * much WAL comes, would make a third of this process' work that of collecting them; so blocks are used anew.
+ *
+ * Sockets send from these blocks, later. So a block is never written again where it was filled, and used anew only once every safekeeper that is a member has
+ * acknowledged all of it, though it is let go of before. No other bytes can leave then in the name of those that were there:
+ *   - What a connection was given and is acknowledged on it has left this process. (Acknowledged may also be what came over an earlier connection, while this one
+ *     still has it to send. Then the safekeeper writes behind it already, and takes appends only where it writes.)
+ *   - A connection is destroyed as it is lost, or as its safekeeper ceases to be a member: what it had queued is never sent.
+ *   - Another election has a buffer of its own, and after `close` or the loss of the lead nothing is appended any more.
+ * What is acknowledged belongs to one term, and nobody cuts that within its term: a log that begins anew has a new connection.
  */
 import assert from 'node:assert/strict';
 import type { Lsn } from '../postgres/lsn.ts';
