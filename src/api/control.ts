@@ -6,6 +6,7 @@
  * Every method may reject with a StrataError; `unavailable` and `timeout` are tried again where that can help.
  */
 import type { Lsn } from '../postgres/lsn.ts';
+import type { RebuildDamage } from './rebuilt-logs.ts';
 import type {
   ChangesPage,
   ChangesRequest,
@@ -212,12 +213,14 @@ export interface SafekeeperRebuild {
     readonly keptLsn: Lsn;
     /** When the last commit that is kept was made, where that is known. */
     readonly lastCommitMs: number | undefined;
-    /** The highest commit LSN that the pageserver was told of: up to there, what is not kept was acknowledged. */
+    /** The highest LSN that was acknowledged, as the pageserver was told, or may have been, as the safekeepers say that are there: what is not kept up to there is lost. */
     readonly heardLsn: Lsn | undefined;
     /** Who has most of it. */
     readonly source: string;
     /** Who is given the log. */
     readonly safekeepers: readonly number[];
+    /** What was found damaged, and what is done about it. */
+    readonly damage?: readonly RebuildDamage[];
   }[];
   /** Nothing is done about these, for now. */
   readonly failed: readonly { readonly timelineId: string; readonly reason: string }[];
@@ -230,7 +233,7 @@ export interface SafekeeperAdmin {
   /** Back to the members before the change under way. Throws `conflict` when there is none. */
   cancel(): Promise<void>;
   /**
-   * Gives up those safekeepers, which do not answer, and makes the logs anew that a majority has lost with them. Unless `acceptsLoss` it only says what would be
+   * Gives up those safekeepers, which do not answer, perhaps none, and makes the logs anew that a majority has lost, with them or before. Unless `acceptsLoss` it only says what would be
    * done. Throws `bad-request`, `conflict` when they are there or nothing is lost, `unavailable` when others are silent too.
    */
   rebuild(ids: readonly number[], acceptsLoss: boolean): Promise<SafekeeperRebuild>;

@@ -14,6 +14,7 @@ import { type Frame, FrameReader } from '../base/frames.ts';
 import type { AcceptorState } from '../consensus/acceptor.ts';
 import type { Configuration } from '../consensus/configuration.ts';
 import type { TermHistory } from '../consensus/messages.ts';
+import type { LogPosition } from '../consensus/term-history.ts';
 import type { Lsn } from '../postgres/lsn.ts';
 import {
   decodeJson,
@@ -38,6 +39,8 @@ export type { PageserverFeedback, TimelineProgress, TimelineWalStatus, WalChunk 
 
 const CONNECT_TIMEOUT_MS = 5_000;
 const CALL_TIMEOUT_MS = 30_000;
+/** All of a log may be copied. */
+const REBUILD_TIMEOUT_MS = 660_000;
 const RECEIVE_BYTES = 16 * 1024;
 /** What is smaller is joined by copying: that costs less than a write of several buffers. */
 const JOINED_BYTES_MAX = 4 * 1024;
@@ -75,12 +78,21 @@ export interface SafekeeperTimelineStatus extends TimelineIdentity {
   readonly localStartLsn: Lsn;
   /** What is before was seen in the object store. */
   readonly offloadedLsn: Lsn;
-  /** False: the log was lost and given anew, and is not complete yet. */
+  /** False: the log was lost and given anew, and is not complete yet; or damaged. */
   readonly isVoter: boolean;
+  /** Of who is no voter: from where on it is one. What is before was perhaps acknowledged by the log that was here. */
+  readonly votesFrom?: LogPosition;
   /** A proposer whose log this is, is connected. */
   readonly hasLeader: boolean;
   /** Proposers that are connected now. */
   readonly proposerCount: number;
+}
+
+/** A safekeeper that has a log's WAL up to there. */
+export interface WalSource {
+  readonly nodeId: number;
+  readonly address: SafekeeperAddress;
+  readonly endLsn: Lsn;
 }
 
 /** A log that was lost with a quorum of its disks, as it is to be again. */
@@ -88,10 +100,13 @@ export interface RebuildRequest {
   readonly timeline: TimelineIdentity;
   /** Its first byte: the timeline's start, or later when what is before is nowhere. */
   readonly logStartLsn: Lsn;
-  /** The state of its acceptor; its commitLsn is the end of a record, and of the log unless there is a source. */
+  /** The state of its acceptor; its commitLsn is the end of a record, and of the log unless it is copied. */
   readonly state: AcceptorState;
-  /** A safekeeper that has the log from logStartLsn to endLsn; without it the log's last segment is in the object store. */
-  readonly source?: { readonly address: SafekeeperAddress; readonly endLsn: Lsn };
+  /**
+   * The log is copied, from logStartLsn to endLsn, both ends of records, from these, the one that has most of it first; where that is damaged, from the others and
+   * the object store. May be the safekeeper itself. Without it the log's last segment is in the object store.
+   */
+  readonly copy?: { readonly endLsn: Lsn; readonly sources: readonly WalSource[] };
   /** A log that is there is put aside; otherwise it is refused. */
   readonly replace: boolean;
 }
@@ -171,7 +186,7 @@ export class SafekeeperClient {
 
   /** Durable when it resolves. Rejects with `conflict` when the safekeeper has the log and is not told to replace it. */
   async rebuildTimeline(rebuild: RebuildRequest): Promise<void> {
-    await this.#call('rebuildTimeline', rebuild);
+    await this.#call('rebuildTimeline', rebuild, REBUILD_TIMEOUT_MS);
   }
 
   async walStatus(): Promise<TimelineWalStatus[]> {
@@ -212,15 +227,15 @@ export class SafekeeperClient {
     this.#connection = undefined;
   }
 
-  #call(method: string, params: unknown): Promise<unknown> {
+  #call(method: string, params: unknown, timeoutMs = CALL_TIMEOUT_MS): Promise<unknown> {
     this.#connection ??= this.#connect();
     const connection = this.#connection;
     const id = this.#nextId++;
     return new Promise((resolve, reject) => {
       const timer = setTimeout(() => {
         this.#pending.delete(id);
-        reject(new StrataError('timeout', `safekeeper ${method} gave no answer in ${CALL_TIMEOUT_MS} ms`));
-      }, CALL_TIMEOUT_MS);
+        reject(new StrataError('timeout', `safekeeper ${method} gave no answer in ${timeoutMs} ms`));
+      }, timeoutMs);
       this.#pending.set(id, {
         resolve: (result) => {
           clearTimeout(timer);

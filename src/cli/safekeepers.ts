@@ -1,6 +1,8 @@
 /** `strata safekeepers [list] | add | remove | replace | cancel | rebuild`: who keeps the WAL. */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Command } from 'commander';
+import { describeDamage, type RebuildDamage } from '../api/rebuilt-logs.ts';
+import { parseLsn } from '../postgres/lsn.ts';
 import { type CliContext, type CommonOptions, openPlatform, platformCommand, show } from './context.ts';
 import { branchNames, listProjects } from './entities.ts';
 import { CliError } from './errors.ts';
@@ -36,6 +38,7 @@ interface Rebuild {
     readonly lost_lsn: string | null;
     readonly source: string;
     readonly safekeepers: readonly number[];
+    readonly damage: readonly (Omit<RebuildDamage, 'lsn'> & { readonly lsn: string })[];
   }[];
   readonly failed: readonly { readonly timeline_id: string; readonly reason: string }[];
 }
@@ -87,7 +90,10 @@ export function safekeepersCommand(context: CliContext): Command {
     'give up safekeepers that will not come back, when a majority is lost with them, and make the logs anew from what is left',
     'safekeepers rebuild 2 3\n  $ strata safekeepers rebuild 2 3 --accept-loss',
   )
-    .argument('<id...>', 'ids of all safekeepers that do not answer')
+    .argument(
+      '[id...]',
+      'ids of all safekeepers that do not answer; none, when logs are lost with disks and those of the others are damaged',
+    )
     .option('--accept-loss', 'do it; without it, it is only said what would be kept and what is lost')
     .action(async (ids: readonly string[], options: CommonOptions & { readonly acceptLoss?: boolean }) =>
       rebuildWithout(context, options, idsFrom(ids), options.acceptLoss ?? false),
@@ -136,13 +142,20 @@ async function rebuildWithout(
         log.lost_lsn === null ? 'nothing' : `up to ${log.lost_lsn}`,
       ]),
     );
+    const damaged = logs.flatMap((log) =>
+      log.damage.map(
+        (each) => `${log.branch ?? log.timeline_id}: ${describeDamage({ ...each, lsn: parseLsn(each.lsn) })}`,
+      ),
+    );
     const refused = failed.map((log) => `${log.branch ?? log.timeline_id} is not rebuilt: ${log.reason}`);
-    const aside = ids.map((id) => `${dataDirectory}/safekeeper-${id}.given-up-*`).join(', ');
+    const aside = ids.map((id) => `${dataDirectory}/safekeeper-${id}.given-up-*`);
+    if (damaged.length > 0) aside.push(`${dataDirectory}/safekeeper-*/*/*.aside-*`);
     return [
       ...(logs.length === 0 ? ['no log is lost'] : [table]),
+      ...damaged,
       ...refused,
-      'what was acknowledged after these LSNs, on the safekeepers that are given up only, is lost',
-      ...(found.done ? [`what they kept is in ${aside}`] : []),
+      `what was acknowledged after these LSNs, on ${ids.length === 0 ? 'what is lost' : 'the safekeepers that are given up'} only, is lost`,
+      ...(found.done && aside.length > 0 ? [`what was there is in ${aside.join(', ')}`] : []),
     ].join('\n');
   });
   if (!found.done) throw new CliError('nothing was changed: with --accept-loss it is done');

@@ -74,8 +74,10 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
           rebuilt_at: new Date(each.atMs).toISOString(),
           kept_lsn: formatLsn(each.keptLsn),
           last_commit_at: each.lastCommitMs === undefined ? null : new Date(each.lastCommitMs).toISOString(),
+          lost_lsn: each.lostLsn === undefined ? null : formatLsn(each.lostLsn),
           source: each.source,
           safekeepers: each.safekeepers,
+          damage: (each.damage ?? []).map((damage) => ({ ...damage, lsn: formatLsn(damage.lsn) })),
         })),
       };
       show(context, options, status, () =>

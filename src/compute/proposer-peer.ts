@@ -15,7 +15,6 @@ import {
   SafekeeperClient,
   SafekeeperConnection,
   type TimelineIdentity,
-  type WalChunk,
 } from '../api/safekeeper.ts';
 import {
   decodeAcceptorMessage,
@@ -34,8 +33,7 @@ import type { ProposerAction, ProposerState } from '../consensus/proposer.ts';
 import { historyUpTo } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { toPgVersion } from '../postgres/version.ts';
-import { WalError } from '../postgres/wal/error.ts';
-import { WalReader } from '../postgres/wal/reader.ts';
+import { WholeRecords } from '../postgres/wal/whole-records.ts';
 import type { WalBuffer } from './wal-buffer.ts';
 
 /** Small appends that are not acknowledged yet. More of them would only be more messages and more writes; what comes meanwhile makes up a larger one. */
@@ -389,24 +387,17 @@ export class ProposerPeer {
     const { tenantId, timelineId } = timeline;
     // The end of a record, from which on whole ones can be checked; what is needed begins in a later one perhaps.
     const fromLsn = peer.ackedLsn;
-    const reader = new WalReader(fromLsn, toPgVersion(timeline.pgVersion));
+    const whole = new WholeRecords(fromLsn, toPgVersion(timeline.pgVersion));
     let { sendLsn } = peer;
     const { term } = state;
     log?.info({ safekeeper: this.#name, source, fromLsn: formatLsn(fromLsn) }, 'recovering from another safekeeper');
     const address = addressOf(source);
     const chunks = readWal({ address, token, tenantId, timelineId, fromLsn, term, signal });
-    /** Of a record that is not whole yet, and where it begins. */
-    let unchecked: Buffer[] = [];
     let lsn = fromLsn;
     for await (const chunk of chunks) {
       if (chunk.bytes.length === 0) continue;
-      const damage = readRecords(reader, chunk);
-      unchecked.push(chunk.bytes);
-      while (lsn < reader.position) {
-        const bytes = unchecked[0]!.subarray(0, reader.position - lsn);
+      for (const bytes of whole.push(chunk.bytes)) {
         const needed = bytes.subarray(Math.max(0, sendLsn - lsn));
-        const rest = unchecked[0]!.subarray(bytes.length);
-        unchecked = [...(rest.length > 0 ? [rest] : []), ...unchecked.slice(1)];
         lsn += bytes.length;
         if (needed.length === 0) continue;
         while (!this.#hasRoom() && !signal.aborted) {
@@ -420,6 +411,7 @@ export class ProposerPeer {
         this.#append(sendLsn, needed);
         ({ sendLsn } = peer);
       }
+      const { damage } = whole;
       if (damage !== undefined) this.#foundDamage(source, damage.message);
       if (damage !== undefined || sendLsn >= buffer().startLsn) return;
     }
@@ -433,17 +425,5 @@ export class ProposerPeer {
       { nodeId, reason },
       'the WAL on this safekeeper is damaged: the others are asked for it. See to its disk',
     );
-  }
-}
-
-/** Reads the records that are whole with these bytes; the damage that they end with, if any. */
-function readRecords(reader: WalReader, { lsn, bytes }: WalChunk): WalError | undefined {
-  try {
-    reader.push(lsn, bytes);
-    while (reader.next() !== undefined);
-    return undefined;
-  } catch (error) {
-    if (error instanceof WalError) return error;
-    throw error;
   }
 }

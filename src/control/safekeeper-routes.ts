@@ -32,7 +32,7 @@ const rebuildBody = {
   type: 'object',
   required: ['ids'],
   additionalProperties: false,
-  properties: { ids, accept_loss: { type: 'boolean' } },
+  properties: { ids: { ...ids, minItems: 0 }, accept_loss: { type: 'boolean' } },
 } as const;
 
 export function registerSafekeepers(api: FastifyInstance, safekeepers: SafekeeperAdmin): void {
@@ -57,13 +57,14 @@ function shownRebuild({ isDone, logs, failed }: SafekeeperRebuild) {
   const shownLsn = (lsn: Lsn | undefined): string | null => (lsn === undefined ? null : formatLsn(lsn));
   return {
     done: isDone,
-    logs: logs.map(({ timelineId, keptLsn, lastCommitMs, heardLsn, source, safekeepers }) => ({
+    logs: logs.map(({ timelineId, keptLsn, lastCommitMs, heardLsn, source, safekeepers, damage = [] }) => ({
       timeline_id: timelineId,
       kept_lsn: formatLsn(keptLsn),
       last_commit_at: lastCommitMs === undefined ? null : new Date(lastCommitMs).toISOString(),
       lost_lsn: heardLsn !== undefined && heardLsn > keptLsn ? shownLsn(heardLsn) : null,
       source,
       safekeepers,
+      damage: damage.map((each) => ({ ...each, lsn: formatLsn(each.lsn) })),
     })),
     failed: failed.map(({ timelineId, reason }) => ({ timeline_id: timelineId, reason })),
   };

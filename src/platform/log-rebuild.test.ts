@@ -1,112 +1,254 @@
-/** What is decided about a log that safekeepers have lost. */
+/** Logs that are made anew from the one safekeeper that still has them, with real safekeepers: what its disk has damaged does not become what a majority has. */
 import assert from 'node:assert/strict';
-import { test } from 'node:test';
-import type { SafekeeperTimelineStatus } from '../api/safekeeper.ts';
-import { NO_CONFIGURATION } from '../consensus/configuration.ts';
-import type { TermHistory } from '../consensus/messages.ts';
-import { type OffloadedEnd, planRebuild, type RebuildPlan, type SafekeeperView } from './log-rebuild.ts';
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { open } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test, type TestContext } from 'node:test';
+import type { ListedTimeline, PageserverTimelineStatus } from '../api/pageserver.ts';
+import { readWal, SafekeeperClient, type SafekeeperTimelineStatus } from '../api/safekeeper.ts';
+import { fixedSafekeepers } from '../api/safekeeper-set.ts';
+import type { StrataError } from '../base/errors.ts';
+import { createLog } from '../base/log.ts';
+import { FileSystemStore } from '../object-store/file-system-store.ts';
+import { formatLsn, type Lsn, segmentOffset } from '../postgres/lsn.ts';
+import { findEndOfWal } from '../postgres/wal/reader.ts';
+import { startLedTimeline } from '../safekeeper/led-timeline.test-data.ts';
+import { runSafekeeper, type Safekeeper } from '../safekeeper/main.ts';
+import { makeWal, MID_SEGMENT_LSN } from '../safekeeper/made-wal.test-data.ts';
+import { OffloadedWal } from '../safekeeper/offloaded-wal.ts';
+import { segmentPath } from '../safekeeper/wal-store.ts';
+import { LogRebuild } from './log-rebuild.ts';
 
-const START = 1_000;
-const TIMELINE = {
-  tenantId: 'a'.repeat(32),
-  timelineId: 'b'.repeat(32),
-  startLsn: START,
-  pgVersion: 17,
-  systemId: '1',
-};
-const ABSENT: SafekeeperView = { kind: 'absent' };
-const SILENT: SafekeeperView = { kind: 'silent', reason: 'no answer' };
-const history = (...terms: [number, number][]): TermHistory => [
-  { term: 0, startLsn: START },
-  ...terms.map(([term, startLsn]) => ({ term, startLsn })),
+const log = createLog({ name: 'test', level: process.env['STRATA_LOG_LEVEL'] ?? 'silent' });
+const WAL = makeWal(
+  MID_SEGMENT_LSN,
+  Array.from({ length: 60 }, () => 3_000),
+);
+const HISTORY = [
+  { term: 0, startLsn: MID_SEGMENT_LSN },
+  { term: 1, startLsn: MID_SEGMENT_LSN },
 ];
 
-function present(flushLsn: number, lastLogTerm: number, more: Partial<SafekeeperTimelineStatus> = {}): SafekeeperView {
-  const status: SafekeeperTimelineStatus = {
-    ...TIMELINE,
-    term: lastLogTerm,
-    generation: 0,
-    configuration: NO_CONFIGURATION,
-    lastLogTerm,
-    history: history([lastLogTerm, START]),
-    flushLsn,
-    commitLsn: flushLsn,
-    localStartLsn: START,
-    offloadedLsn: START,
-    isVoter: true,
-    hasLeader: false,
-    proposerCount: 0,
-    ...more,
+interface Case {
+  /** How many of the 60 records the survivor knows to be committed, the pageserver has ingested, and the store has. */
+  readonly committed: number;
+  readonly ingested: number;
+  readonly offloaded?: number;
+  /** The record whose bytes are changed on the survivor's disk. */
+  readonly damaged?: number;
+}
+
+function endOf(records: number): Lsn {
+  return records === 0 ? MID_SEGMENT_LSN : WAL.ends[records - 1]!;
+}
+
+/** Safekeeper 1 has the log, 2 and 3 have nothing. */
+async function survivor(context: TestContext, { committed, ingested, offloaded, damaged }: Case) {
+  const store = mkdtempSync(join(tmpdir(), 'strata-rebuild-store-'));
+  const led = await startLedTimeline(context, { pgVersion: 17, objectStore: store });
+  const { timeline, endpoint, secret, root } = led;
+  const { tenantId, timelineId } = timeline;
+  const running = new Map<number, Safekeeper>();
+  const start = async (nodeId: number, port = 0): Promise<number> => {
+    const dataDir = join(root, `sk-${nodeId}`);
+    const config = { nodeId, dataDir, host: '127.0.0.1', port, secret, log, objectStore: store };
+    running.set(nodeId, await runSafekeeper(config));
+    return running.get(nodeId)!.port;
   };
-  return { kind: 'present', status };
-}
-
-const OFFLOADED: OffloadedEnd = { endLsn: 5_000, history: history([3, START]), lastCommitMs: 1 };
-
-function plan(views: readonly SafekeeperView[], ingestedLsn: number, offloaded?: OffloadedEnd, nowMs = 0): RebuildPlan {
-  return planRebuild(views, TIMELINE, ingestedLsn, offloaded, nowMs);
-}
-
-test('nothing is rebuilt while a quorum may have the log: absence is not silence', () => {
-  const three = present(4_000, 2);
-  for (const views of [
-    [three, three, three],
-    [three, three, ABSENT],
-    [SILENT, SILENT, SILENT],
-    [three, SILENT, SILENT],
-  ]) {
-    assert.deepEqual(plan(views, 4_000, OFFLOADED), { kind: 'none' });
+  const addresses = [
+    endpoint.address,
+    ...[await start(2), await start(3)].map((port) => ({ host: '127.0.0.1', port })),
+  ];
+  led.append(WAL.bytes, MID_SEGMENT_LSN, WAL.endLsn, endOf(committed));
+  await led.flushed(WAL.endLsn);
+  const wal = new OffloadedWal(await FileSystemStore.open(store));
+  if (offloaded !== undefined) {
+    const endLsn = endOf(offloaded);
+    const bytes = WAL.bytes.subarray(0, endLsn - MID_SEGMENT_LSN);
+    await wal.put({ ...timeline, fromLsn: MID_SEGMENT_LSN, endLsn, history: HISTORY, bytes });
   }
-  assert.deepEqual(plan([three, SILENT, ABSENT], 4_000, OFFLOADED), { kind: 'wait', silent: [1] });
-  assert.deepEqual(plan([ABSENT, SILENT, ABSENT], 4_000, OFFLOADED), { kind: 'wait', silent: [1] });
-});
+  const directory = join(root, 'sk', tenantId, timelineId);
+  if (damaged !== undefined) {
+    const file = await open(segmentPath(directory, MID_SEGMENT_LSN), 'r+');
+    await file.write(Buffer.from([0xff]), 0, 1, segmentOffset(endOf(damaged)) + 500);
+    await file.close();
+  }
+  const { lastRecordStart } = await findEndOfWal(MID_SEGMENT_LSN, 17, [
+    WAL.bytes.subarray(0, endOf(ingested) - MID_SEGMENT_LSN),
+  ]);
+  const status = {
+    lastRecordLsn: endOf(ingested),
+    lastRecordStartLsn: lastRecordStart ?? MID_SEGMENT_LSN - 8,
+    diskConsistentLsn: endOf(ingested),
+    remoteConsistentLsn: endOf(ingested),
+    startLsn: MID_SEGMENT_LSN,
+  } as PageserverTimelineStatus;
+  const pageserver = {
+    timelineIdentity: async () => ({ ...timeline, hasWal: true }),
+    timelineStatus: async () => status,
+    listTimelines: async (): Promise<ListedTimeline[]> => [],
+    timestampOfLsn: async () => undefined,
+    flush: async () => {},
+  };
+  const { token } = endpoint;
+  const rebuild = new LogRebuild({ safekeepers: fixedSafekeepers(addresses), pageserver, token, wal, log });
+  const clients = addresses.map((address) => new SafekeeperClient({ address, token }));
+  context.after(async () => {
+    rebuild.close();
+    for (const client of clients) client.close();
+    for (const each of running.values()) await each.close();
+    rmSync(store, { recursive: true });
+  });
+  /** What each safekeeper has from the LSN on. */
+  const contents = async (fromLsn: Lsn): Promise<Buffer[]> => {
+    const found: Buffer[] = [];
+    for (const [index, address] of addresses.entries()) {
+      const { flushLsn } = await clients[index]!.status(tenantId, timelineId);
+      const parts: Buffer[] = [];
+      let lsn = fromLsn;
+      const chunks = readWal({ address, token, tenantId, timelineId, fromLsn, isRebuild: true });
+      while (lsn < flushLsn) {
+        const { value } = await chunks.next();
+        parts.push(value!.bytes);
+        lsn += value!.bytes.length;
+      }
+      await chunks.return();
+      found.push(Buffer.concat(parts));
+    }
+    return found;
+  };
+  const assertAllHave = async (fromLsn: Lsn, endLsn: Lsn): Promise<void> => {
+    const expected = WAL.bytes.subarray(fromLsn - MID_SEGMENT_LSN, endLsn - MID_SEGMENT_LSN);
+    for (const [index, bytes] of (await contents(fromLsn)).entries())
+      assert(
+        bytes.equals(expected),
+        `safekeeper ${index + 1} has ${bytes.length} of ${expected.length} bytes, or others`,
+      );
+  };
+  const statuses = (): Promise<SafekeeperTimelineStatus[]> =>
+    Promise.all(clients.map((client) => client.status(tenantId, timelineId)));
+  const preview = () => rebuild.preview(timelineId, new Set());
+  const made = (acceptedLsn?: Lsn) => rebuild.rebuild(timelineId, acceptedLsn);
+  const stop = async (nodeId: number): Promise<number> => {
+    const each = running.get(nodeId)!;
+    running.delete(nodeId);
+    await each.close();
+    return each.port;
+  };
+  const aside = (): string[] => readdirSync(join(root, 'sk', tenantId)).filter((name) => name.includes('.aside-'));
+  return { led, root, start, stop, preview, made, assertAllHave, statuses, aside, tenantId, timelineId };
+}
 
-test('a log that is lost twice before anything of the first time is offloaded gets another term than then', () => {
-  const [first, second] = [10_000_000, 10_000_001].map((nowMs) =>
-    plan([ABSENT, ABSENT, ABSENT], 4_500, OFFLOADED, nowMs),
+test('a sound survivor is copied to its flush LSN, without a word of damage', async (context) => {
+  const { preview, made, assertAllHave, statuses, aside } = await survivor(context, { committed: 20, ingested: 30 });
+  const planned = await preview();
+  assert.deepEqual([planned?.keptLsn, planned?.source], [WAL.endLsn, 'another safekeeper']);
+  const rebuilt = await made();
+  assert.deepEqual(
+    [rebuilt?.keptLsn, rebuilt?.safekeepers, rebuilt?.damage, rebuilt?.lostLsn],
+    [WAL.endLsn, [2, 3], undefined, undefined],
   );
-  assert(first?.kind === 'rebuild' && second?.kind === 'rebuild');
-  assert(second.state.term > first.state.term);
+  await assertAllHave(MID_SEGMENT_LSN, WAL.endLsn);
+  const [, two] = await statuses();
+  assert.equal(two!.commitLsn, endOf(30), 'what is ingested is committed');
+  assert.deepEqual([aside(), await made()], [[], undefined]);
 });
 
-test('what is offloaded is where lost logs end again, under a term far above those known', () => {
-  const found = plan([ABSENT, ABSENT, present(3_000, 2, { term: 9, generation: 4 })], 4_500, OFFLOADED);
-  assert(found.kind === 'rebuild');
-  assert.deepEqual([found.targets, found.source, found.keptLsn], [[0, 1], 'object store', 5_000]);
-  assert.deepEqual(found.state.history, OFFLOADED.history);
-  assert.equal(found.state.commitLsn, 5_000);
-  assert(found.state.term > 1_000_000 && found.state.generation === 5);
+test('damage below the commit LSN is healed from the object store, on the survivor too', async (context) => {
+  const world = await survivor(context, { committed: 50, ingested: 10, offloaded: 40, damaged: 20 });
+  const rebuilt = await world.made();
+  assert.deepEqual([rebuilt?.keptLsn, rebuilt?.safekeepers, rebuilt?.lostLsn], [WAL.endLsn, [1, 2, 3], undefined]);
+  const [damage] = rebuilt!.damage!;
+  assert.deepEqual([rebuilt!.damage!.length, damage!.origin, damage!.lsn], [1, 'safekeeper 1', endOf(20)]);
+  assert.match(damage!.reason, /CRC/);
+  assert.equal(damage!.remedy, 'copied');
+  await world.assertAllHave(MID_SEGMENT_LSN, WAL.endLsn);
+  assert.equal(world.aside().length, 1, 'what was damaged is kept');
+  assert((await world.statuses()).every(({ isVoter, lastLogTerm }) => isVoter && lastLogTerm === 1));
 });
 
-test('a safekeeper whose log is more advanced than what is offloaded gives it to the others, all of it', () => {
-  const survivor = present(6_000, 3, { commitLsn: 5_500, localStartLsn: 2_000 });
-  const found = plan([ABSENT, survivor, ABSENT], 5_600, OFFLOADED);
-  assert(found.kind === 'rebuild');
-  assert.deepEqual([found.targets, found.copied, found.keptLsn], [[0, 2], 1, 6_000]);
-  assert.deepEqual([found.state.commitLsn, found.logStartLsn], [5_500, 2_000]);
-  const longerButOld = plan([ABSENT, present(9_000, 2), ABSENT], 5_000, OFFLOADED);
-  assert(longerButOld.kind === 'rebuild' && longerButOld.source === 'object store', 'by term first, then by length');
-  const withoutStore = plan([ABSENT, present(1_500, 1), ABSENT], 1_200);
-  assert(withoutStore.kind === 'rebuild' && withoutStore.copied === 1);
+test('damage that nobody can heal, and whose pages are there, is left out: the log begins after it', async (context) => {
+  const world = await survivor(context, { committed: 50, ingested: 30, damaged: 20 });
+  const rebuilt = await world.made();
+  assert.deepEqual([rebuilt?.keptLsn, rebuilt?.safekeepers, rebuilt?.lostLsn], [WAL.endLsn, [1, 2, 3], undefined]);
+  assert.deepEqual(
+    rebuilt!.damage!.map(({ lsn, remedy }) => [lsn, remedy]),
+    [[endOf(20), 'ingested']],
+  );
+  await world.assertAllHave(endOf(30), WAL.endLsn);
+  assert((await world.statuses()).every(({ localStartLsn }) => localStartLsn === endOf(30)));
 });
 
-test('of what is offloaded with a history that was pruned up to its end, it is known that it is committed, and no more', () => {
-  const pruned: OffloadedEnd = { ...OFFLOADED, history: history() };
-  const found = plan([ABSENT, present(9_000, 2, { commitLsn: 4_000 }), ABSENT], 4_500, pruned);
-  assert(found.kind === 'rebuild');
-  assert.deepEqual([found.source, found.keptLsn], ['object store', 5_000]);
-  assert.deepEqual(found.state.history, [...pruned.history, { term: found.state.term, startLsn: 5_000 }]);
-  const ahead = plan([ABSENT, present(9_000, 2, { commitLsn: 5_000 }), ABSENT], 4_500, pruned);
-  assert(ahead.kind === 'rebuild' && ahead.source === 'another safekeeper' && ahead.keptLsn === 9_000);
+for (const committed of [50, 5]) {
+  const where = committed > 20 ? 'below' : 'above';
+  test(`damage ${where} the commit LSN that nobody can heal: nothing is given up before it was said`, async (context) => {
+    const world = await survivor(context, { committed, ingested: 10, offloaded: 15, damaged: 20 });
+    const END = formatLsn(endOf(20));
+    const before = await world.statuses().catch(({ code }: StrataError) => code);
+    assert.equal(before, 'not-found');
+    await assert.rejects(world.made(), {
+      code: 'conflict',
+      message: new RegExp(
+        `up to ${END} only, .* acknowledged up to .*safekeeper 1 at ${END} .*CRC.*strata safekeepers rebuild`,
+      ),
+    });
+    assert.deepEqual(world.aside(), []);
+    const planned = await world.preview();
+    assert.deepEqual([planned?.keptLsn, planned?.heardLsn, planned?.lostLsn], [endOf(20), WAL.endLsn, WAL.endLsn]);
+    assert.deepEqual(
+      planned!.damage!.map(({ lsn, remedy }) => [lsn, remedy]),
+      [[endOf(20), 'none']],
+    );
+    await assert.rejects(world.made(endOf(21)), {
+      code: 'conflict',
+      message: new RegExp(`could be kept up to ${END} only`),
+    });
+    const rebuilt = await world.made(planned!.keptLsn);
+    assert.deepEqual([rebuilt?.keptLsn, rebuilt?.safekeepers], [endOf(20), [1, 2, 3]]);
+    await world.assertAllHave(MID_SEGMENT_LSN, endOf(20));
+    const statuses = await world.statuses();
+    assert.equal(new Set(statuses.map(({ lastLogTerm }) => lastLogTerm)).size, 1);
+    assert(statuses[0]!.lastLogTerm > 2 ** 20, 'a log of before leads nobody');
+    assert.equal(world.aside().length, 1);
+  });
+}
+
+test('when the pageserver ends where the damage begins, its pages are the truth, once that is accepted', async (context) => {
+  const world = await survivor(context, { committed: 50, ingested: 20, damaged: 20 });
+  await assert.rejects(world.made(), { code: 'conflict' });
+  const rebuilt = await world.made((await world.preview())!.keptLsn);
+  assert.deepEqual([rebuilt?.source, rebuilt?.keptLsn], ['pageserver', endOf(20)]);
+  await world.assertAllHave(endOf(20), endOf(20));
 });
 
-test('a pageserver that is ahead of all logs is the truth, and all of them begin anew where it is', () => {
-  const found = plan([ABSENT, present(5_500, 3), ABSENT], 7_000, OFFLOADED);
-  assert(found.kind === 'rebuild');
-  const { state } = found;
-  assert.deepEqual([found.targets, found.source, found.logStartLsn], [[0, 1, 2], 'pageserver', 7_000]);
-  assert.deepEqual(state.history, [...OFFLOADED.history, { term: state.term, startLsn: 7_000 }]);
-  const alone = plan([ABSENT, ABSENT, ABSENT], 7_000);
-  assert(alone.kind === 'rebuild' && alone.state.commitLsn === 7_000);
-  assert.deepEqual(alone.state.history[0], { term: 0, startLsn: START });
+test('a crash in the middle leaves what the next look finishes: the survivor is mended first', async (context) => {
+  const world = await survivor(context, { committed: 50, ingested: 10, offloaded: 40, damaged: 20 });
+  const port = await world.stop(2);
+  // Who is silent may have the log: before it is known nothing is done.
+  await assert.rejects(world.made(), { code: 'unavailable', message: /safekeeper 2/ });
+  await world.start(2, port);
+  // Its disk takes nothing, after the survivor has got its log anew.
+  const blocked = join(world.root, 'sk-2', world.tenantId);
+  await open(blocked, 'w').then((file) => file.close());
+  await assert.rejects(world.made());
+  assert.equal(world.aside().length, 1);
+  rmSync(blocked);
+  const rebuilt = await world.made();
+  assert.deepEqual([rebuilt?.safekeepers, rebuilt?.damage, rebuilt?.keptLsn], [[2, 3], undefined, WAL.endLsn]);
+  await world.assertAllHave(MID_SEGMENT_LSN, WAL.endLsn);
+});
+
+test('a survivor that dies in the middle costs nothing: it is done when it is back', async (context) => {
+  const world = await survivor(context, { committed: 50, ingested: 10 });
+  const dies = world.led.safekeeper.close();
+  await assert.rejects(world.made());
+  await dies;
+  await assert.rejects(world.made(), { code: 'unavailable', message: /safekeeper 1/ });
+  await assert.rejects(world.statuses());
+  const config = { nodeId: 1, dataDir: join(world.root, 'sk'), host: '127.0.0.1', secret: world.led.secret, log };
+  const back = await runSafekeeper({ ...config, port: world.led.safekeeper.port });
+  context.after(() => back.close());
+  assert.deepEqual([(await world.made())?.keptLsn], [WAL.endLsn]);
+  await world.assertAllHave(MID_SEGMENT_LSN, WAL.endLsn);
 });

@@ -10,36 +10,34 @@
  *      most that there is, so every later leader has it.
  *   2. What the pageserver has ingested is committed too. If it is ahead of all of these, its pages are the truth: they are made durable, and every log begins
  *      anew where they end. The WAL between the offloaded end and there is nowhere any more, and nobody needs it to go on.
- *   3. The new term is far above every one that is known, so that no proposer of before, whose votes were lost with the disks, can go on. It is at least the
+ *   3. A survivor's log is read before, record by record (survivor-check.ts). What is damaged there is taken from the store or another survivor; what nobody has and
+ *      the pageserver has ingested is left out, and the log begins after it. Where neither helps, the log ends. A survivor that is damaged is given
+ *      the new log too, in the place of its own, which stays beside it: before the others, so that a crash leaves a majority that is still to be given it.
+ *   4. The new term is far above every one that is known, so that no proposer of before, whose votes were lost with the disks, can go on. It is at least the
  *      time in milliseconds: a log may be lost twice before anything that tells of the first time is offloaded.
  *
  * What was acknowledged after that and is on none of them is lost. That, and nothing less, is what losing a majority of the disks means; the result says
- * from which LSN on, and of what time the last commit is that was kept.
+ * from which LSN on, and of what time the last commit is that was kept. But what a survivor has, or says that it had acknowledged, is not given up before an
+ * operator who was told so has said yes (`acceptedLsn`).
  */
 import assert from 'node:assert/strict';
 import type { SafekeeperDirectory } from '../api/safekeeper-set.ts';
 import type { ListedTimeline, PageserverClient, PageserverTimelineStatus } from '../api/pageserver.ts';
-import type { RebuiltLog } from '../api/rebuilt-logs.ts';
-import {
-  type SafekeeperAddress,
-  SafekeeperClient,
-  type SafekeeperTimelineStatus,
-  type TimelineIdentity,
-} from '../api/safekeeper.ts';
+import { describeDamage, type RebuildDamage, type RebuiltLog } from '../api/rebuilt-logs.ts';
+import { type SafekeeperAddress, SafekeeperClient, type TimelineIdentity, type WalSource } from '../api/safekeeper.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import type { Logger } from '../base/log.ts';
-import type { AcceptorState } from '../consensus/acceptor.ts';
-import { NO_CONFIGURATION } from '../consensus/configuration.ts';
 import type { TermHistory } from '../consensus/messages.ts';
-import { compareLogs, hasReached } from '../consensus/term-history.ts';
+import { contradiction, highestCommonPoint } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn, segmentStart } from '../postgres/lsn.ts';
-import { RM_XACT } from '../postgres/rmgr.ts';
 import { toPgVersion } from '../postgres/version.ts';
 import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
 import { WalReader } from '../postgres/wal/reader.ts';
-import { parseXactRecord, timestampToDate } from '../postgres/xact-record.ts';
 import type { OffloadedName } from '../safekeeper/offloaded-segment.ts';
 import type { OffloadedWal } from '../safekeeper/offloaded-wal.ts';
+import { offloadedOrigin, safekeeperOrigin } from '../safekeeper/sound-wal.ts';
+import { type OffloadedEnd, planRebuild, type RebuildPlan, type SafekeeperView } from './rebuild-plan.ts';
+import { checkSurvivor, commitTimeMs } from './survivor-check.ts';
 
 export interface LogRebuildOptions {
   readonly safekeepers: SafekeeperDirectory;
@@ -53,127 +51,28 @@ export interface LogRebuildOptions {
   readonly log: Logger;
 }
 
-/** What one safekeeper says. */
-export type SafekeeperView =
-  | { readonly kind: 'present'; readonly status: SafekeeperTimelineStatus }
-  | { readonly kind: 'absent' }
-  | { readonly kind: 'silent'; readonly reason: string };
-
-/** What is offloaded, up to the end of its last whole record. */
-export interface OffloadedEnd {
-  readonly endLsn: Lsn;
-  readonly history: TermHistory;
-  /** Of the last commit in the last object; undefined when there is none. */
-  readonly lastCommitMs: number | undefined;
-}
-
-export type RebuildPlan =
-  | { readonly kind: 'none' }
-  /** A majority may be lost, but these are silent. */
-  | { readonly kind: 'wait'; readonly silent: readonly number[] }
-  | {
-      readonly kind: 'rebuild';
-      /** Indexes of the safekeepers that get a log. */
-      readonly targets: readonly number[];
-      readonly logStartLsn: Lsn;
-      readonly state: AcceptorState;
-      readonly source: RebuiltLog['source'];
-      /** Of the safekeeper whose log it is; with `source` another safekeeper. */
-      readonly copied?: number;
-      /** Everything before it is kept. */
-      readonly keptLsn: Lsn;
-    };
-
 const LOST: SafekeeperView = { kind: 'absent' };
-/** No proposer that was elected by what is lost has got so far ahead of what is known. */
-const TERM_JUMP = 2 ** 20;
 const UPLOAD_WAIT_MS = 30_000;
 /** After which a pageserver that has uploaded nothing at all is taken for one that does not. */
 const FIRST_UPLOAD_WAIT_MS = 3_000;
 const POLL_MS = 200;
-
-export function planRebuild(
-  views: readonly SafekeeperView[],
-  timeline: Pick<TimelineIdentity, 'startLsn'>,
-  ingestedLsn: Lsn,
-  offloaded: OffloadedEnd | undefined,
-  nowMs: number,
-): RebuildPlan {
-  const { startLsn } = timeline;
-  const quorum = Math.floor(views.length / 2) + 1;
-  const indexes = (kind: SafekeeperView['kind']): number[] =>
-    views.flatMap((view, index) => (view.kind === kind ? [index] : []));
-  const [absent, silent] = [indexes('absent'), indexes('silent')];
-  if (absent.length === 0 || absent.length + silent.length < quorum) return { kind: 'none' };
-  if (silent.length > 0) return { kind: 'wait', silent };
-  const survivors = views.flatMap((view, index) => (view.kind === 'present' ? [{ ...view.status, index }] : []));
-  const history = offloaded?.history ?? [{ term: 0, startLsn }];
-  const offloadedLsn = offloaded?.endLsn ?? startLsn;
-  const best = survivors.reduce<(typeof survivors)[number] | undefined>(
-    (most, each) => (most === undefined || compareLogs(each, most) > 0 ? each : most),
-    undefined,
-  );
-  const knownTerms = survivors.map((status) => Math.max(status.term, status.lastLogTerm));
-  const term = Math.max(nowMs, Math.max(history.at(-1)!.term, ...knownTerms) + TERM_JUMP);
-  const generation = 1 + Math.max(0, ...survivors.map((status) => status.generation));
-  const configuration = survivors.reduce(
-    (newest, each) => (each.configuration.version > newest.version ? each.configuration : newest),
-    NO_CONFIGURATION,
-  );
-  const stored = { lastLogTerm: history.at(-1)!.term, flushLsn: offloadedLsn };
-  const isStoredPruned = stored.lastLogTerm === 0 && offloadedLsn > startLsn; // It is committed, but of a term that nobody knows any more.
-  const isSurvivorBest =
-    best !== undefined &&
-    (isStoredPruned ? best.commitLsn >= offloadedLsn : hasReached(best.history, best.flushLsn, stored));
-  const bestLsn = isSurvivorBest ? best.flushLsn : offloadedLsn;
-  if (ingestedLsn > bestLsn) {
-    return {
-      kind: 'rebuild',
-      targets: views.map((_, index) => index),
-      logStartLsn: ingestedLsn,
-      state: {
-        term,
-        generation,
-        configuration,
-        commitLsn: ingestedLsn,
-        history: [...history, { term, startLsn: ingestedLsn }],
-      },
-      source: 'pageserver',
-      keptLsn: ingestedLsn,
-    };
-  }
-  if (isSurvivorBest) {
-    return {
-      kind: 'rebuild',
-      targets: absent,
-      logStartLsn: best.localStartLsn, // The caller finds where a record ends after it.
-      state: { term, generation, configuration, commitLsn: best.commitLsn, history: best.history },
-      source: 'another safekeeper',
-      copied: best.index,
-      keptLsn: best.flushLsn,
-    };
-  }
-  return {
-    kind: 'rebuild',
-    targets: absent,
-    logStartLsn: startLsn,
-    state: {
-      term,
-      generation,
-      configuration,
-      commitLsn: offloadedLsn,
-      // So that it is more advanced than what survives of older terms.
-      history: isStoredPruned ? [...history, { term, startLsn: offloadedLsn }] : history,
-    },
-    source: 'object store',
-    keptLsn: offloadedLsn,
-  };
-}
+/** To read all of a survivor's log. */
+const CHECK_TIMEOUT_MS = 10 * 60_000;
 
 /** What would be done, and how far everything is kept then. */
 export interface PlannedRebuild extends Omit<RebuiltLog, 'atMs'> {
-  /** The highest commit LSN that the pageserver was told of; what is between keptLsn and there was acknowledged and is lost. */
+  /** The highest commit LSN that the pageserver was told of, or `lostLsn`; what is between keptLsn and there is lost. */
   readonly heardLsn: Lsn | undefined;
+}
+
+interface Decision {
+  readonly plan: Extract<RebuildPlan, { kind: 'rebuild' }>;
+  readonly offloaded: OffloadedEnd | undefined;
+  /** Whose log is copied, first, and who else has a part of it. */
+  readonly sources: readonly WalSource[];
+  readonly damage: readonly RebuildDamage[];
+  /** Of the last commit in what was read of the survivor. */
+  readonly lastCommitMs: number | undefined;
 }
 
 interface Look {
@@ -243,46 +142,58 @@ export class LogRebuild {
     const found = await this.#look(timelineId, lost);
     if (found === undefined) return undefined;
     const status = await this.#options.pageserver.timelineStatus(timelineId);
-    const { plan, ...rest } = await this.#plan(found, status);
-    const { source, keptLsn, targets } = plan;
-    const safekeepers = targets.map((index) => this.#members[index]!.nodeId);
-    const lastCommitMs = await this.#lastCommit(timelineId, source, rest.offloaded, keptLsn);
-    return { timelineId, keptLsn, lastCommitMs, source, safekeepers, heardLsn: status.commitLsn };
+    const decision = await this.#decide(found, status);
+    const { commitLsn = 0 } = status;
+    const { lostLsn = 0 } = decision.plan;
+    const heardLsn = Math.max(commitLsn, lostLsn);
+    return { ...(await this.#result(found, decision)), heardLsn: heardLsn === 0 ? undefined : heardLsn };
   }
 
   /**
-   * Rebuilds the timeline's log when a quorum has lost it; undefined when it has not. Throws `unavailable` when it cannot be told, naming who is silent.
+   * Rebuilds the timeline's log when a quorum has lost it; undefined when it has not. Throws `unavailable` when it cannot be told, naming who is silent; `conflict`
+   * when less would be kept than the survivors had acknowledged and nobody has accepted it, or less than was accepted.
    */
-  async rebuild(timelineId: string): Promise<RebuiltLog | undefined> {
+  async rebuild(timelineId: string, acceptedLsn?: Lsn): Promise<RebuiltLog | undefined> {
     const { log, safekeepers: directory } = this.#options;
     const found = await this.#look(timelineId, new Set());
     if (found === undefined) return undefined;
-    const { timeline, members } = found;
-    const { plan, offloaded } = await this.#plan(found, await this.#madeDurable(timelineId));
-    const { targets, source, copied, keptLsn } = plan;
+    const { timeline, members, views } = found;
+    const decision = await this.#decide(found, await this.#madeDurable(timelineId));
+    const { plan, sources, damage } = decision;
+    const { targets, source, copied, keptLsn, logStartLsn } = plan;
+    assertAccepted(timelineId, decision, acceptedLsn);
     const { configuration } = directory.current;
     const state =
       plan.state.configuration.version > configuration.version ? plan.state : { ...plan.state, configuration };
-    const { tenantId } = timeline;
-    const logStartLsn =
-      copied === undefined ? plan.logStartLsn : await members[copied]!.client.resumePoint(tenantId, timelineId);
     const safekeepers = targets.map((index) => members[index]!.nodeId);
     log.warn(
-      { timelineId, safekeepers, source, keptLsn: formatLsn(keptLsn), term: state.term },
+      { timelineId, safekeepers, source, keptLsn: formatLsn(keptLsn), term: state.term, damage },
       'a majority of the safekeepers has lost this log: it is rebuilt',
     );
-    const replace = source === 'pageserver';
     for (const index of targets) {
       await members[index]!.client.rebuildTimeline({
         timeline: identityOf(timeline),
         logStartLsn,
         state,
-        replace,
-        ...(copied === undefined ? {} : { source: { address: members[copied]!.address, endLsn: keptLsn } }),
+        replace: views[index]!.kind === 'present',
+        ...(copied === undefined ? {} : { copy: { endLsn: keptLsn, sources } }),
       });
     }
-    const lastCommitMs = await this.#lastCommit(timelineId, source, offloaded, keptLsn);
-    return { timelineId, atMs: Date.now(), keptLsn, lastCommitMs, source, safekeepers };
+    return { ...(await this.#result(found, decision)), atMs: Date.now() };
+  }
+
+  async #result({ timeline, members }: Look, decision: Decision): Promise<Omit<RebuiltLog, 'atMs'>> {
+    const { plan, damage } = decision;
+    const { source, keptLsn, targets, lostLsn } = plan;
+    return {
+      timelineId: timeline.timelineId,
+      keptLsn,
+      lastCommitMs: await this.#lastCommit(timeline.timelineId, decision),
+      source,
+      safekeepers: targets.map((index) => members[index]!.nodeId),
+      ...(lostLsn === undefined ? {} : { lostLsn }),
+      ...(damage.length === 0 ? {} : { damage }),
+    };
   }
 
   /** Undefined when no quorum has lost it. */
@@ -302,33 +213,59 @@ export class LogRebuild {
     return { timeline, members, views };
   }
 
-  async #plan(
-    { timeline, views }: Look,
-    status: PageserverTimelineStatus,
-  ): Promise<{
-    readonly plan: Extract<RebuildPlan, { kind: 'rebuild' }>;
-    readonly offloaded: OffloadedEnd | undefined;
-  }> {
-    const offloaded = await findOffloadedEnd(this.#options.wal, timeline, status.lastRecordLsn);
-    const plan = planRebuild(views, timeline, status.lastRecordLsn, offloaded, Date.now());
+  async #decide({ timeline, views, members }: Look, status: PageserverTimelineStatus): Promise<Decision> {
+    const { wal, token } = this.#options;
+    const { lastRecordLsn, lastRecordStartLsn } = status;
+    const offloaded = await findOffloadedEnd(wal, timeline, lastRecordLsn);
+    const nowMs = Date.now();
+    const first = planRebuild(views, timeline, lastRecordLsn, offloaded, nowMs);
+    assert(first.kind === 'rebuild', 'the views are those that asked for it');
+    const best = first.copied === undefined ? undefined : views[first.copied]!;
+    if (best?.kind !== 'present') return { plan: first, offloaded, sources: [], damage: [], lastCommitMs: undefined };
+
+    const signal = AbortSignal.timeout(CHECK_TIMEOUT_MS);
+    const sources = sourcesOf(views, members, first.copied!);
+    const { tenantId, timelineId } = timeline;
+    const check = await checkSurvivor({
+      timeline,
+      origins: [
+        ...sources.map(({ nodeId, address, endLsn }) =>
+          safekeeperOrigin(`safekeeper ${nodeId}`, timeline, { address, token }, endLsn, signal),
+        ),
+        offloadedOrigin(timeline, wal),
+      ],
+      resumePoint: () => members[first.copied!]!.client.resumePoint(tenantId, timelineId),
+      localStartLsn: best.status.localStartLsn,
+      flushLsn: best.status.flushLsn,
+      ingested: { endLsn: lastRecordLsn, startLsn: lastRecordStartLsn },
+      offloadedLsn: offloaded?.endLsn,
+    });
+    const { damage, soundLsn, lastCommitMs } = check;
+    if (offloaded !== undefined && soundLsn < offloaded.endLsn) {
+      // What is in the store is never written again, and would be taken for what comes in its place.
+      const where = damage.map(describeDamage).join('; ');
+      throw new StrataError(
+        'unavailable',
+        `timeline ${timelineId} is sound up to ${formatLsn(soundLsn)} only, and offloaded up to ${formatLsn(offloaded.endLsn)}: bring back what is damaged. ${where}`,
+      );
+    }
+    const plan = planRebuild(views, timeline, lastRecordLsn, offloaded, nowMs, check);
     assert(plan.kind === 'rebuild', 'the views are those that asked for it');
-    return { plan, offloaded };
+    return { plan, offloaded, sources, damage, lastCommitMs };
   }
 
   /** Of what is kept, as far as it is known. */
-  async #lastCommit(
-    timelineId: string,
-    source: RebuiltLog['source'],
-    offloaded: OffloadedEnd | undefined,
-    keptLsn: Lsn,
-  ): Promise<number | undefined> {
+  async #lastCommit(timelineId: string, { plan, offloaded, lastCommitMs }: Decision): Promise<number | undefined> {
+    const { source, keptLsn } = plan;
     if (source === 'object store' && offloaded?.lastCommitMs !== undefined) return offloaded.lastCommitMs;
+    if (source === 'another safekeeper' && lastCommitMs !== undefined) return lastCommitMs;
     const { pageserver } = this.#options;
     try {
       const { lastRecordLsn } = await pageserver.timelineStatus(timelineId);
-      if (lastRecordLsn < keptLsn) return undefined;
-      const timestampUs = await pageserver.timestampOfLsn(timelineId, keptLsn);
-      return timestampUs === undefined ? undefined : Math.floor(timestampUs / 1000);
+      const timestampUs = await pageserver.timestampOfLsn(timelineId, Math.min(keptLsn, lastRecordLsn));
+      // After what the pageserver has, no commit was found.
+      const isKnown = lastRecordLsn >= keptLsn || source === 'another safekeeper';
+      return timestampUs === undefined || !isKnown ? undefined : Math.floor(timestampUs / 1000);
     } catch {
       return undefined; // It would only have been told.
     }
@@ -416,11 +353,45 @@ function lastCommit(timeline: TimelineIdentity, beginLsn: Lsn, bytes: Buffer, fr
   reader.push(beginLsn, bytes.subarray(beginLsn - fromLsn));
   let lastMs: number | undefined;
   for (let record = reader.next(); record !== undefined; record = reader.next()) {
-    if (record.rmid !== RM_XACT) continue;
-    const xact = parseXactRecord(record, version);
-    if (xact?.kind === 'commit') lastMs = timestampToDate(xact.timeUs).getTime();
+    lastMs = commitTimeMs(record, version) ?? lastMs;
   }
   return lastMs;
+}
+
+/** The best survivor, and those that have a part of the same log. */
+function sourcesOf(views: readonly SafekeeperView[], members: readonly Member[], copied: number): WalSource[] {
+  const best = views[copied]!;
+  assert(best.kind === 'present', 'who is copied has it');
+  const { history, flushLsn } = best.status;
+  const source = (index: number, endLsn: Lsn): WalSource => {
+    const { nodeId, address } = members[index]!;
+    return { nodeId, address, endLsn };
+  };
+  const others = views.flatMap((view, index) => {
+    if (view.kind !== 'present' || index === copied) return [];
+    if (contradiction(history, view.status.history) !== undefined) return [];
+    return [source(index, Math.min(flushLsn, highestCommonPoint(history, view.status)))];
+  });
+  return [source(copied, flushLsn), ...others];
+}
+
+/** What survivors have, or had acknowledged, is not given up without a word. */
+function assertAccepted(timelineId: string, { plan, damage }: Decision, acceptedLsn: Lsn | undefined): void {
+  const { keptLsn, lostLsn } = plan;
+  const kept = formatLsn(keptLsn);
+  if (lostLsn !== undefined && acceptedLsn === undefined) {
+    const where = damage.filter(({ remedy }) => remedy === 'none').map(describeDamage);
+    throw new StrataError(
+      'conflict',
+      `timeline ${timelineId} can be had up to ${kept} only, and may have been acknowledged up to ${formatLsn(lostLsn)}${where.map((each) => `; ${each}`).join('')}: bring the disk back, or see "strata safekeepers rebuild", which says for each branch what would be kept`,
+    );
+  }
+  if (acceptedLsn !== undefined && keptLsn < acceptedLsn) {
+    throw new StrataError(
+      'conflict',
+      `timeline ${timelineId} could be kept up to ${kept} only, not ${formatLsn(acceptedLsn)} as was said before: ask again what would be kept`,
+    );
+  }
 }
 
 async function viewOf({ client }: Member, { tenantId, timelineId }: TimelineIdentity): Promise<SafekeeperView> {

@@ -6,6 +6,9 @@
  * the healer (wal-healer.ts) finishes.
  *
  * Refused while a majority has every log: then nothing is lost, and who is gone is replaced.
+ *
+ * Nobody need be given up: what a majority has lost already, and the healer does not rebuild by itself as a survivor is damaged, is rebuilt by who accepts what is
+ * lost with that. Whatever is accepted, no log is made anew with less than this said it would keep.
  */
 import type { SafekeeperListing, SafekeeperRebuild } from '../api/control.ts';
 import type { PageserverClient } from '../api/pageserver.ts';
@@ -42,18 +45,25 @@ export async function rebuildWithout(
     if (isMajorityThere && planned.logs.length === 0 && planned.failed.length === 0) {
       throw new StrataError(
         'conflict',
-        `safekeepers ${others.join(', ')} are a majority and have every log: nothing is lost. "strata safekeepers replace ${ids.join(' ')}" puts new ones in the place of those that are gone`,
+        `safekeepers ${others.join(', ')} are a majority and have every log: nothing is lost${
+          ids.length === 0
+            ? ''
+            : `. "strata safekeepers replace ${ids.join(' ')}" puts new ones in the place of those that are gone`
+        }`,
       );
     }
     if (!acceptsLoss) return { isDone: false, ...planned };
-    world.log.warn({ safekeepers: ids }, 'safekeepers are given up');
-    await world.safekeepers.giveUp(ids);
-    const heardLsns = new Map(planned.logs.map(({ timelineId, heardLsn }) => [timelineId, heardLsn]));
+    if (ids.length > 0) {
+      world.log.warn({ safekeepers: ids }, 'safekeepers are given up');
+      await world.safekeepers.giveUp(ids);
+    }
+    const plans = new Map(planned.logs.map((log) => [log.timelineId, log]));
     const done = await each(timelines, async (timelineId): Promise<Log | undefined> => {
-      const rebuilt = await world.rebuild.rebuild(timelineId);
+      const plan = plans.get(timelineId);
+      const rebuilt = await world.rebuild.rebuild(timelineId, plan?.keptLsn);
       if (rebuilt === undefined) return undefined;
       world.onRebuilt(rebuilt);
-      return { ...rebuilt, heardLsn: heardLsns.get(timelineId) };
+      return { ...rebuilt, heardLsn: plan?.heardLsn };
     });
     return { isDone: true, ...done };
   });
@@ -84,7 +94,7 @@ function assertGone({ safekeepers, change }: SafekeeperListing, ids: readonly nu
   if (silent.length > 0) {
     throw new StrataError(
       'unavailable',
-      `safekeeper ${silent.join(', ')} does not answer either and may have more than the others: wait until it does, or give it up too`,
+      `safekeeper ${silent.join(', ')} does not answer${ids.length === 0 ? '' : ' either'} and may have more than the others: wait until it does, or give it up too`,
     );
   }
 }

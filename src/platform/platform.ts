@@ -145,7 +145,7 @@ async function bringUp(
     noteRebuiltLog(directory.path, rebuilt);
     progress(describeRebuiltLog(rebuilt));
   };
-  const healer = new WalHealer({ safekeepers, pageserver, token, log, rebuild, onRebuilt });
+  const healer = new WalHealer({ safekeepers, pageserver, token, log, rebuild, onRebuilt, onLoss: progress });
   cleanup.add(() => healer.close());
   await healer.heal(); // Before anything is woken: what was lost with a majority of the safekeepers' disks is rebuilt then.
   const computes = new LocalComputes({

@@ -23,6 +23,8 @@ export interface WalHealerOptions {
   /** For logs that a majority has lost; without it they stay lost. */
   readonly rebuild?: LogRebuild;
   readonly onRebuilt?: (rebuilt: RebuiltLog) => void;
+  /** Told once of each log that is not rebuilt before somebody accepts what is lost with that. */
+  readonly onLoss?: (reason: string) => void;
   readonly intervalMs?: number;
 }
 
@@ -40,6 +42,7 @@ export class WalHealer {
   #seen = new Map<string, string>();
   /** How many timelines each safekeeper had at the last look: fewer means that some are lost, or deleted. */
   #counts: readonly number[] | undefined;
+  readonly #toldLosses = new Set<string>();
   #clients: readonly SafekeeperClient[] = [];
   readonly #stopWatching: () => void;
   readonly #closing = new AbortController();
@@ -101,7 +104,7 @@ export class WalHealer {
   }
 
   async #rebuildLost(lists: readonly (readonly TimelineProgress[])[]): Promise<void> {
-    const { rebuild, onRebuilt, pageserver, log } = this.#options;
+    const { rebuild, onRebuilt, onLoss, pageserver, log } = this.#options;
     const counts = lists.map((list) => list.length);
     const before = this.#counts;
     if (rebuild === undefined || (before !== undefined && counts.every((count, index) => count >= before[index]!)))
@@ -120,7 +123,11 @@ export class WalHealer {
           if (rebuilt !== undefined) onRebuilt?.(rebuilt);
         } catch (error) {
           failedCount++;
-          log.error({ timelineId, reason: toStrataError(error).message }, 'a lost log could not be rebuilt');
+          const { code, message } = toStrataError(error);
+          log.error({ timelineId, reason: message }, 'a lost log could not be rebuilt');
+          if (code !== 'conflict' || this.#toldLosses.has(timelineId)) continue;
+          this.#toldLosses.add(timelineId);
+          onLoss?.(message);
         }
       }
     });

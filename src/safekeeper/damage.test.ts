@@ -213,9 +213,9 @@ test('a log that is copied ends where it was said to, whatever an attempt that f
     filter: (path) => !path.endsWith(CONTROL_FILE_NAME),
   });
   const endLsn = wal.ends[249]!;
-  const source = { address: led.endpoint.address, endLsn };
+  const copy = { endLsn, sources: [{ nodeId: 1, address: led.endpoint.address, endLsn: wal.endLsn }] };
   const state = blankState(MID_SEGMENT_LSN);
-  const request = { timeline: led.timeline, logStartLsn: MID_SEGMENT_LSN, state, source, replace: false };
+  const request = { timeline: led.timeline, logStartLsn: MID_SEGMENT_LSN, state, copy, replace: false };
   // Who asks twice, as the first answer took too long, does not have it made twice at the same time.
   const asked = [request, { ...request, replace: true }].map((each) => timelines.rebuild(each, led.endpoint.token));
   const outcomes = await Promise.allSettled(asked);

@@ -1,8 +1,15 @@
-/** The WAL of a log that is made anew after a quorum has lost it: from the object store, or from another safekeeper. Durable when it is there. */
-import { readWal, type SafekeeperAddress, type TimelineIdentity } from '../api/safekeeper.ts';
+/**
+ * The WAL of a log that is made anew after a quorum has lost it: from the object store, or from other safekeepers, whose every record is checked on the way
+ * (sound-wal.ts). Durable when it is there.
+ */
+import type { TimelineIdentity, WalSource } from '../api/safekeeper.ts';
 import { StrataError } from '../base/errors.ts';
+import type { Logger } from '../base/log.ts';
+import type { LogPosition } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn, segmentStart } from '../postgres/lsn.ts';
+import { FlushMark } from './flush-mark.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
+import { offloadedOrigin, safekeeperOrigin, soundWal, type WalDamage } from './sound-wal.ts';
 import { type WalExtent, wholeExtent } from './wal-extent.ts';
 import { WalStore } from './wal-store.ts';
 
@@ -32,27 +39,52 @@ export async function fetchWal(
   return { logStartLsn, localStartLsn, offloadedLsn: endLsn };
 }
 
-/** All that another safekeeper has of the log, from `logStartLsn` on. */
+/** Who has the WAL of a log that is copied, the one that has most first; the store is asked after all of them. */
+export interface CopySources {
+  readonly safekeepers: readonly WalSource[];
+  readonly token: string;
+  readonly wal: OffloadedWal | undefined;
+}
+
+/** All of a log from `logStartLsn` to `endLsn`, both ends of records, as others have it sound. Throws `unavailable` when they have not: nothing is left out in silence. */
 export async function copyWal(
   directory: string,
   identity: TimelineIdentity,
   logStartLsn: Lsn,
-  source: { readonly address: SafekeeperAddress; readonly endLsn: Lsn; readonly token: string },
+  end: LogPosition,
+  sources: CopySources,
+  log: Logger,
 ): Promise<WalExtent> {
-  const { tenantId, timelineId } = identity;
-  const { endLsn, ...endpoint } = source;
+  const { safekeepers, token, wal } = sources;
+  const signal = AbortSignal.timeout(COPY_TIMEOUT_MS);
+  const origins = safekeepers.map(({ nodeId, address, endLsn }) =>
+    safekeeperOrigin(`safekeeper ${nodeId}`, identity, { address, token }, endLsn, signal),
+  );
+  if (wal !== undefined) origins.push(offloadedOrigin(identity, wal));
   const store = new WalStore(directory, identity, logStartLsn);
   await store.create();
-  const signal = AbortSignal.timeout(COPY_TIMEOUT_MS);
+  const found: string[] = [];
+  const onDamage = ({ origin, lsn, reason }: WalDamage): void => {
+    log.error(
+      { timelineId: identity.timelineId, origin, lsn: formatLsn(lsn), reason },
+      'the WAL that is copied is damaged',
+    );
+    found.push(`${origin}: ${reason}`);
+  };
   let lsn = logStartLsn;
-  const chunks = readWal({ ...endpoint, tenantId, timelineId, fromLsn: lsn, isRebuild: true, signal });
-  while (lsn < endLsn) {
-    const { value: chunk } = await chunks.next();
-    if (chunk === undefined) throw new StrataError('timeout', `WAL was copied up to ${formatLsn(lsn)} only`);
-    const bytes = chunk.bytes.subarray(0, endLsn - lsn);
-    if (bytes.length > 0) await store.fill(lsn, bytes);
+  for await (const bytes of soundWal({ timeline: identity, fromLsn: lsn, endLsn: end.flushLsn, origins, onDamage })) {
+    await store.fill(lsn, bytes);
     lsn += bytes.length;
   }
-  await chunks.return();
+  if (lsn < end.flushLsn) {
+    throw new StrataError(
+      'unavailable',
+      `the WAL of timeline ${identity.timelineId} is sound up to ${formatLsn(lsn)} only, not ${formatLsn(end.flushLsn)} (${found.join('; ')})`,
+    );
+  }
+  // Who ends before this one day is damaged, and says so.
+  const mark = new FlushMark(directory, () => {});
+  await mark.lower(end);
+  await mark.release();
   return wholeExtent(logStartLsn);
 }

@@ -169,6 +169,8 @@ export class Timeline {
   }
 
   get status(): SafekeeperTimelineStatus {
+    const isVoter = this.#acceptor?.isVoter ?? false;
+    const { votesFrom } = this.#state;
     return {
       ...this.identity,
       term: this.term,
@@ -180,7 +182,8 @@ export class Timeline {
       commitLsn: this.commitLsn,
       localStartLsn: this.kept.localStartLsn,
       offloadedLsn: this.kept.offloadedLsn,
-      isVoter: this.#acceptor?.isVoter ?? false,
+      isVoter,
+      ...(isVoter || votesFrom === undefined ? {} : { votesFrom }),
       hasLeader: this.hasLeader,
       proposerCount: this.#links.size,
     };

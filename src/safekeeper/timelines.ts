@@ -17,6 +17,7 @@ import type { RebuildRequest, TimelineIdentity } from '../api/safekeeper.ts';
 import type { PageserverFeedback, TimelineProgress, TimelineWalStatus } from '../api/safekeeper-protocol.ts';
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration.ts';
+import { lastLogTerm } from '../consensus/term-history.ts';
 import { formatLsn } from '../postgres/lsn.ts';
 import { forEachLimited } from '../base/all-done.ts';
 import { syncDirectory } from '../base/durable-file.ts';
@@ -34,6 +35,8 @@ import { WalStore } from './wal-store.ts';
 /** How long a commit LSN may be newer than the control file says, while commits go on. */
 const SAVE_DELAY_MS = 5_000;
 const LOAD_CONCURRENCY = 16;
+/** Of the folder of a log that is being made in the place of one that is here. */
+const REPLACEMENT_SUFFIX = '.replacement';
 
 /** Where WAL goes beside this disk. */
 export interface Offloading {
@@ -90,6 +93,7 @@ export class Timelines {
     if (control?.kind === 'safekeeper') timelines.#configuration = control.configuration;
     const found: { tenantId: string; timelineId: string }[] = [];
     for (const tenantId of (await readdir(dataDir)).filter(isId)) {
+      await finishReplacements(join(dataDir, tenantId));
       for (const timelineId of (await readdir(join(dataDir, tenantId))).filter(isId))
         found.push({ tenantId, timelineId });
     }
@@ -316,11 +320,11 @@ export class Timelines {
 
   /**
    * Makes a log anew that was lost with a quorum of its disks: its last segment from the object store, and a state from which the others can be elected
-   * with; or all that another safekeeper still has of it, which signs for nothing but itself: what it has flushed may have been acknowledged. What was here
-   * under that name stays in a folder beside it. `token` opens the other safekeeper.
+   * with; or all that others, or the log that is here, still have of it. A copy signs for nothing but itself: what it has flushed may have been acknowledged.
+   * What was here under that name stays in a folder beside it. `token` opens the safekeepers.
    */
   async rebuild(
-    { timeline: identity, logStartLsn, state, source, replace }: RebuildRequest,
+    { timeline: identity, logStartLsn, state, copy, replace }: RebuildRequest,
     token: string,
   ): Promise<void> {
     const known = await this.find(identity);
@@ -330,18 +334,38 @@ export class Timelines {
       throw new StrataError('conflict', `this safekeeper has timeline ${timelineId}`);
     }
     if (this.#creations.has(key)) throw new StrataError('locked', `timeline ${timelineId} is being made here`);
+    const endLsn = copy?.endLsn ?? state.commitLsn;
+    const end = { lastLogTerm: lastLogTerm(state.history, endLsn), flushLsn: endLsn };
+    const wal = this.#offloading?.wal;
     const makeWal = (directory: string): Promise<WalExtent> =>
-      source === undefined
-        ? fetchWal(directory, identity, logStartLsn, state.commitLsn, this.#offloading?.wal)
-        : copyWal(directory, identity, logStartLsn, { ...source, token });
-    const create = async (): Promise<Timeline> => {
-      if (this.#timelines.has(key) || this.#damaged.has(key)) await this.#putAside(identity);
-      return this.#create(identity, state, makeWal, source === undefined);
-    };
-    const creation = create().finally(() => this.#creations.delete(key));
+      copy === undefined
+        ? fetchWal(directory, identity, logStartLsn, endLsn, wal)
+        : copyWal(directory, identity, logStartLsn, end, { safekeepers: copy.sources, token, wal }, this.#log);
+    const isHere = this.#timelines.has(key) || this.#damaged.has(key);
+    const isEnd = copy === undefined;
+    const creation = (
+      isHere ? this.#replace(identity, state, makeWal, isEnd) : this.#create(identity, state, makeWal, isEnd)
+    ).finally(() => this.#creations.delete(key));
     this.#creations.set(key, creation);
     await creation;
-    this.#log.warn({ timelineId, endLsn: formatLsn(state.commitLsn), term: state.term }, 'the log was rebuilt');
+    this.#log.warn({ timelineId, endLsn: formatLsn(endLsn), term: state.term }, 'the log was rebuilt');
+  }
+
+  /** What is here serves until the new one is whole: a crash leaves the one or the other (finishReplacements). */
+  async #replace(
+    identity: TimelineIdentity,
+    acceptor: AcceptorState,
+    makeWal: (directory: string) => Promise<WalExtent>,
+    isEnd: boolean,
+  ): Promise<Timeline> {
+    const directory = join(this.#dataDir, identity.tenantId, identity.timelineId);
+    const made = `${directory}${REPLACEMENT_SUFFIX}`;
+    const extent = await this.#make(made, identity, acceptor, makeWal);
+    this.#assertNotDeleted(keyOf(identity.tenantId, identity.timelineId)); // Who deletes it from here on waits for this one.
+    await this.#putAside(identity);
+    await rename(made, directory);
+    await syncDirectory(dirname(directory));
+    return this.#made(directory, identity, acceptor, extent, isEnd);
   }
 
   /** Keeps its files, in a folder beside. */
@@ -368,16 +392,38 @@ export class Timelines {
     makeWal: (directory: string) => Promise<WalExtent>,
     isEnd: boolean,
   ): Promise<Timeline> {
-    const { tenantId, timelineId, startLsn } = identity;
+    const { tenantId, timelineId } = identity;
     this.#assertNotDeleted(keyOf(tenantId, timelineId));
     const directory = join(this.#dataDir, tenantId, timelineId);
     assert((await readControlFile(directory)) === undefined, 'a log is made where none is');
+    const extent = await this.#make(directory, identity, acceptor, makeWal);
+    return this.#made(directory, identity, acceptor, extent, isEnd);
+  }
+
+  /** All files of a log; the control file, with which it exists, last. */
+  async #make(
+    directory: string,
+    identity: TimelineIdentity,
+    acceptor: AcceptorState,
+    makeWal: (directory: string) => Promise<WalExtent>,
+  ): Promise<WalExtent> {
     // What an attempt that failed has left would follow the end of this log.
     await rm(directory, { recursive: true, force: true });
     await makeDirectory(directory);
     const extent = await makeWal(directory);
-    if (extent.localStartLsn !== startLsn) await writeWalExtent(directory, extent);
+    if (extent.localStartLsn !== identity.startLsn) await writeWalExtent(directory, extent);
     await writeControlFile(directory, { kind: 'timeline', identity, acceptor });
+    return extent;
+  }
+
+  #made(
+    directory: string,
+    identity: TimelineIdentity,
+    acceptor: AcceptorState,
+    extent: WalExtent,
+    isEnd: boolean,
+  ): Timeline {
+    const { tenantId, timelineId, startLsn } = identity;
     const timeline = this.#add(directory, identity, acceptor, extent, isEnd);
     this.#log.info({ tenantId, timelineId, startLsn: formatLsn(startLsn) }, 'timeline created');
     for (const callback of this.#watchers) callback(timeline);
@@ -439,6 +485,19 @@ export function progressOf(timeline: Timeline): TimelineProgress {
 
 function keyOf(tenantId: string, timelineId: string): string {
   return `${tenantId}/${timelineId}`;
+}
+
+/** A log that was made in the place of another, which has been put aside, takes it; one that is not whole yet, or came too early, goes. */
+async function finishReplacements(tenantDirectory: string): Promise<void> {
+  const names = await readdir(tenantDirectory);
+  if (!names.some((name) => name.endsWith(REPLACEMENT_SUFFIX))) return;
+  for (const name of names.filter((each) => each.endsWith(REPLACEMENT_SUFFIX))) {
+    const [made, timelineId] = [join(tenantDirectory, name), name.slice(0, -REPLACEMENT_SUFFIX.length)];
+    const isWhole = (await readControlFile(made).catch(() => undefined)) !== undefined;
+    if (isWhole && !names.includes(timelineId)) await rename(made, join(tenantDirectory, timelineId));
+    else await rm(made, { recursive: true });
+  }
+  await syncDirectory(tenantDirectory);
 }
 
 /** What a deletion that did not finish has left beside the tombstone. */
