@@ -48,6 +48,8 @@ const RECOVERY_RETRY_MS = 100;
 const DAMAGED_RETRY_MS = 10_000;
 const STALL_MS = 10_000;
 const NEWCOMER_RETRY_MS = 50;
+/** When a majority has lost the log nobody can give it, but it may be rebuilt, which is heard of by a new greeting only. */
+const ABSENT_RETRY_MS = 2_000;
 const NO_BYTES = Buffer.alloc(0);
 
 export interface ProposerPeerOptions {
@@ -301,14 +303,17 @@ export class ProposerPeer {
       perform(state.absent(index, greeting.incarnation));
       const { timelineId } = this.#options.timeline;
       if (state.peer(index).state !== 'absent') return;
-      if (state.isNewcomer(index)) {
-        // It is about to be given one, by who changes the members.
+      const isNewcomer = state.isNewcomer(index); // It is about to be given one, by who changes the members.
+      if (isNewcomer || state.phase !== 'electing') {
         const connection = this.#connection;
-        setTimeout(() => {
-          if (state.peer(index).state === 'absent') connection?.close();
-        }, NEWCOMER_RETRY_MS).unref();
-        return;
+        setTimeout(
+          () => {
+            if (state.peer(index).state === 'absent') connection?.close();
+          },
+          isNewcomer ? NEWCOMER_RETRY_MS : ABSENT_RETRY_MS,
+        ).unref();
       }
+      if (isNewcomer) return;
       this.#lastError = new StrataError('not-found', `safekeeper ${this.#name} has no timeline ${timelineId}`);
       this.#options.onRefused();
       return;

@@ -17,6 +17,7 @@ import {
 import type { StrataError } from '../base/errors.ts';
 import { createLog } from '../base/log.ts';
 import { signToken } from '../base/token.ts';
+import { blankState } from '../consensus/acceptor.ts';
 import { segmentOffset, segmentStart, WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
 import { type Safekeeper, type SafekeeperConfig, runSafekeeper } from '../safekeeper/main.ts';
 import { makeWal, MID_SEGMENT_LSN, SYSTEM_ID } from '../safekeeper/made-wal.test-data.ts';
@@ -448,6 +449,32 @@ test('a safekeeper that loses its disk under a running leader is made whole whil
   await cluster.startOne(1);
   await cluster.reaches(1, wal.endLsn);
   assert.deepEqual(await cluster.walOf(1, wal.endLsn), wal.bytes);
+});
+
+test('a leader whose quorum has lost its disks hears of the log that is rebuilt under a higher term, and ends', async (context) => {
+  const cluster = await Cluster.start(context);
+  const proposer = await cluster.elect();
+  const wal = makeWal(MID_SEGMENT_LSN, [1_000]);
+  proposer.append(MID_SEGMENT_LSN, wal.bytes);
+  await proposer.waitCommitted(wal.endLsn);
+  await cluster.reaches(2, wal.endLsn);
+  const fenced = once(proposer, 'fenced', { signal: AbortSignal.timeout(30_000) });
+  for (const index of [0, 1]) {
+    await cluster.wipeOne(index);
+    await cluster.startOne(index);
+  }
+  await sleep(1_500); // It has been told by both that they do not have it.
+  const { history } = await cluster.status(2);
+  const state = { ...blankState(MID_SEGMENT_LSN), term: 1_000, commitLsn: wal.endLsn, history };
+  const { endLsn } = wal;
+  const copy = { endLsn, sources: [{ nodeId: 3, address: cluster.addresses[2]!, endLsn }] };
+  for (const index of [0, 1]) {
+    const client = await cluster.client(index);
+    const { timeline } = cluster;
+    await client.rebuildTimeline({ timeline, logStartLsn: MID_SEGMENT_LSN, state, copy, replace: false });
+    client.close();
+  }
+  assert.deepEqual(await fenced, [1_000]);
 });
 
 test('when a quorum has lost its disks, nothing is made up in its place', async (context) => {
