@@ -1,17 +1,22 @@
 /** A majority of the safekeepers' disks, or all of them, lost: what was offloaded or ingested is there again, and it is said up to where. */
 import assert from 'node:assert/strict';
-import { readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import type { PlatformFile } from '../../src/api/control.ts';
 import { PageserverClient } from '../../src/api/pageserver.ts';
+import { readRebuiltLogs, type RebuiltLog } from '../../src/api/rebuilt-logs.ts';
 import { SafekeeperClient } from '../../src/api/safekeeper.ts';
 import { signToken } from '../../src/base/token.ts';
+import { parseLsn, segmentOffset } from '../../src/postgres/lsn.ts';
+import { FlushMark } from '../../src/safekeeper/flush-mark.ts';
+import { segmentPath } from '../../src/safekeeper/wal-store.ts';
 import { TestPlatform, waitUntil } from './platform.ts';
 
 interface Rebuild {
   readonly done: boolean;
-  readonly logs: readonly { kept_lsn: string; source: string; safekeepers: number[] }[];
+  readonly logs: readonly { kept_lsn: string; lost_lsn: string | null; source: string; safekeepers: number[] }[];
   readonly failed: readonly unknown[];
 }
 
@@ -20,7 +25,14 @@ interface Listing {
 }
 
 interface Status {
-  readonly rebuilt_logs: readonly { timeline_id: string; kept_lsn: string; source: string; safekeepers: number[] }[];
+  readonly rebuilt_logs: readonly {
+    timeline_id: string;
+    kept_lsn: string;
+    lost_lsn: string | null;
+    source: string;
+    safekeepers: number[];
+    damage: { origin: string; remedy: string }[];
+  }[];
 }
 
 describe('safekeepers that have lost their disks', () => {
@@ -102,6 +114,10 @@ describe('safekeepers that have lost their disks', () => {
       (await pageserver.timelineStatus(timelineId)).remoteConsistentLsn >= lastRecordLsn;
     await waitUntil(isDone, 'the pages are uploaded');
     await close();
+  }
+
+  function rebuiltFile(): readonly RebuiltLog[] {
+    return readRebuiltLogs(platform.dataDir);
   }
 
   async function rebuilt(): Promise<Status['rebuilt_logs']> {
@@ -200,6 +216,102 @@ describe('safekeepers that have lost their disks', () => {
     assert.equal((await rebuilt()).at(-1)?.kept_lsn, plan.logs[0]?.kept_lsn);
     const kept = readdirSync(platform.dataDir).filter((name) => name.includes('.given-up-'));
     assert.equal(kept.length, 2, 'what they kept is put aside');
+  });
+
+  /** Where the first branch's WAL ends now. */
+  async function walEnd(): Promise<number> {
+    return parseLsn((await platform.psql('SELECT pg_current_wal_flush_lsn()')).trim());
+  }
+
+  /** On safekeeper 1's disk. */
+  function folderOf(timelineId: string): string {
+    const disk = join(platform.dataDir, 'safekeeper-1');
+    const tenantId = readdirSync(disk).find((name) => existsSync(join(disk, name, timelineId)));
+    return join(disk, tenantId!, timelineId);
+  }
+
+  /** Changes more bytes on safekeeper 1's disk, soon after the LSN, than a record's padding has. */
+  async function damage(timelineId: string, lsn: number): Promise<void> {
+    const path = segmentPath(folderOf(timelineId), lsn + 4_000);
+    const file = await open(path, 'r+');
+    await file.write(Buffer.alloc(64, 0xff), 0, 64, segmentOffset(lsn + 4_000));
+    await file.close();
+  }
+
+  async function firstTimeline(): Promise<string> {
+    const { timelineId, close } = await services();
+    await close();
+    return timelineId;
+  }
+
+  test('two of three, and the third one’s disk has silently damaged what others have too: it is healed, and told', async () => {
+    const timelineId = await firstTimeline();
+    await write(500);
+    const lsn = await walEnd();
+    await write(500);
+    await uploaded();
+    await platform.stop();
+    loseDisks(2, 3);
+    await damage(timelineId, lsn);
+    await platform.start(undefined, { STRATA_TEST_OFFLOAD_SECONDS: '600' }); // The next test wants WAL that is not there.
+    assert.match(platform.output, /damaged in safekeeper 1 at/);
+    const log = (await rebuilt()).at(-1)!;
+    assert.deepEqual([log.safekeepers, log.lost_lsn, log.damage.length], [[1, 2, 3], null, 1]);
+    assert.equal(log.damage[0]!.origin, 'safekeeper 1');
+    assert(['copied', 'ingested'].includes(log.damage[0]!.remedy));
+    await assertAllThere();
+    await write(500);
+    await assertAllThere();
+  });
+
+  test('two of three, and what only the third one has is damaged: nothing is given up before an operator was told', async () => {
+    const timelineId = await firstTimeline();
+    const client = await platform.connect();
+    const insert = async (): Promise<void> => {
+      const numbers = `generate_series(${rows + 1}, ${rows + 500})`;
+      await client.query(`INSERT INTO kept SELECT n, repeat('x', 500) FROM ${numbers} AS n`);
+      rows += 500;
+    };
+    await insert();
+    const lsn = await walEnd();
+    const keptRows = rows;
+    const pageserver = platform.descendants().find(({ command }) => command.endsWith('pageserver'))!;
+    process.kill(pageserver.pid, 'SIGSTOP');
+    await insert();
+    const endLsn = parseLsn(
+      (await client.query<{ lsn: string }>('SELECT pg_current_wal_flush_lsn() AS lsn')).rows[0]!.lsn,
+    );
+    const mark = new FlushMark(folderOf(timelineId), () => {});
+    await waitUntil(
+      async () => ((await mark.read())?.flushLsn ?? 0) >= endLsn,
+      'safekeeper 1 says how much is durable',
+    );
+    await platform.killEverything();
+    await client.end().catch(() => {});
+    loseDisks(2, 3);
+    await damage(timelineId, lsn);
+    const before = rebuiltFile().length;
+    await platform.start();
+    assert.match(platform.output, /can be had up to .* only, and may have been acknowledged up to/);
+    assert.equal(rebuiltFile().length, before);
+
+    const rebuild = async (...args: string[]): Promise<{ code: number; stdout: string; stderr: string }> =>
+      platform.cli(['safekeepers', 'rebuild', ...args]).then(
+        (result) => ({ ...result, code: 0 }),
+        (error: unknown) => error as { code: number; stdout: string; stderr: string },
+      );
+    const preview = await rebuild('--output', 'json');
+    assert.equal(preview.code, 1);
+    const plan = JSON.parse(preview.stdout) as Rebuild;
+    const [log] = plan.logs;
+    assert(log !== undefined && parseLsn(log.kept_lsn) >= lsn && parseLsn(log.lost_lsn!) > parseLsn(log.kept_lsn));
+    const done = await rebuild('--accept-loss');
+    assert.equal(done.code, 0, done.stderr);
+    assert.match(done.stdout, new RegExp(`first/main +${log.kept_lsn} .* up to ${log.lost_lsn}`));
+    rows = keptRows;
+    await assertAllThere();
+    await write(500);
+    await assertAllThere();
   });
 
   test('a branch of it, and WAL after all that, are read as ever', async () => {
