@@ -3,8 +3,8 @@
  * commit is a message of its own, which wakes the walsender, then the proposer. But the proposer brings small appends to a quorum in rounds: what comes
  * before the last one is answered waits there. Here it waits in Postgres instead, costs nothing, and leaves as one message.
  *
- * So after such a message the walsender waits until its client has said that it is flushed, for MOST_WAIT_MS at most: a client that says nothing, as
- * pg_receivewal, gets WAL that much later. Signals with a handler end the wait. It waits at two places:
+ * So after such a message the walsender waits until its client has said that it is flushed, and at most for MOST_WAIT_MS after the last that it said: a client that
+ * says nothing, as pg_receivewal, gets WAL that much later. Signals with a handler end the wait. It waits at two places:
  *   - before it would sleep, in WalSndWait. It has prepared to sleep then, so its latch is set by who flushes WAL meanwhile, and ends the sleep that follows.
  *   - when it has read an answer to an earlier message and finds no other, in ProcessRepliesIfAny, right before it looks for WAL to send. Two messages under
  *     way, each sent when the one before it was answered, would go on for ever, and each commit would wait for three rounds instead of two.
