@@ -133,6 +133,19 @@ test('appends behind something else that waits for the disk are counted, and mak
   assert.deepEqual(kinds(acceptor.completed()), ['progress', 'append-reply', 'persist']);
 });
 
+test('the commit LSN is saved between two writes: while much WAL comes the disk is never idle', () => {
+  const acceptor = follower();
+  acceptor.receive('a', append(1, 100, 10, 110));
+  assert.deepEqual(acceptor.save(), []);
+  assert.deepEqual(acceptor.receive('a', append(1, 110, 10)), []);
+  const actions = acceptor.completed();
+  assert.deepEqual(kinds(actions), ['progress', 'append-reply', 'persist']);
+  assert(actions[2]?.kind === 'persist' && actions[2].state.commitLsn === 110);
+  assert.deepEqual(kinds(acceptor.completed()), ['write']);
+  assert.deepEqual(kinds(acceptor.completed()), ['progress', 'append-reply']);
+  assert.deepEqual(acceptor.save(), [], 'it has not moved');
+});
+
 test('the flush LSN is the end of a whole record', () => {
   const acceptor = follower();
   acceptor.receive('a', append(1, 100, 17));

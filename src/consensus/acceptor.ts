@@ -275,6 +275,12 @@ export class Acceptor<Sender> {
 
   #advance(actions: AcceptorAction<Sender>[]): void {
     while (this.#afterIo === undefined) {
+      if (this.#saveWanted) {
+        // Before what waits to be written: while much comes, something always does.
+        this.#saveWanted = false;
+        if (this.#commitLsn !== this.#persistedCommitLsn) this.#persist(actions, () => {});
+        continue;
+      }
       const next = this.#queue[0];
       // Those that waited for something else together make up one write, too.
       if (this.#unwritten.length > 0 && next?.message.kind !== 'append') {
@@ -289,10 +295,6 @@ export class Acceptor<Sender> {
       else if (message.kind === 'elected') this.#elected(sender, message, actions);
       else if (message.kind === 'renew') this.#renew(sender, message, actions);
       else this.#append(sender, message, actions);
-    }
-    if (this.#afterIo === undefined && this.#saveWanted) {
-      this.#saveWanted = false;
-      if (this.#commitLsn !== this.#persistedCommitLsn) this.#persist(actions, () => {});
     }
   }
 

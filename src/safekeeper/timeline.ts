@@ -55,7 +55,8 @@ export class Timeline {
   readonly #onLost: () => void;
   readonly #links = new Set<ProposerLink>();
   readonly #progressListeners = new Set<() => void>();
-  readonly #idleWaiters: (() => void)[] = [];
+  /** Called when something that was written is durable. */
+  readonly #ioWaiters: (() => void)[] = [];
   readonly #writableWaiters: (() => void)[] = [];
   #state: AcceptorState;
   #savedCommitLsn: Lsn;
@@ -239,15 +240,16 @@ export class Timeline {
   }
 
   /**
-   * Writes the commit LSN down, so that a start need not search from far behind. Resolves when the disk is idle. Who wrote what is in the object store, which
+   * Writes the commit LSN down, so that a start need not search from far behind. Resolves when that is durable. Who wrote what is in the object store, which
    * says it too (offloaded-segment.ts), is forgotten: a branch may wake thousands of times.
    */
   async save(): Promise<void> {
     const acceptor = this.#acceptor;
     if (this.#failure !== undefined || acceptor === undefined) return;
     acceptor.prune(Math.min(this.kept.offloadedLsn, acceptor.commitLsn));
+    const { commitLsn } = acceptor;
     this.#perform(acceptor.save());
-    await this.#whenIdle();
+    await this.#when(() => acceptor.isIdle || this.#savedCommitLsn >= commitLsn);
   }
 
   /** Replaces the timeline by a tombstone; durable when it resolves. Repeatable after a crash. */
@@ -269,6 +271,7 @@ export class Timeline {
   async close(): Promise<void> {
     await this.#opening?.catch(() => {});
     await this.save();
+    await this.#whenIdle();
     this.#isOver = true;
     await this.#release();
   }
@@ -343,6 +346,7 @@ export class Timeline {
 
   async #rest(): Promise<void> {
     await this.save();
+    await this.#whenIdle();
     if (this.#links.size > 0 || this.#acceptor?.isIdle !== true) return;
     this.#acceptor.rest();
     // The file at once, as nobody writes to it now: a leader that comes back meanwhile opens it anew.
@@ -404,7 +408,7 @@ export class Timeline {
     const acceptor = this.#acceptor!;
     this.#perform(acceptor.completed());
     if (hasRoom(acceptor)) this.#wake(this.#writableWaiters);
-    if (acceptor.isIdle) this.#wake(this.#idleWaiters);
+    if (this.#ioWaiters.length > 0) this.#wake(this.#ioWaiters);
   }
 
   async #cut(lsn: Lsn): Promise<void> {
@@ -494,12 +498,17 @@ export class Timeline {
     for (const link of this.#links) link.fail(failure);
     for (const callback of this.#progressListeners) callback();
     this.#wake(this.#writableWaiters);
-    this.#wake(this.#idleWaiters);
+    this.#wake(this.#ioWaiters);
   }
 
-  async #whenIdle(): Promise<void> {
-    while (this.#failure === undefined && this.#acceptor !== undefined && !this.#acceptor.isIdle) {
-      await new Promise<void>((resolve) => this.#idleWaiters.push(resolve));
+  #whenIdle(): Promise<void> {
+    return this.#when(() => this.#acceptor?.isIdle ?? true);
+  }
+
+  /** Or when it has failed. */
+  async #when(isSo: () => boolean): Promise<void> {
+    while (this.#failure === undefined && !isSo()) {
+      await new Promise<void>((resolve) => this.#ioWaiters.push(resolve));
     }
   }
 
