@@ -110,3 +110,41 @@ test('a pageserver that is ahead of all logs is the truth, and all of them begin
   assert(alone.kind === 'rebuild' && alone.state.commitLsn === 7_000);
   assert.deepEqual(alone.state.history[0], { term: 0, startLsn: START });
 });
+
+const DAMAGE = { origin: 'safekeeper 2', lsn: 5_800, reason: 'a CRC' } as const;
+
+test('a survivor that is damaged gets the log too, and first: it and the others then have what is sound', () => {
+  const views = [ABSENT, present(6_000, 3, { commitLsn: 5_500 }), ABSENT];
+  const check = {
+    startLsn: 5_200,
+    soundLsn: 6_000,
+    damage: [{ ...DAMAGE, remedy: 'copied' as const }],
+    lastCommitMs: 1,
+  };
+  const healed = planRebuild(views, TIMELINE, 5_600, OFFLOADED, 0, check);
+  assert(healed.kind === 'rebuild');
+  assert.deepEqual([healed.targets, healed.copied, healed.keptLsn, healed.lostLsn], [[1, 0, 2], 1, 6_000, undefined]);
+  assert.deepEqual([healed.state.commitLsn, healed.logStartLsn], [5_600, 5_200], 'what is ingested is committed');
+  assert.deepEqual(healed.state.history, history([3, START]));
+});
+
+test('a log that ends before its damage has a new term there, and all survivors are given it, before the lost ones', () => {
+  const views = [ABSENT, present(6_000, 3), ABSENT, present(5_900, 3), ABSENT];
+  const check = { startLsn: 2_000, soundLsn: 5_800, damage: [{ ...DAMAGE, remedy: 'none' as const }], lastCommitMs: 1 };
+  const cut = planRebuild(views, TIMELINE, 5_600, OFFLOADED, 0, check);
+  assert(cut.kind === 'rebuild');
+  assert.deepEqual([cut.targets, cut.keptLsn, cut.lostLsn], [[1, 3, 0, 2, 4], 5_800, 6_000]);
+  assert.deepEqual(cut.state.history, history([3, START], [cut.state.term, 5_800]));
+  assert.equal(cut.state.commitLsn, 5_800);
+  const behind = planRebuild(views, TIMELINE, 5_800, OFFLOADED, 0, check);
+  assert(behind.kind === 'rebuild' && behind.source === 'pageserver' && behind.lostLsn === 6_000);
+  assert.deepEqual(behind.targets, [1, 3, 0, 2, 4]);
+});
+
+test('what a survivor says that it had acknowledged, and nobody has, is lost', () => {
+  const votesFrom = { lastLogTerm: 3, flushLsn: 6_500 };
+  const found = plan([ABSENT, present(6_000, 3, { isVoter: false, votesFrom }), ABSENT], 4_000, OFFLOADED);
+  assert(found.kind === 'rebuild' && found.lostLsn === 6_500);
+  const kept = plan([ABSENT, present(6_000, 3, { isVoter: false, votesFrom }), ABSENT], 6_600, OFFLOADED);
+  assert(kept.kind === 'rebuild' && kept.lostLsn === undefined);
+});

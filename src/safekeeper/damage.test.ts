@@ -228,6 +228,56 @@ test('a log that is copied ends where it was said to, whatever an attempt that f
   assert.equal(timeline.flushLsn, endLsn);
 });
 
+test('a log is replaced by what is copied of it, whole or not at all, whenever the safekeeper dies', async (context) => {
+  const led = await startLedTimeline(context, { pgVersion: 17 });
+  const wal = makeWal(
+    MID_SEGMENT_LSN,
+    Array.from({ length: 50 }, () => 3_000),
+  );
+  led.append(wal.bytes, MID_SEGMENT_LSN, wal.endLsn, wal.endLsn);
+  await led.flushed(wal.endLsn);
+  const { tenantId, timelineId } = led.timeline;
+  const tenant = join(led.root, 'sk', tenantId);
+  const client = new SafekeeperClient(led.endpoint);
+  const flushed = async (): Promise<number> => (await client.status(tenantId, timelineId)).flushLsn;
+  const sources = [{ nodeId: 1, address: led.endpoint.address, endLsn: wal.endLsn }];
+  const endLsn = wal.ends[29]!;
+  const state = { ...blankState(MID_SEGMENT_LSN), term: 9, commitLsn: endLsn };
+  const request = { timeline: led.timeline, logStartLsn: MID_SEGMENT_LSN, state, replace: true };
+  const tooMuch = { endLsn: wal.endLsn + 8, sources };
+  await assert.rejects(client.rebuildTimeline({ ...request, copy: tooMuch }), {
+    code: 'unavailable',
+    message: /is sound up to .* only/,
+  });
+  assert.equal(await flushed(), wal.endLsn, 'what is here serves as before');
+  await client.rebuildTimeline({ ...request, copy: { endLsn, sources } });
+  assert.deepEqual([await flushed(), (await client.status(tenantId, timelineId)).term], [endLsn, 9]);
+  client.close();
+
+  const log = createLog({ name: 'test', level: 'silent' });
+  const aside = readdirSync(tenant).find((name) => name.includes('.aside-'))!;
+  for (const [what, isWhole, isOldThere] of [
+    ['too early', true, true],
+    ['between the two renames', true, false],
+    ['while it was made', false, true],
+  ] as const) {
+    const dataDir = join(led.root, what.replaceAll(' ', '-'));
+    const at = (name: string): string => join(dataDir, tenantId, name);
+    cpSync(join(tenant, timelineId), at(`${timelineId}.replacement`), { recursive: true });
+    if (!isWhole) await rm(join(at(`${timelineId}.replacement`), CONTROL_FILE_NAME));
+    cpSync(join(tenant, aside), at(isOldThere ? timelineId : aside), { recursive: true });
+    const timelines = await Timelines.load(1, dataDir, log);
+    const timeline = timelines.get(tenantId, timelineId);
+    await timeline.open();
+    assert.equal(timeline.flushLsn, isOldThere ? wal.endLsn : endLsn, what);
+    await timelines.close();
+    assert(
+      readdirSync(join(dataDir, tenantId)).every((name) => !name.endsWith('.replacement')),
+      what,
+    );
+  }
+});
+
 test('a log that is made and deleted at the same time is deleted', async (context) => {
   const dataDir = mkdtempSync(join(tmpdir(), 'strata-made-and-deleted-'));
   const timelines = await Timelines.load(1, dataDir, createLog({ name: 'test', level: 'silent' }));
