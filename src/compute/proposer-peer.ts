@@ -44,9 +44,8 @@ const MAX_QUEUED_BYTES = 1024 * 1024;
 const RECONNECT_MIN_MS = 20;
 const RECONNECT_MAX_MS = 1_000;
 const RECOVERY_RETRY_MS = 100;
-/** After which who had damaged WAL may be asked for it again: it may have been healed, or the damage was on the way only. */
-const DAMAGED_RETRY_MS = 10_000;
-const STALL_MS = 10_000;
+/** After which who had damaged WAL, or was silent, may be asked for it again: it may have been healed, or the damage was on the way only. */
+const SOURCE_RETRY_MS = 10_000;
 const NEWCOMER_RETRY_MS = 50;
 /** When a majority has lost the log nobody can give it, but it may be rebuilt, which is heard of by a new greeting only. */
 const ABSENT_RETRY_MS = 2_000;
@@ -58,6 +57,8 @@ export interface ProposerPeerOptions {
   readonly token: string;
   readonly timeline: TimelineIdentity;
   readonly yieldsToLeader: boolean;
+  /** After which who is silent is given up: a safekeeper that owes an answer, or one that another recovers from. */
+  readonly stallMs: number;
   readonly state: ProposerState;
   readonly buffer: () => WalBuffer;
   /** A small append may go to it now; otherwise only by `catchUp`. */
@@ -80,8 +81,11 @@ export class ProposerPeer {
   #reconnectTimer: NodeJS.Timeout | undefined;
   #reconnectDelayMs = RECONNECT_MIN_MS;
   #recovery: AbortController | undefined;
-  /** Those whose disk did not give this one the WAL that it needs, as it is damaged, and when that was seen. */
-  readonly #damagedSources = new Map<number, number>();
+  /** Those that did not give this one the WAL that it needs, as their disk is damaged or they are silent, and when that was seen. */
+  readonly #failedSources = new Map<number, number>();
+  /** Of the recovery under way: whom it reads from, and since when nothing has come from there. */
+  #source = -1;
+  #sourceSilentSinceMs = Infinity;
   #waitingForDrain = false;
   /** Ends of the appends that are not acknowledged. */
   #unacknowledged: Lsn[] = [];
@@ -142,9 +146,9 @@ export class ProposerPeer {
    */
   async #resumed(state: AcceptorState): Promise<AcceptorState> {
     const { state: proposer, index, addressOf, token, timeline } = this.#options;
-    const source = proposer.recoverySource(index, this.#damagedSources);
+    const source = proposer.recoverySource(index, this.#failedSources);
     if (source === undefined) {
-      if (this.#damagedSources.size === 0) return state;
+      if (this.#failedSources.size === 0) return state;
       throw new StrataError('unavailable', 'nobody says where its log may begin');
     }
     const client = new SafekeeperClient({ address: addressOf(source), token });
@@ -174,7 +178,7 @@ export class ProposerPeer {
     while (peer.state === 'streaming' && this.#recovery === undefined && peer.sendLsn < buffer.endLsn) {
       if (!this.#hasRoom()) return;
       if (peer.sendLsn < buffer.startLsn) {
-        if (state.recoverySource(index, this.#damagedSources) !== undefined) this.#startRecovery();
+        if (state.recoverySource(index, this.#failedSources) !== undefined) this.#startRecovery();
         return;
       }
       const isSmall = buffer.endLsn - peer.sendLsn < SMALL_APPEND_BYTES;
@@ -212,8 +216,17 @@ export class ProposerPeer {
 
   /** Called now and then: breaks a connection whose safekeeper owes an answer for too long. */
   checkStall(): void {
-    const { state, index } = this.#options;
-    this.#forgetDamage();
+    const { state, index, stallMs } = this.#options;
+    this.#forgetFailures();
+    if (this.#recovery !== undefined && performance.now() - this.#sourceSilentSinceMs > stallMs) {
+      const { nodeId } = state.peer(this.#source);
+      this.#options.log?.warn(
+        { safekeeper: this.#name, nodeId },
+        'who it recovers from is silent: the others are asked',
+      );
+      this.#failedSources.set(this.#source, performance.now());
+      this.#recovery.abort();
+    }
     const peer = state.peer(index);
     const isAsked =
       peer.state === 'voting' || peer.state === 'joining' || peer.state === 'creating' || peer.state === 'lost';
@@ -221,15 +234,15 @@ export class ProposerPeer {
     if (isUnconfirmed && this.#wasUnconfirmed) this.reconnect('it did not confirm the configuration');
     this.#wasUnconfirmed = isUnconfirmed;
     const owes = isAsked || (peer.state === 'streaming' && peer.writtenLsn < peer.sendLsn);
-    if (this.#connection !== undefined && owes && performance.now() - this.#heardAtMs > STALL_MS)
+    if (this.#connection !== undefined && owes && performance.now() - this.#heardAtMs > stallMs)
       this.reconnect('no answer');
   }
 
-  #forgetDamage(): void {
+  #forgetFailures(): void {
     const nowMs = performance.now();
-    for (const [source, seenAtMs] of this.#damagedSources) {
-      if (nowMs - seenAtMs < DAMAGED_RETRY_MS) continue;
-      this.#damagedSources.delete(source);
+    for (const [source, seenAtMs] of this.#failedSources) {
+      if (nowMs - seenAtMs < SOURCE_RETRY_MS) continue;
+      this.#failedSources.delete(source);
       this.pump();
     }
   }
@@ -369,7 +382,7 @@ export class ProposerPeer {
     const recovery = new AbortController();
     this.#recovery = recovery;
     const { state, index } = this.#options;
-    const source = state.recoverySource(index, this.#damagedSources);
+    const source = state.recoverySource(index, this.#failedSources);
     this.#recover(source, recovery.signal)
       .catch((error: unknown) => {
         const { code, message } = toStrataError(error);
@@ -381,6 +394,7 @@ export class ProposerPeer {
       })
       .finally(() => {
         this.#recovery = undefined;
+        this.#sourceSilentSinceMs = Infinity;
         this.#options.onAcknowledged();
       });
   }
@@ -399,17 +413,22 @@ export class ProposerPeer {
     const address = addressOf(source);
     const chunks = readWal({ address, token, tenantId, timelineId, fromLsn, term, signal });
     let lsn = fromLsn;
+    this.#source = source;
+    this.#sourceSilentSinceMs = performance.now();
     for await (const chunk of chunks) {
+      this.#sourceSilentSinceMs = performance.now();
       if (chunk.bytes.length === 0) continue;
       for (const bytes of whole.push(chunk.bytes)) {
         const needed = bytes.subarray(Math.max(0, sendLsn - lsn));
         lsn += bytes.length;
         if (needed.length === 0) continue;
         while (!this.#hasRoom() && !signal.aborted) {
+          this.#sourceSilentSinceMs = Infinity; // It is not read from now.
           await new Promise<void>((resolve) => {
             this.#roomWaiter = resolve;
           });
           this.#roomWaiter = undefined;
+          this.#sourceSilentSinceMs = performance.now();
         }
         // After another election of this proposer the log of that term may be another.
         if (signal.aborted || state.term !== term || peer.state !== 'streaming' || peer.sendLsn !== sendLsn) return;
@@ -425,7 +444,7 @@ export class ProposerPeer {
   #foundDamage(source: number, reason: string): void {
     const { state, log } = this.#options;
     const { nodeId } = state.peer(source);
-    this.#damagedSources.set(source, performance.now());
+    this.#failedSources.set(source, performance.now());
     log?.error(
       { nodeId, reason },
       'the WAL on this safekeeper is damaged: the others are asked for it. See to its disk',

@@ -3,6 +3,7 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { once } from 'node:events';
 import { mkdtemp, open, rm } from 'node:fs/promises';
+import { type AddressInfo, connect, createServer, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test, type TestContext } from 'node:test';
@@ -174,6 +175,39 @@ class Cluster {
   }
 }
 
+/** A way to a safekeeper on which nothing passes any more, and nobody is told, once so much has come back on one connection. */
+async function hangAfter(
+  context: TestContext,
+  port: number,
+  bytes: number,
+): Promise<SafekeeperAddress & { readonly hangs: Promise<void> }> {
+  let hang: () => void;
+  let isHung = false;
+  const hangs = new Promise<void>((resolve) => (hang = resolve));
+  const sockets: Socket[] = [];
+  const server = createServer((client) => {
+    const target = connect({ host: '127.0.0.1', port, noDelay: true });
+    sockets.push(client, target);
+    let left = bytes;
+    client.on('data', (chunk) => !isHung && target.write(chunk));
+    target.on('data', (chunk) => {
+      left -= chunk.length;
+      if (left < 0) {
+        isHung = true;
+        hang();
+      }
+      if (!isHung) client.write(chunk);
+    });
+    for (const socket of [client, target]) socket.on('error', () => {});
+  });
+  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+  context.after(() => {
+    server.close();
+    for (const socket of sockets) socket.destroy();
+  });
+  return { host: '127.0.0.1', port: (server.address() as AddressInfo).port, hangs };
+}
+
 test('what is appended is committed and is then on all safekeepers, the commit LSN too', async (context) => {
   const cluster = await Cluster.start(context);
   const proposer = await cluster.elect();
@@ -320,6 +354,27 @@ test('a segment that is gone from one disk: another one is asked', async (contex
   await cluster.startOne(2);
   await cluster.reaches(2, wal.endLsn);
   assert((await cluster.walOf(2, wal.endLsn)).equals(wal.bytes));
+});
+
+test('who hangs while another one recovers from it holds up nothing: what it has not told is asked of the others', async (context) => {
+  const cluster = await Cluster.start(context);
+  const hanging = await hangAfter(context, cluster.addresses[1]!.port, 200_000);
+  const safekeepers = cluster.addresses.with(1, hanging);
+  const proposer = await cluster.elect({ safekeepers, retainedBytes: 10_000, stallMs: 1_000 });
+  const wal = makeWal(MID_SEGMENT_LSN, Array<number>(400).fill(5_000));
+  const append = async (to: number): Promise<void> => {
+    proposer.append(proposer.endLsn, wal.bytes.subarray(proposer.endLsn - MID_SEGMENT_LSN, to - MID_SEGMENT_LSN));
+    await proposer.waitCommitted(to, AbortSignal.timeout(30_000));
+  };
+  await append(wal.ends[10]!);
+  await cluster.stopOne(0);
+  for (let record = 11; record < 300; record++) await append(wal.ends[record]!);
+  // Of both that have it, that with the lower index is asked, as a rule.
+  for (const index of [1, 2]) await cluster.reaches(index, wal.ends[299]!);
+  await cluster.startOne(0);
+  await Promise.race([hanging.hangs, cluster.flushes(0, wal.ends[299]!)]);
+  await append(wal.endLsn);
+  assert((await cluster.walOf(0, wal.endLsn)).equals(wal.bytes));
 });
 
 test('two of three away: appending is held back, and nothing is lost when one returns', async (context) => {

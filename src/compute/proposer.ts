@@ -43,6 +43,8 @@ export interface ProposerOptions {
   readonly backpressure?: BackpressureLimits;
   /** Rejects with `conflict`, and raises no term, when so many safekeepers have a leader connected that no quorum is free. */
   readonly yieldsToLeader?: boolean;
+  /** How long a safekeeper may be silent while it is waited for. */
+  readonly stallMs?: number;
 }
 
 export interface ProposerEvents {
@@ -66,7 +68,7 @@ const RETRY_MIN_MS = 20;
 /** Doubled with each election that fails: of several candidates one gets the time to bring the others' logs on. */
 const RETRY_SPREAD_MS = 180;
 const MAX_RETRY_DOUBLINGS = 5;
-const STALL_CHECK_MS = 5_000;
+const STALL_MS = 10_000;
 const CLOSE_TIMEOUT_MS = 1_000;
 const EQUAL_CHECK_MS = 20;
 
@@ -90,6 +92,7 @@ interface Waiter {
 export class Proposer extends EventEmitter<ProposerEvents> {
   readonly #options: ProposerOptions;
   readonly #maxPendingBytes: number;
+  readonly #stallMs: number;
   readonly #state: ProposerState;
   readonly #safekeepers: SafekeeperDirectory;
   readonly #stopWatching: () => void;
@@ -125,6 +128,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     super();
     this.#options = options;
     this.#maxPendingBytes = options.maxPendingBytes ?? MAX_PENDING_BYTES;
+    this.#stallMs = options.stallMs ?? STALL_MS;
     const { safekeepers } = options;
     this.#safekeepers = 'current' in safekeepers ? safekeepers : fixedSafekeepers(safekeepers);
     this.#state = new ProposerState(this.#safekeepers.current.configuration, {
@@ -141,7 +145,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
     });
     this.#stallTimer = setInterval(() => {
       for (const peer of this.#peers) peer.checkStall();
-    }, STALL_CHECK_MS);
+    }, this.#stallMs / 2);
     this.#stallTimer.unref();
     const { signal } = options;
     if (signal === undefined) return;
@@ -313,6 +317,7 @@ export class Proposer extends EventEmitter<ProposerEvents> {
       token,
       timeline,
       yieldsToLeader: yieldsToLeader ?? false,
+      stallMs: this.#stallMs,
       state: this.#state,
       buffer: () => this.#buffer,
       mayBegin: () => this.#mayBegin(index),
