@@ -157,7 +157,7 @@ function nextStep({ damaged }: WalLag, safekeeperCount: number): string | undefi
   if (damaged.length <= (safekeeperCount - 1) / 2) {
     return `the others heal it by themselves, in a minute or two: see to the disk, and if it stays so, run "strata safekeepers replace ${ids.join(' ')}"`;
   }
-  return `too few others have it to heal it: bring back what was on the disk; failing that, "strata safekeepers rebuild ${ids.join(' ')}" says first what would be lost`;
+  return `too few others have it to heal it: bring back what was on the disk; failing that, "strata safekeepers rebuild" says first what would be lost`;
 }
 
 interface ObjectStore {

@@ -13,6 +13,7 @@ import { createLog } from '../base/log.ts';
 import { FileSystemStore } from '../object-store/file-system-store.ts';
 import { formatLsn, type Lsn, segmentOffset } from '../postgres/lsn.ts';
 import { findEndOfWal } from '../postgres/wal/reader.ts';
+import { CONTROL_FILE_NAME } from '../safekeeper/control-file.ts';
 import { startLedTimeline } from '../safekeeper/led-timeline.test-data.ts';
 import { runSafekeeper, type Safekeeper } from '../safekeeper/main.ts';
 import { makeWal, MID_SEGMENT_LSN } from '../safekeeper/made-wal.test-data.ts';
@@ -130,6 +131,11 @@ async function survivor(context: TestContext, { committed, ingested, offloaded, 
     Promise.all(clients.map((client) => client.status(tenantId, timelineId)));
   const preview = () => rebuild.preview(timelineId, new Set());
   const made = (acceptedLsn?: Lsn) => rebuild.rebuild(timelineId, acceptedLsn);
+  /** Without the leader that it had. */
+  const startSurvivor = async (): Promise<void> => {
+    const config = { nodeId: 1, dataDir: join(root, 'sk'), host: '127.0.0.1', secret, log, objectStore: store };
+    running.set(1, await runSafekeeper({ ...config, port: led.safekeeper.port }));
+  };
   const stop = async (nodeId: number): Promise<number> => {
     const each = running.get(nodeId)!;
     running.delete(nodeId);
@@ -137,7 +143,7 @@ async function survivor(context: TestContext, { committed, ingested, offloaded, 
     return each.port;
   };
   const aside = (): string[] => readdirSync(join(root, 'sk', tenantId)).filter((name) => name.includes('.aside-'));
-  return { led, root, start, stop, preview, made, assertAllHave, statuses, aside, tenantId, timelineId };
+  return { led, root, start, startSurvivor, stop, preview, made, assertAllHave, statuses, aside, tenantId, timelineId };
 }
 
 test('a sound survivor is copied to its flush LSN, without a word of damage', async (context) => {
@@ -246,9 +252,39 @@ test('a survivor that dies in the middle costs nothing: it is done when it is ba
   await dies;
   await assert.rejects(world.made(), { code: 'unavailable', message: /safekeeper 1/ });
   await assert.rejects(world.statuses());
-  const config = { nodeId: 1, dataDir: join(world.root, 'sk'), host: '127.0.0.1', secret: world.led.secret, log };
-  const back = await runSafekeeper({ ...config, port: world.led.safekeeper.port });
-  context.after(() => back.close());
+  await world.startSurvivor();
   assert.deepEqual([(await world.made())?.keptLsn], [WAL.endLsn]);
   await world.assertAllHave(MID_SEGMENT_LSN, WAL.endLsn);
 });
+
+for (const what of ['control file', 'WAL', 'end of the WAL'] as const) {
+  test(`logs whose ${what} is damaged on a majority wait for an operator, who is told what can be kept`, async (context) => {
+    const world = await survivor(context, { committed: 20, ingested: 10 });
+    await world.made();
+    const { tenantId, timelineId } = world;
+    await world.led.safekeeper.close();
+    await world.startSurvivor();
+    for (const nodeId of [2, 3]) {
+      const port = await world.stop(nodeId);
+      const directory = join(world.root, `sk-${nodeId}`, tenantId, timelineId);
+      const segment = segmentPath(directory, MID_SEGMENT_LSN);
+      if (what === 'WAL') rmSync(segment);
+      else {
+        // After the commit LSN, from where on a start looks for the end.
+        const file = await open(what === 'control file' ? join(directory, CONTROL_FILE_NAME) : segment, 'r+');
+        await file.write(Buffer.alloc(64, 0xff), 0, 64, what === 'control file' ? 40 : segmentOffset(endOf(30)) + 40);
+        await file.close();
+      }
+      await world.start(nodeId, port);
+    }
+    const isCut = what === 'end of the WAL';
+    assert.equal(await world.made(), undefined, 'they may yet be mended');
+    const planned = await world.preview();
+    assert.deepEqual([planned?.keptLsn, planned?.safekeepers], [WAL.endLsn, isCut ? [1, 2, 3] : [2, 3]]);
+    const rebuilt = await world.made(planned!.keptLsn);
+    assert.deepEqual([rebuilt?.keptLsn, rebuilt?.lostLsn], [WAL.endLsn, undefined]);
+    await world.assertAllHave(MID_SEGMENT_LSN, WAL.endLsn);
+    assert((await world.statuses()).every(({ isVoter }) => isVoter));
+    assert.equal(await world.preview(), undefined);
+  });
+}

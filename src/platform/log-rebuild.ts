@@ -18,7 +18,7 @@
  *
  * What was acknowledged after that and is on none of them is lost. That, and nothing less, is what losing a majority of the disks means; the result says
  * from which LSN on, and of what time the last commit is that was kept. But what a survivor has, or says that it had acknowledged, is not given up before an
- * operator who was told so has said yes (`acceptedLsn`).
+ * operator who was told so has said yes (`acceptedLsn`). To him, and nobody else, logs that are damaged on a majority are lost as well.
  */
 import assert from 'node:assert/strict';
 import type { SafekeeperDirectory } from '../api/safekeeper-set.ts';
@@ -79,6 +79,8 @@ interface Look {
   readonly timeline: TimelineIdentity;
   readonly members: readonly Member[];
   readonly views: readonly SafekeeperView[];
+  /** By an operator: see planRebuild. */
+  readonly isAsked: boolean;
 }
 
 interface Member {
@@ -139,7 +141,7 @@ export class LogRebuild {
 
   /** What `rebuild` would do if those safekeepers had lost everything; undefined: nothing. Throws as it does. */
   async preview(timelineId: string, lost: ReadonlySet<number>): Promise<PlannedRebuild | undefined> {
-    const found = await this.#look(timelineId, lost);
+    const found = await this.#look(timelineId, lost, true);
     if (found === undefined) return undefined;
     const status = await this.#options.pageserver.timelineStatus(timelineId);
     const decision = await this.#decide(found, status);
@@ -155,7 +157,7 @@ export class LogRebuild {
    */
   async rebuild(timelineId: string, acceptedLsn?: Lsn): Promise<RebuiltLog | undefined> {
     const { log, safekeepers: directory } = this.#options;
-    const found = await this.#look(timelineId, new Set());
+    const found = await this.#look(timelineId, new Set(), acceptedLsn !== undefined);
     if (found === undefined) return undefined;
     const { timeline, members, views } = found;
     const decision = await this.#decide(found, await this.#madeDurable(timelineId));
@@ -197,7 +199,7 @@ export class LogRebuild {
   }
 
   /** Undefined when no quorum has lost it. */
-  async #look(timelineId: string, lost: ReadonlySet<number>): Promise<Look | undefined> {
+  async #look(timelineId: string, lost: ReadonlySet<number>, isAsked: boolean): Promise<Look | undefined> {
     const { pageserver, wal, safekeepers } = this.#options;
     if (safekeepers.current.configuration.newMembers !== undefined)
       throw new StrataError('unavailable', 'the safekeepers are being changed');
@@ -205,20 +207,20 @@ export class LogRebuild {
     const timeline = await pageserver.timelineIdentity(timelineId);
     if (!timeline.hasWal && !(await wal.hasAny(timeline))) return undefined;
     const views = await Promise.all(
-      members.map(async (member) => (lost.has(member.nodeId) ? LOST : viewOf(member, timeline))),
+      members.map(async (member) => (lost.has(member.nodeId) ? LOST : viewOf(member, timeline, isAsked))),
     );
-    const plan = planRebuild(views, timeline, timeline.startLsn, undefined, Date.now());
+    const plan = planRebuild(views, timeline, timeline.startLsn, undefined, Date.now(), undefined, isAsked);
     if (plan.kind === 'none') return undefined;
     if (plan.kind === 'wait') throw silentError(timelineId, views, members);
-    return { timeline, members, views };
+    return { timeline, members, views, isAsked };
   }
 
-  async #decide({ timeline, views, members }: Look, status: PageserverTimelineStatus): Promise<Decision> {
+  async #decide({ timeline, views, members, isAsked }: Look, status: PageserverTimelineStatus): Promise<Decision> {
     const { wal, token } = this.#options;
     const { lastRecordLsn, lastRecordStartLsn } = status;
     const offloaded = await findOffloadedEnd(wal, timeline, lastRecordLsn);
     const nowMs = Date.now();
-    const first = planRebuild(views, timeline, lastRecordLsn, offloaded, nowMs);
+    const first = planRebuild(views, timeline, lastRecordLsn, offloaded, nowMs, undefined, isAsked);
     assert(first.kind === 'rebuild', 'the views are those that asked for it');
     const best = first.copied === undefined ? undefined : views[first.copied]!;
     if (best?.kind !== 'present') return { plan: first, offloaded, sources: [], damage: [], lastCommitMs: undefined };
@@ -249,7 +251,7 @@ export class LogRebuild {
         `timeline ${timelineId} is sound up to ${formatLsn(soundLsn)} only, and offloaded up to ${formatLsn(offloaded.endLsn)}: bring back what is damaged. ${where}`,
       );
     }
-    const plan = planRebuild(views, timeline, lastRecordLsn, offloaded, nowMs, check);
+    const plan = planRebuild(views, timeline, lastRecordLsn, offloaded, nowMs, check, isAsked);
     assert(plan.kind === 'rebuild', 'the views are those that asked for it');
     return { plan, offloaded, sources, damage, lastCommitMs };
   }
@@ -394,13 +396,20 @@ function assertAccepted(timelineId: string, { plan, damage }: Decision, accepted
   }
 }
 
-async function viewOf({ client }: Member, { tenantId, timelineId }: TimelineIdentity): Promise<SafekeeperView> {
+/** One that has the log and cannot read it is silent, as it may yet be mended; to an operator who asks, it is lost when it is damaged. */
+async function viewOf(
+  { client }: Member,
+  { tenantId, timelineId }: TimelineIdentity,
+  isAsked: boolean,
+): Promise<SafekeeperView> {
   try {
     return { kind: 'present', status: await client.status(tenantId, timelineId) };
   } catch (error) {
     const { code, message } = toStrataError(error);
-    // Also one that has the log and cannot read it: it may yet be mended.
-    return code === 'not-found' ? LOST : { kind: 'silent', reason: message };
+    if (code === 'not-found') return LOST;
+    const logs = isAsked ? await client.walStatus().catch(() => []) : [];
+    const isDamaged = logs.some((each) => each.timelineId === timelineId && each.damage !== undefined);
+    return isDamaged ? LOST : { kind: 'silent', reason: message };
   }
 }
 

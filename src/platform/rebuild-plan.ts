@@ -61,7 +61,10 @@ export interface SurvivorCheck {
 /** No proposer that was elected by what is lost has got so far ahead of what is known. */
 const TERM_JUMP = 2 ** 20;
 
-/** Without `check` the best survivor's log is taken to be whole. */
+/**
+ * Without `check` the best survivor's log is taken to be whole. `isAsked`: an operator wants to know, or has accepted what is lost. Then logs that give no vote count as
+ * lost too, where no leader is at work that would heal them; what they have is kept as that of the others is.
+ */
 export function planRebuild(
   views: readonly SafekeeperView[],
   timeline: Pick<TimelineIdentity, 'startLsn'>,
@@ -69,15 +72,20 @@ export function planRebuild(
   offloaded: OffloadedEnd | undefined,
   nowMs: number,
   check?: SurvivorCheck,
+  isAsked = false,
 ): RebuildPlan {
   const { startLsn } = timeline;
   const quorum = Math.floor(views.length / 2) + 1;
   const indexes = (kind: SafekeeperView['kind']): number[] =>
     views.flatMap((view, index) => (view.kind === kind ? [index] : []));
   const [absent, silent] = [indexes('absent'), indexes('silent')];
-  if (absent.length === 0 || absent.length + silent.length < quorum) return { kind: 'none' };
-  if (silent.length > 0) return { kind: 'wait', silent };
   const survivors = views.flatMap((view, index) => (view.kind === 'present' ? [{ ...view.status, index }] : []));
+  const isLed = survivors.some(({ hasLeader }) => hasLeader);
+  const voteless = isAsked && !isLed ? survivors.filter(({ isVoter }) => !isVoter).length : 0;
+  const lostCount = absent.length + voteless;
+  if (lostCount === 0 || lostCount + silent.length < quorum) return { kind: 'none' };
+  if (silent.length > 0) return { kind: 'wait', silent };
+  const isVoteless = absent.length < quorum; // All are given the log, so that they vote again.
   const history = offloaded?.history ?? [{ term: 0, startLsn }];
   const offloadedLsn = offloaded?.endLsn ?? startLsn;
   const best = survivors.reduce<(typeof survivors)[number] | undefined>(
@@ -123,7 +131,7 @@ export function planRebuild(
   if (isSurvivorBest) {
     const isDamaged = check !== undefined && check.damage.length > 0;
     const others = present.filter((index) => index !== best.index);
-    const replaced = isCut ? [best.index, ...others] : isDamaged ? [best.index] : [];
+    const replaced = isCut || isVoteless ? [best.index, ...others] : isDamaged ? [best.index] : [];
     const cutHistory = best.history.filter((entry, at) => at === 0 || entry.startLsn < bestLsn);
     return planned({
       targets: [...replaced, ...absent],
@@ -134,7 +142,7 @@ export function planRebuild(
         configuration,
         // What is ingested is committed, and this log was compared with it.
         commitLsn: check === undefined ? best.commitLsn : Math.min(Math.max(best.commitLsn, ingestedLsn), bestLsn),
-        history: isCut ? [...cutHistory, { term, startLsn: bestLsn }] : best.history,
+        history: isCut || isVoteless ? [...cutHistory, { term, startLsn: bestLsn }] : best.history,
       },
       source: 'another safekeeper',
       copied: best.index,
@@ -142,7 +150,7 @@ export function planRebuild(
     });
   }
   return planned({
-    targets: absent,
+    targets: isVoteless ? [...present, ...absent] : absent,
     logStartLsn: startLsn,
     state: {
       term,
@@ -150,7 +158,7 @@ export function planRebuild(
       configuration,
       commitLsn: offloadedLsn,
       // So that it is more advanced than what survives of older terms.
-      history: isStoredPruned ? [...history, { term, startLsn: offloadedLsn }] : history,
+      history: isStoredPruned || isVoteless ? [...history, { term, startLsn: offloadedLsn }] : history,
     },
     source: 'object store',
     keptLsn: offloadedLsn,
