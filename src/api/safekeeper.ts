@@ -95,6 +95,13 @@ export interface WalSource {
   readonly endLsn: Lsn;
 }
 
+/** A log whose committed WAL is to be looked at, and mended from these: each has it up to where it knows it to be committed. */
+export interface MendRequest {
+  readonly tenantId: string;
+  readonly timelineId: string;
+  readonly sources: readonly WalSource[];
+}
+
 /** A log that was lost with a quorum of its disks, as it is to be again. */
 export interface RebuildRequest {
   readonly timeline: TimelineIdentity;
@@ -187,6 +194,11 @@ export class SafekeeperClient {
   /** Durable when it resolves. Rejects with `conflict` when the safekeeper has the log and is not told to replace it. */
   async rebuildTimeline(rebuild: RebuildRequest): Promise<void> {
     await this.#call('rebuildTimeline', rebuild, REBUILD_TIMEOUT_MS);
+  }
+
+  /** Has the committed WAL on its disk looked at, record by record; how many places were damaged, and are mended. Rejects when nobody has what is damaged. */
+  async mendWal(request: MendRequest): Promise<number> {
+    return (await this.#call('mendWal', request, REBUILD_TIMEOUT_MS)) as number;
   }
 
   async walStatus(): Promise<TimelineWalStatus[]> {

@@ -3,6 +3,8 @@
  * although the branch sleeps. A running compute's proposer does that for its own branch; here a proposer is elected for the others, for as long as it
  * takes. It yields to any leader, and so never disturbs a compute. A log that a majority has lost is rebuilt (log-rebuild.ts).
  *
+ * Committed WAL on the disks is looked at too, each log's some time after the start and then every hour, and mended from the others (safekeeper/mended-wal.ts).
+ *
  * Safekeepers tell the LSNs of all their timelines in one message, so a look at thousands of equal ones costs little.
  */
 import type { PageserverClient } from '../api/pageserver.ts';
@@ -30,6 +32,10 @@ export interface WalHealerOptions {
 
 const INTERVAL_MS = 30_000;
 const HEALING_TIMEOUT_MS = 120_000;
+/** After which what is on the disks is looked at again. */
+const MEND_INTERVAL_MS = 3_600_000;
+/** After which no further log is begun with before the next look. */
+const MENDING_MS = 1_000;
 
 interface Unequal {
   readonly timelineId: string;
@@ -48,6 +54,10 @@ export class WalHealer {
   readonly #closing = new AbortController();
   readonly #timer: NodeJS.Timeout;
   #healing: Promise<void> | undefined;
+  #mending: Promise<void> | undefined;
+  /** When the WAL of a timeline was looked at on a safekeeper, by `timeline id/node id`. */
+  readonly #mendedAtMs = new Map<string, number>();
+  #lookCount = 0;
 
   constructor(options: WalHealerOptions) {
     this.#options = options;
@@ -77,6 +87,12 @@ export class WalHealer {
     this.#closing.abort();
     await this.#healing;
     for (const client of this.#clients) client.close();
+    await this.#mending;
+  }
+
+  /** Resolves when the looking at disks that a look has begun has ended. */
+  async mended(): Promise<void> {
+    await this.#mending;
   }
 
   async #heal(): Promise<void> {
@@ -90,6 +106,8 @@ export class WalHealer {
     const lists = await Promise.all(this.#clients.map((client) => client.list().catch(() => undefined)));
     const answers = lists.filter((list) => list !== undefined);
     if (answers.length < lists.length) return; // What is down will be unequal when it is back.
+    // Who has just been started has other things to do.
+    if (this.#lookCount++ > 0) this.#mending ??= this.#mend(answers).finally(() => (this.#mending = undefined));
     await this.#rebuildLost(answers);
     const unequal = unequalTimelines(answers);
     const stuck = unequal.filter(({ timelineId, positions }) => this.#seen.get(timelineId) === positions);
@@ -100,6 +118,51 @@ export class WalHealer {
         if (toStrataError(error).code === 'conflict') return; // A leader is there.
         this.#options.log.warn({ timelineId, err: error }, 'safekeepers could not be made equal');
       });
+    }
+  }
+
+  /** `lists` are those of the members, in their order. */
+  async #mend(lists: readonly (readonly TimelineProgress[])[]): Promise<void> {
+    const { safekeepers, token, log } = this.#options;
+    if (this.#mendedAtMs.size > 2 * lists.flat().length) this.#mendedAtMs.clear(); // Most of them are gone.
+    const members = safekeepers.current.configuration.members.map((nodeId, index) => ({
+      nodeId,
+      address: safekeepers.current.addresses.get(nodeId)!,
+      commitLsns: new Map(lists[index]!.map(({ timelineId, commitLsn }) => [timelineId, commitLsn])),
+    }));
+    const startedAtMs = performance.now();
+    for (const [index, { nodeId, address }] of members.entries()) {
+      // Others are not kept waiting by one that takes long.
+      const client = new SafekeeperClient({ address, token });
+      const onClosing = (): void => client.close();
+      this.#closing.signal.addEventListener('abort', onClosing);
+      try {
+        for (const { tenantId, timelineId } of lists[index]!) {
+          const [key, nowMs] = [`${timelineId}/${nodeId}`, performance.now()];
+          if (nowMs - (this.#mendedAtMs.get(key) ?? -Infinity) < MEND_INTERVAL_MS) continue;
+          if (this.#closing.signal.aborted || nowMs - startedAtMs > MENDING_MS) return;
+          this.#mendedAtMs.set(key, nowMs);
+          const sources = members
+            .filter((member) => member.nodeId !== nodeId)
+            .map((member) => ({
+              nodeId: member.nodeId,
+              address: member.address,
+              endLsn: member.commitLsns.get(timelineId) ?? 0,
+            }));
+          const count = await client.mendWal({ tenantId, timelineId, sources }).catch((error: unknown) => {
+            const { code, message } = toStrataError(error);
+            // One that was deleted, or is given anew, meanwhile.
+            if (code !== 'not-found' && code !== 'conflict' && !this.#closing.signal.aborted)
+              log.error({ timelineId, nodeId, reason: message }, 'damaged WAL on a safekeeper could not be mended');
+            return 0;
+          });
+          if (count > 0)
+            log.warn({ timelineId, nodeId, count }, 'damaged WAL on a safekeeper was mended by the others');
+        }
+      } finally {
+        this.#closing.signal.removeEventListener('abort', onClosing);
+        client.close();
+      }
     }
   }
 

@@ -10,7 +10,7 @@ import type { Socket } from 'node:net';
 import { type Frame, FRAME_HEADER_BYTES, FrameReader } from '../base/frames.ts';
 import { StrataError, toStrataError } from '../base/errors.ts';
 import { mayReadTimeline, signToken, type TokenClaims, verifyToken } from '../base/token.ts';
-import type { RebuildRequest, TimelineIdentity } from '../api/safekeeper.ts';
+import type { MendRequest, RebuildRequest, TimelineIdentity } from '../api/safekeeper.ts';
 import {
   APPEND_FIXED_BYTES,
   decodeFeedback,
@@ -388,6 +388,9 @@ class Connection implements ProposerLink {
         this.#requirePlatform();
         await timelines.rebuild(params as RebuildRequest, await signToken(this.#context.secret, { scope: 'platform' }));
         return null;
+      case 'mendWal':
+        this.#requirePlatform();
+        return timelines.mend(params as MendRequest, await signToken(this.#context.secret, { scope: 'platform' }));
       case 'createTimeline':
         this.#requirePlatform();
         await timelines.getOrCreate(params as TimelineIdentity);

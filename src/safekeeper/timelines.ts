@@ -13,17 +13,18 @@ import { mkdir, readdir, rename, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Logger } from '../base/log.ts';
 import { StrataError } from '../base/errors.ts';
-import type { RebuildRequest, TimelineIdentity } from '../api/safekeeper.ts';
+import type { MendRequest, RebuildRequest, TimelineIdentity } from '../api/safekeeper.ts';
 import type { PageserverFeedback, TimelineProgress, TimelineWalStatus } from '../api/safekeeper-protocol.ts';
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import { type Configuration, NO_CONFIGURATION } from '../consensus/configuration.ts';
 import { lastLogTerm } from '../consensus/term-history.ts';
-import { formatLsn } from '../postgres/lsn.ts';
+import { formatLsn, type Lsn } from '../postgres/lsn.ts';
 import { forEachLimited } from '../base/all-done.ts';
 import { syncDirectory } from '../base/durable-file.ts';
 import { CONTROL_FILE_NAME, type ControlFile, readControlFile, writeControlFile } from './control-file.ts';
 import { FLUSH_MARK_NAME, FlushMark } from './flush-mark.ts';
 import { KeptWal } from './kept-wal.ts';
+import { mendWal } from './mended-wal.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
 import type { Offloader } from './offloader.ts';
 import { copyWal, fetchWal } from './rebuilt-wal.ts';
@@ -247,6 +248,20 @@ export class Timelines {
     timeline.kept.forgetOffloaded();
     await timeline.kept.save();
     this.#offloading?.offloader.notice(timeline);
+  }
+
+  /** Looks at the committed WAL on this disk and has the others mend it (mended-wal.ts); how many places were. `token` opens them. */
+  async mend({ tenantId, timelineId, sources }: MendRequest, token: string): Promise<number> {
+    const timeline = this.get(tenantId, timelineId);
+    timeline.throwIfFailed();
+    const key = keyOf(tenantId, timelineId);
+    const isHere = (): boolean => this.#timelines.get(key) === timeline && !timeline.isFailed;
+    const onDamage = (lsn: Lsn, reason: string): void =>
+      this.#log.error(
+        { timelineId, lsn: formatLsn(lsn), reason },
+        'committed WAL on this disk is damaged: it is mended from the others. See to the disk',
+      );
+    return mendWal({ timeline, sources, token, isHere, onDamage });
   }
 
   /** Without those that are damaged. */
