@@ -120,3 +120,87 @@ test('a cut that failed half-way is made whole when the disk works again: nothin
     break;
   }
 });
+
+function diskError(code: string): NodeJS.ErrnoException {
+  return Object.assign(new Error(`${code}: the disk's answer, writev`), { code });
+}
+
+/** Until it is called. */
+type Restore = () => void;
+
+/** What fails from here on, in this thread and in the thread pool. */
+const failures: Readonly<
+  Record<string, { readonly size: number; readonly fail: (context: TestContext) => Restore[] }>
+> = {
+  'in the main thread': { size: 500, fail: (context) => [failWrites(context, 0)] },
+  'in the main thread, after a part of it': {
+    size: 20_000,
+    fail: (context) => [failWrites(context, 5_000), failPool(context)],
+  },
+  'in the thread pool': { size: 300_000, fail: (context) => [failPool(context)] },
+};
+
+function failWrites(context: TestContext, taken: number): Restore {
+  const { writevSync } = fs;
+  const failing = (file: number, [buffer]: readonly Buffer[], at: number): number => {
+    if (taken === 0) throw diskError('EIO');
+    return writevSync(file, [buffer!.subarray(0, taken)], at);
+  };
+  const { mock } = context.mock.method(fs, 'writevSync', failing);
+  syncBuiltinESMExports();
+  return () => mock.restore();
+}
+
+function failPool(context: TestContext): Restore {
+  const failing = (...args: readonly unknown[]): void => {
+    const callback = args.at(-1) as (error: Error) => void;
+    setImmediate(() => callback(diskError('ENOSPC')));
+  };
+  const { mock } = context.mock.method(fs, 'writev', failing);
+  syncBuiltinESMExports();
+  return () => mock.restore();
+}
+
+for (const [where, { size, fail }] of Object.entries(failures)) {
+  test(`a write that fails ${where} is not acknowledged, and nothing after it, until the disk works again`, async (context) => {
+    const served = await serve(context);
+    const timeline = newTimeline();
+    const { tenantId, timelineId } = timeline;
+    const wal = makeWal(MID_SEGMENT_LSN, [100, 100, 100, size, 100]);
+    const ends = [MID_SEGMENT_LSN, ...wal.ends];
+    const recordAt = (index: number): Parameters<RawProposer['send']>[0] => {
+      const [beginLsn, endLsn] = [ends[index]!, ends[index + 1]!];
+      const bytes = wal.bytes.subarray(beginLsn - MID_SEGMENT_LSN, endLsn - MID_SEGMENT_LSN);
+      return { kind: 'append', term: 1, beginLsn, commitLsn: MID_SEGMENT_LSN, bytes };
+    };
+    const proposer = new RawProposer(served.endpoint, timeline);
+    await proposer.lead(1);
+    for (const index of [0, 1, 2]) {
+      proposer.send(recordAt(index));
+      const reply = await proposer.next();
+      assert(reply !== 'greeted' && reply.kind === 'append-reply' && reply.flushLsn === ends[index + 1]);
+    }
+    const restores = fail(context);
+    const answer = proposer.next();
+    for (const index of [3, 4]) proposer.send(recordAt(index));
+    const error = await Promise.race([proposer.closed, answer]);
+    assert(error instanceof Error && error.code === 'unavailable', 'it says what the disk said, and nothing else');
+    assert.match(error.message, /EIO|ENOSPC/);
+    for (const restore of restores) restore();
+    syncBuiltinESMExports();
+
+    const client = new SafekeeperClient(served.endpoint);
+    context.after(() => client.close());
+    let status;
+    while ((status = await client.status(tenantId, timelineId).catch(() => undefined)) === undefined) await sleep(50);
+    assert.equal(status.flushLsn, ends[3]);
+    const again = new RawProposer(served.endpoint, timeline);
+    assert.equal(await again.next(), 'greeted');
+    again.send({ kind: 'elected', term: 1, startLsn: ends[3]!, history: status.history });
+    await again.next();
+    again.send(recordAt(3));
+    again.send(recordAt(4));
+    while ((await client.status(tenantId, timelineId)).flushLsn !== wal.endLsn) await sleep(10);
+    again.close();
+  });
+}
