@@ -56,6 +56,7 @@ export function statusCommand(context: CliContext, readWalLags?: WalLagTool): Co
         endpoint_count: endpoints.length,
         active_endpoint_count: activeCount,
         wal_limit_size: limits.keep.hardBytes,
+        not_in_pages_limit_size: limits.ingest.hardBytes,
         wal: lags.map((lag) => ({
           timeline_id: lag.timelineId,
           branch: names.get(lag.timelineId) ?? null,
@@ -128,7 +129,7 @@ function walState(lag: WalLag, { ingest, keep }: BackpressureLimits): WalState {
 
 function describeWal(lags: readonly WalLag[], { keep }: BackpressureLimits): string {
   const sum = (of: (lag: WalLag) => number): string => formatSize(lags.reduce((total, lag) => total + of(lag), 0));
-  const kept = `${sum((lag) => lag.keptBytes)} on each safekeeper`;
+  const kept = `up to ${sum((lag) => lag.keptBytes)} on each safekeeper`;
   const waiting = `${sum((lag) => lag.notInPagesBytes ?? 0)} not in pages, ${sum((lag) => lag.notOffloadedBytes)} not in the object store`;
   const most = Math.max(...lags.map(({ notUploadedBytes = 0 }) => notUploadedBytes));
   const toUpload = `pages of ${formatSize(most)} of ${formatSize(keep.hardBytes)} to be uploaded`;
@@ -185,9 +186,9 @@ function describeObjectStore(store: ObjectStore): string {
   const { location, pending_branches: count, pending_size: size, failure, failing_since: since } = store;
   const pending =
     count === 0
-      ? 'all is uploaded'
+      ? 'all layers are uploaded'
       : `${formatBytes(size)} of ${count} ${count === 1 ? 'branch' : 'branches'} to be uploaded`;
-  const trouble = failure === undefined ? '' : `; not answering since ${since}: ${failure}`;
+  const trouble = failure === undefined ? '' : `; failing since ${since}: ${failure}`;
   return `${location}, ${store.stale ? 'written by a later pageserver' : pending}${trouble}`;
 }
 
