@@ -19,7 +19,7 @@ import type { StrataError } from '../base/errors.ts';
 import { type AcceptorState, blankState } from '../consensus/acceptor.ts';
 import { NO_CONFIGURATION } from '../consensus/configuration.ts';
 import { segmentOffset } from '../postgres/lsn.ts';
-import { CONTROL_FILE_NAME, readControlFile } from './control-file.ts';
+import { CONTROL_FILE_NAME, readControlFile, writeControlFile } from './control-file.ts';
 import { startLedTimeline } from './led-timeline.test-data.ts';
 import { makeWal, MID_SEGMENT_LSN } from './made-wal.test-data.ts';
 import { newTimeline, RawProposer, type Served, serve } from './served.test-data.ts';
@@ -69,6 +69,22 @@ const damages: Readonly<Record<string, { readonly at: (directory: string) => Pro
         await mkdir(join(directory, CONTROL_FILE_NAME));
       },
       says: /EISDIR/,
+    },
+    'control file is that of another': {
+      at: async (directory) => {
+        const control = (await readControlFile(directory))!;
+        assert(control.kind === 'timeline');
+        await writeControlFile(directory, {
+          ...control,
+          identity: { ...control.identity, timelineId: 'a'.repeat(32) },
+        });
+      },
+      says: /has the control of [0-9a-f]{32}\/a{32}/,
+    },
+    'control file is the tombstone of another': {
+      at: (directory) =>
+        writeControlFile(directory, { kind: 'deleted', tenantId: 'b'.repeat(32), timelineId: 'a'.repeat(32) }),
+      says: /has the control of b{32}\/a{32}/,
     },
     'control file is gone': { at: (directory) => rm(join(directory, CONTROL_FILE_NAME)), says: /no control/ },
     'WAL is gone': { at: (directory) => rm(segmentPath(directory, MID_SEGMENT_LSN)), says: /is not in/ },

@@ -303,6 +303,8 @@ export class Timelines {
       extent = await readWalExtent(directory);
       if (control === undefined && (await new FlushMark(directory, () => {}).read()) !== undefined)
         throw new Error(`${directory} has WAL that was acknowledged, and no ${CONTROL_FILE_NAME}`);
+      const named = control === undefined ? key : nameIn(control);
+      if (named !== key) throw new Error(`${directory} has the ${CONTROL_FILE_NAME} of ${named}: was it moved here?`);
     } catch (error) {
       const reason = error instanceof Error ? error.message : String(error);
       this.#log.error(
@@ -496,6 +498,12 @@ export class Timelines {
 export function progressOf(timeline: Timeline): TimelineProgress {
   const { tenantId, timelineId } = timeline.identity;
   return { tenantId, timelineId, commitLsn: timeline.commitLsn, flushLsn: timeline.flushLsn };
+}
+
+function nameIn(control: ControlFile): string {
+  if (control.kind === 'safekeeper') return 'the safekeeper itself';
+  const { tenantId, timelineId } = control.kind === 'timeline' ? control.identity : control;
+  return keyOf(tenantId, timelineId);
 }
 
 function keyOf(tenantId: string, timelineId: string): string {
