@@ -107,12 +107,16 @@ export function planRebuild(
   const bestLsn = isSurvivorBest ? (check?.soundLsn ?? best.flushLsn) : offloadedLsn;
   const isCut = isSurvivorBest && bestLsn < best.flushLsn;
   const present = survivors.map(({ index }) => index);
-  const planned = (plan: PlannedLog): RebuildPlan => {
-    // Those that were given their log anew, or have damaged it, say what they had acknowledged.
-    const acknowledged = survivors.flatMap(({ votesFrom, commitLsn }) => [votesFrom?.flushLsn ?? 0, commitLsn]);
-    const lostLsn = Math.max(...acknowledged, isCut ? best.flushLsn : 0);
-    return { kind: 'rebuild', ...plan, ...(lostLsn > plan.keptLsn ? { lostLsn } : {}) };
-  };
+  // Those that were given their log anew, or have damaged it, say what they had acknowledged.
+  const acknowledged = survivors.flatMap(({ votesFrom, commitLsn }) => [votesFrom?.flushLsn ?? 0, commitLsn]);
+  const wasLsn = Math.max(...acknowledged, isCut ? best.flushLsn : 0);
+  // Then all begin a new term there, and what survivors have of before stays beside.
+  const isEnded = isVoteless || wasLsn > bestLsn;
+  const planned = (plan: PlannedLog): RebuildPlan => ({
+    kind: 'rebuild',
+    ...plan,
+    ...(wasLsn > plan.keptLsn ? { lostLsn: wasLsn } : {}),
+  });
   if (ingestedLsn > bestLsn || (isCut && ingestedLsn === bestLsn)) {
     return planned({
       targets: [...present, ...absent],
@@ -131,7 +135,7 @@ export function planRebuild(
   if (isSurvivorBest) {
     const isDamaged = check !== undefined && check.damage.length > 0;
     const others = present.filter((index) => index !== best.index);
-    const replaced = isCut || isVoteless ? [best.index, ...others] : isDamaged ? [best.index] : [];
+    const replaced = isEnded ? [best.index, ...others] : isDamaged ? [best.index] : [];
     const cutHistory = best.history.filter((entry, at) => at === 0 || entry.startLsn < bestLsn);
     return planned({
       targets: [...replaced, ...absent],
@@ -142,7 +146,7 @@ export function planRebuild(
         configuration,
         // What is ingested is committed, and this log was compared with it.
         commitLsn: check === undefined ? best.commitLsn : Math.min(Math.max(best.commitLsn, ingestedLsn), bestLsn),
-        history: isCut || isVoteless ? [...cutHistory, { term, startLsn: bestLsn }] : best.history,
+        history: isEnded ? [...cutHistory, { term, startLsn: bestLsn }] : best.history,
       },
       source: 'another safekeeper',
       copied: best.index,
@@ -150,7 +154,7 @@ export function planRebuild(
     });
   }
   return planned({
-    targets: isVoteless ? [...present, ...absent] : absent,
+    targets: isEnded ? [...present, ...absent] : absent,
     logStartLsn: startLsn,
     state: {
       term,
@@ -158,7 +162,7 @@ export function planRebuild(
       configuration,
       commitLsn: offloadedLsn,
       // So that it is more advanced than what survives of older terms.
-      history: isStoredPruned || isVoteless ? [...history, { term, startLsn: offloadedLsn }] : history,
+      history: isStoredPruned || isEnded ? [...history, { term, startLsn: offloadedLsn }] : history,
     },
     source: 'object store',
     keptLsn: offloadedLsn,

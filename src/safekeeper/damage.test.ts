@@ -1,6 +1,6 @@
 /** Damage to what a safekeeper has on its disk: it is found, costs nobody else anything, and others heal it. */
 import assert from 'node:assert/strict';
-import { cpSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { mkdir, open, rm, truncate } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -187,6 +187,12 @@ test('a log that ends before what it had acknowledged gives no vote until it is 
     const status = await asked.status(timeline.tenantId, timeline.timelineId);
     assert.equal(status.isVoter, !isDamaged);
     assert.equal(status.flushLsn, isDamaged ? wal.ends[1] : acknowledged);
+    const path = segmentPath(join(dataDir, timeline.tenantId, timeline.timelineId), MID_SEGMENT_LSN);
+    const expected = isDamaged ? Buffer.from(bytes) : undefined;
+    expected?.fill(0xff, wal.ends[1]! + 300 - MID_SEGMENT_LSN, wal.ends[1]! + 301 - MID_SEGMENT_LSN);
+    const cut = existsSync(`${path}.cut`) ? readFileSync(`${path}.cut`) : undefined;
+    const at = segmentOffset(MID_SEGMENT_LSN);
+    assert.deepEqual(cut?.subarray(at, at + bytes.length), expected, 'what was acknowledged is kept beside it');
     const damageOf = async (): Promise<string | undefined> => (await asked.walStatus())[0]?.damage;
     if (isDamaged) assert.match((await damageOf())!, /before .* acknowledged/);
     else assert.equal(await damageOf(), undefined);

@@ -300,8 +300,11 @@ export class Timeline {
 
   async #recover(): Promise<void> {
     try {
-      const [flushLsn, mark] = await Promise.all([this.#store.recover(this.#state.commitLsn), this.#mark.read()]);
-      this.#noteLoss(flushLsn, mark);
+      const mark = await this.#mark.read();
+      const { commitLsn, history } = this.#state;
+      const isLoss = (endLsn: Lsn): boolean => mark !== undefined && !hasReached(history, endLsn, mark);
+      const flushLsn = await this.#store.recover(commitLsn, isLoss);
+      if (mark !== undefined && isLoss(flushLsn)) this.#noteLoss(flushLsn, mark);
       // A control file that was renamed just before a kill may not be durable yet; what follows relies on it.
       await this.#writeControl();
       await this.#store.release(); // Who only asks for its status writes nothing.
@@ -313,9 +316,8 @@ export class Timeline {
   }
 
   /** A log that ends before what it had acknowledged is damaged: it gives no vote before others have brought it back there. */
-  #noteLoss(flushLsn: Lsn, mark: LogPosition | undefined): void {
+  #noteLoss(flushLsn: Lsn, mark: LogPosition): void {
     const state = this.#state;
-    if (mark === undefined || hasReached(state.history, flushLsn, mark)) return;
     const [ends, was] = [formatLsn(flushLsn), formatLsn(mark.flushLsn)];
     this.#loss = `it ends at ${ends}, before ${was}, up to which it had been acknowledged`;
     this.#log.error(

@@ -526,7 +526,7 @@ async function finishReplacements(tenantDirectory: string): Promise<void> {
 /** What a deletion that did not finish has left beside the tombstone. */
 async function removeDeleted(directory: string): Promise<void> {
   for (const name of await readdir(directory)) {
-    if (/^[0-9A-F]{24}$/.test(name) || name === FLUSH_MARK_NAME || name.startsWith(EXTENT_FILE_NAME))
+    if (/^[0-9A-F]{24}(\.cut.*)?$/.test(name) || name === FLUSH_MARK_NAME || name.startsWith(EXTENT_FILE_NAME))
       await rm(join(directory, name));
   }
 }

@@ -13,7 +13,7 @@
  * Calls of write, recover and truncate do not overlap.
  */
 import { close, constants, fsync, ftruncate, open, writev, writevSync } from 'node:fs';
-import { open as openHandle, readdir, unlink } from 'node:fs/promises';
+import { copyFile, open as openHandle, readdir, rename, stat, unlink } from 'node:fs/promises';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import type { TimelineIdentity } from '../api/safekeeper.ts';
@@ -39,6 +39,8 @@ const closeFile = promisify(close);
 const truncateFile = promisify(ftruncate);
 const syncFile = promisify(fsync);
 
+/** Of the copy of a segment from which WAL was cut that had been acknowledged: for people who know how to use it. */
+const CUT_SUFFIX = '.cut';
 /** Writes of at least this size are their own preallocation. */
 const LARGE_WRITE_BYTES = 64 * 1024;
 const ZERO_AHEAD = Buffer.alloc(256 * 1024);
@@ -98,9 +100,9 @@ export class WalStore {
 
   /**
    * The end of the last whole record that follows `commitLsn` without a gap; everything before it is durable when this resolves and everything
-   * after it is gone. Throws when not even `commitLsn` is here.
+   * after it is gone, or, if `isLoss` says so of the end, in copies of the segments, beside them, until it says otherwise. Throws when not even `commitLsn` is here.
    */
-  async recover(commitLsn: Lsn): Promise<Lsn> {
+  async recover(commitLsn: Lsn, isLoss: (endLsn: Lsn) => boolean = () => false): Promise<Lsn> {
     const { pgVersion } = this.#identity;
     if (commitLsn > this.#logStartLsn && (await this.#segmentSize(commitLsn - 1)) !== WAL_SEGMENT_SIZE) {
       throw new Error(`the WAL before the commit LSN ${formatLsn(commitLsn)} is not in ${this.#directory}`);
@@ -110,8 +112,30 @@ export class WalStore {
       const handle = await openHandle(segmentPath(this.#directory, lsn), 'r+');
       await handle.sync().finally(() => handle.close());
     }
+    if (isLoss(endLsn)) await this.#keepCut(endLsn);
+    else await this.#removeCut();
     await this.truncate(endLsn);
     return endLsn;
+  }
+
+  /** Copies that are there are of an attempt at the same, which may have cut already. */
+  async #keepCut(endLsn: Lsn): Promise<void> {
+    const segments = await this.#segments();
+    for (const start of segments.filter((each) => each + WAL_SEGMENT_SIZE > endLsn)) {
+      const path = segmentPath(this.#directory, start);
+      const [partial, copy] = [`${path}${CUT_SUFFIX}.partial`, `${path}${CUT_SUFFIX}`];
+      if ((await stat(copy).catch(() => undefined)) !== undefined) continue;
+      await copyFile(path, partial, constants.COPYFILE_FICLONE);
+      const handle = await openHandle(partial, 'r+');
+      await handle.sync().finally(() => handle.close());
+      await rename(partial, copy);
+    }
+    await syncDirectory(this.#directory);
+  }
+
+  async #removeCut(): Promise<void> {
+    for (const name of (await readdir(this.#directory)).filter((each) => each.includes(CUT_SUFFIX)))
+      await unlink(join(this.#directory, name));
   }
 
   /** Writes the chunks one after the other from `lsn` on; durable when it resolves, or when it returns nothing to wait for. */
@@ -178,6 +202,7 @@ export class WalStore {
   /** Removes all segments; durable when it resolves. */
   async remove(): Promise<void> {
     await this.release();
+    await this.#removeCut();
     for (const start of await this.#segments()) await unlink(segmentPath(this.#directory, start));
     await syncDirectory(this.#directory);
   }
