@@ -32,11 +32,21 @@ export async function servicePorts(dataDir: string, host: string, safekeeperCoun
   } finally {
     await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
   }
-  if (ports.some((port, index) => port !== kept[index])) {
-    writeFileDurably(path, `${JSON.stringify({ version: 1, ports })}\n`, 0o600);
-  }
+  if (ports.some((port, index) => port !== kept[index])) writePorts(path, ports);
   const [rpcPort, pagePort, ...safekeeperPorts] = ports;
   return { rpcPort: rpcPort!, pagePort: pagePort!, safekeeperPorts };
+}
+
+/** Of a safekeeper that is added while the platform runs: later starts find it there too. */
+export function keepSafekeeperPort(dataDir: string, nodeId: number, port: number): void {
+  const path = join(dataDir, FILE_NAME);
+  const ports = [...readKept(path)];
+  ports[1 + nodeId] = port;
+  writePorts(path, ports);
+}
+
+function writePorts(path: string, ports: readonly (number | undefined)[]): void {
+  writeFileDurably(path, `${JSON.stringify({ version: 1, ports: Array.from(ports) })}\n`, 0o600);
 }
 
 async function listenAgain(server: Server, host: string, port: number | undefined): Promise<number> {

@@ -19,6 +19,7 @@ import { abandonedConfiguration, type Configuration, jointConfiguration, nodesOf
 import type { Settings } from '../control/settings.ts';
 import type { ChildService } from './child-service.ts';
 import { type ChangeWorld, finishChange } from './membership-change.ts';
+import { keepSafekeeperPort } from './ports.ts';
 
 export interface SafekeepersOptions {
   readonly settings: Settings;
@@ -154,7 +155,13 @@ export class Safekeepers implements SafekeeperDirectory, Omit<SafekeeperAdmin, '
       const newcomers = target.filter((nodeId) => !this.#addresses.has(nodeId));
       const { dataDir, host, log } = this.#options;
       for (const nodeId of newcomers) rmSync(directoryOf(dataDir, nodeId), { recursive: true, force: true });
-      await Promise.all(newcomers.map(async (nodeId) => this.#startNode(nodeId, await freePort(host))));
+      await Promise.all(
+        newcomers.map(async (nodeId) => {
+          const port = await freePort(host);
+          keepSafekeeperPort(dataDir, nodeId, port);
+          await this.#startNode(nodeId, port);
+        }),
+      );
       if (!this.replace(configuration.version, jointConfiguration(configuration, target))) {
         throw new StrataError('conflict', 'the safekeepers were changed by somebody else at the same time');
       }
