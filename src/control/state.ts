@@ -326,17 +326,21 @@ export class State {
   static open(path: string): State {
     closeSync(openSync(path, 'a', 0o600)); // SQLite gives its -wal and -shm files the mode of the database file.
     const database = new DatabaseSync(path);
-    database.exec(
-      'PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA busy_timeout = 5000',
-    );
-    const state = new State(database);
     try {
+      database.exec(
+        'PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA busy_timeout = 5000',
+      );
+      const state = new State(database);
       state.#migrate(path);
+      return state;
     } catch (error) {
       database.close();
-      throw error;
+      if (error instanceof StrataError) throw error;
+      const reason = error instanceof Error ? error.message : String(error);
+      throw new StrataError('conflict', `${path} cannot be used: ${reason}; bring it back from a copy`, {
+        cause: error,
+      });
     }
-    return state;
   }
 
   close(): void {

@@ -21,6 +21,7 @@ import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { writeFileDurably } from '../base/durable-file.ts';
 import { StrataError } from '../base/errors.ts';
+import { STATE_FILE_NAME } from '../control/state.ts';
 import { assertWritable, isReachableBy, type UnixUser } from '../compute/installation.ts';
 
 export interface Secrets {
@@ -47,6 +48,7 @@ export function openPlatformDirectory(dataDir: string, postgresUser: UnixUser | 
   // Others may pass through (to the computes' folder, which Postgres must reach) but list nothing; every secret inside is 0600 or in a 0700 folder.
   assertWritable(dataDir, postgresUser === undefined ? 0o700 : 0o711);
   const path = realpathSync(resolve(dataDir));
+  assertNoCluster(path);
   const runDir = openRunDirectory(path, postgresUser);
   const reachable = postgresUser === undefined || isReachableBy(postgresUser, path);
   const computesDir = join(reachable ? path : runDir, 'computes');
@@ -56,10 +58,20 @@ export function openPlatformDirectory(dataDir: string, postgresUser: UnixUser | 
   return { path, logsDir, computesDir, runDir };
 }
 
-/** The secrets, made at first start. */
+/** The likeliest wrong directory is one of the Postgres whose data is to be brought in. */
+function assertNoCluster(path: string): void {
+  if (!existsSync(join(path, 'PG_VERSION'))) return;
+  throw new StrataError(
+    'bad-request',
+    `${path} is a data directory of Postgres: choose another with --data-dir; "strata import --pgdata" brings it in then`,
+  );
+}
+
+/** The secrets, made at first start. Throws `conflict` when they are lost or damaged: with others no branch would wake. */
 export function loadOrMakeSecrets(directory: PlatformDirectory): Secrets {
   const file = join(directory.path, SECRETS_FILE_NAME);
   if (!existsSync(file)) {
+    if (existsSync(join(directory.path, STATE_FILE_NAME))) throw secretsError(file, 'is missing');
     const made = {
       version: 1,
       platformSecret: randomBytes(SECRET_BYTES).toString('hex'),
@@ -72,11 +84,22 @@ export function loadOrMakeSecrets(directory: PlatformDirectory): Secrets {
 
 /** The secrets of a platform that has been started before. Only its own user can read them. */
 export function readSecrets(dataDirectory: string): Secrets {
-  const text = JSON.parse(readFileSync(join(dataDirectory, SECRETS_FILE_NAME), 'utf8')) as {
-    platformSecret: string;
-    adminPassword: string;
-  };
-  return { platformSecret: Buffer.from(text.platformSecret, 'hex'), adminPassword: text.adminPassword };
+  const file = join(dataDirectory, SECRETS_FILE_NAME);
+  const text = readFileSync(file, 'utf8');
+  let found: { platformSecret?: unknown; adminPassword?: unknown };
+  try {
+    found = JSON.parse(text) as typeof found;
+  } catch (error) {
+    throw secretsError(file, 'is damaged', error);
+  }
+  const { platformSecret, adminPassword } = found;
+  if (typeof platformSecret !== 'string' || typeof adminPassword !== 'string') throw secretsError(file, 'is damaged');
+  return { platformSecret: Buffer.from(platformSecret, 'hex'), adminPassword };
+}
+
+function secretsError(file: string, what: string, cause?: unknown): StrataError {
+  const why = 'it has the password that every branch knows, and without it none wakes';
+  return new StrataError('conflict', `${file} ${what}: bring it back from a copy (${why})`, { cause });
 }
 
 /** The run directory of a platform whose data directory this is. */
