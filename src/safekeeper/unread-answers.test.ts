@@ -4,7 +4,7 @@
  */
 import assert from 'node:assert/strict';
 import { once } from 'node:events';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { connect, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -19,6 +19,7 @@ import { cstring, encodeMessage, encodeStartupPacket } from '../postgres/wire.ts
 import { type LedTimeline, startLedTimeline } from './led-timeline.test-data.ts';
 
 const ASKED_BYTES = 1_500_000;
+const SOCKET_BUFFER_BYTES_MAX = 300_000;
 /** Several megabytes. */
 const VOTES_AT_ONCE = 300_000;
 const PIECE_BYTES = 16_000;
@@ -29,6 +30,10 @@ test(
   'a client that asks and reads nothing is listened to again when it reads',
   { timeout: 120_000 },
   async (context) => {
+    if (socketBufferBytes() > SOCKET_BUFFER_BYTES_MAX) {
+      context.skip('the system keeps more of what is written to a socket than this test asks');
+      return;
+    }
     const folder = mkdtempSync(join(tmpdir(), 'strata-unread-'));
     context.after(() => rmSync(folder, { recursive: true }));
     const socketPath = join(folder, 'safekeeper.sock');
@@ -48,6 +53,10 @@ test(
 );
 
 test('votes that come faster than they can be written down wait outside', { timeout: 120_000 }, async (context) => {
+  if (socketBufferBytes() > SOCKET_BUFFER_BYTES_MAX) {
+    context.skip('the system keeps more of what is written to a socket than this test asks');
+    return;
+  }
   const folder = mkdtempSync(join(tmpdir(), 'strata-unread-'));
   context.after(() => rmSync(folder, { recursive: true }));
   const socketPath = join(folder, 'safekeeper.sock');
@@ -71,6 +80,11 @@ test('votes that come faster than they can be written down wait outside', { time
   await answered;
   assert(client.socket.writableLength > 0, 'all votes were taken, before a hundred were answered');
 });
+
+/** What the system holds of a Unix socket in one direction. */
+function socketBufferBytes(): number {
+  return Number(readFileSync('/proc/sys/net/core/wmem_default', 'utf8'));
+}
 
 /** What each kind of client says first, and what it asks again and again. */
 async function conversations(led: LedTimeline): Promise<Record<string, { opening: Buffer; question: Buffer }>> {
