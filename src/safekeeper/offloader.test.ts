@@ -217,6 +217,47 @@ test('a restart goes on from what was offloaded and removed, and damaged WAL is 
   );
 });
 
+test('a record that goes over the end of a segment is looked at with both, whole', async (context) => {
+  const { led, store, log, count } = await segmentsOnDisk(context);
+  const config = { nodeId: 1, dataDir: join(led.root, 'sk'), host: '127.0.0.1', port: 0, secret: led.secret, log };
+  const second = FIRST_SEGMENT + WAL_SEGMENT_SIZE;
+  const objectsAfter = async (ms: number): Promise<number> => {
+    const safekeeper = await runSafekeeper({ ...config, objectStore: store, offload: QUICK });
+    await sleep(ms);
+    await safekeeper.close();
+    return (await objectsOf(store)).length;
+  };
+  for (const { segment, offset, what } of [
+    { segment: FIRST_SEGMENT, offset: WAL_SEGMENT_SIZE - 100, what: 'its beginning' },
+    { segment: second, offset: 100, what: 'its end' },
+  ]) {
+    const path = join(directoryOf(led), walFileName(1, segment));
+    const good = readFileSync(path);
+    const damaged = Buffer.from(good);
+    damaged[offset]! ^= 1;
+    writeFileSync(path, damaged);
+    assert.equal(await objectsAfter(500), 0, what);
+    writeFileSync(path, good);
+  }
+
+  // The first segment was brought to the store by another one.
+  const healthy = await runSafekeeper({ ...config, objectStore: store, offload: QUICK });
+  await eventually(async () => (await objectsOf(store)).length === count, 'all of it');
+  await healthy.close();
+  for (const name of (await objectsOf(store)).slice(1)) rmSync(join(store, name));
+  rmSync(join(directoryOf(led), EXTENT_FILE_NAME), { force: true });
+  const path = join(directoryOf(led), walFileName(1, second));
+  const good = readFileSync(path);
+  const damaged = Buffer.from(good);
+  damaged[100]! ^= 1;
+  writeFileSync(path, damaged);
+  assert.equal(await objectsAfter(500), 1, 'nothing of the second segment');
+  writeFileSync(path, good);
+  const healed = await runSafekeeper({ ...config, objectStore: store, offload: QUICK });
+  await eventually(async () => (await objectsOf(store)).length === count, 'all of it again');
+  await healed.close();
+});
+
 test('whose turn is later passes over what is there, and stands in for who is away', async (context) => {
   const { led, store, log, count } = await segmentsOnDisk(context);
 

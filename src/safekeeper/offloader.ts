@@ -5,20 +5,17 @@
  * Every safekeeper does this for all of its timelines, but each waits longer than those before it in an order that is another for each timeline,
  * and looks first whether the object is there. So one does the work as a rule, and another when that one is away; who is slow or stale only
  * repeats what is there. A wait is for one segment: behind it all that are there are passed over at once, and who had to stand in for another goes on
- * without waiting until it finds that other's work again. So no disk fills because its turn comes last, however fast WAL comes. What is put is checked record by record before, so that a damaged disk does not spread.
+ * without waiting until it finds that other's work again. So no disk fills because its turn comes last, however fast WAL comes. What is put is checked record by record before (segment-check.ts).
  *
  * Only timelines with something to do are looked at: an idle one costs nothing. A failure is told once, and tried again.
  */
-import { setImmediate as yieldToOthers } from 'node:timers/promises';
 import type { Logger } from '../base/log.ts';
 import { toStrataError } from '../base/errors.ts';
 import { historyUpTo } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn, segmentOffset, segmentStart, WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
-import { toPgVersion } from '../postgres/version.ts';
-import { WalBoundaryTracker } from '../postgres/wal/boundary-tracker.ts';
-import { WalReader } from '../postgres/wal/reader.ts';
 import { removalHorizon } from './kept-wal.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
+import { readWhole, SegmentCheck } from './segment-check.ts';
 import type { Timeline } from './timeline.ts';
 import { WalFileReader } from './wal-store.ts';
 
@@ -55,8 +52,6 @@ export const DEFAULT_OFFLOAD_LIMITS: OffloadLimits = {
 };
 
 const CONCURRENCY = 2;
-const CHECK_BYTES = 1024 * 1024;
-const TRACK_BYTES = 8192;
 const RETRY_MS = 10_000;
 
 /** A timeline with something to offload. */
@@ -71,6 +66,7 @@ interface Pending {
   isFailing: boolean;
   /** Whose turn is before ours seems to be away: the last object was ours. */
   isStandIn: boolean;
+  readonly check: SegmentCheck;
 }
 
 /** What is to be offloaded next, within one segment. */
@@ -109,6 +105,7 @@ export class Offloader {
         notBeforeMs: 0,
         isFailing: false,
         isStandIn: false,
+        check: new SegmentCheck(),
       });
     }
     this.#toTrim.add(timeline);
@@ -227,8 +224,8 @@ export class Offloader {
     if (!isThere && !isOurTurn) return false;
     pending.isStandIn = !isThere && this.#turn(timeline) > 0;
     if (!isThere) {
-      const bytes = await readWhole(timeline, fromLsn, endLsn);
-      await checkRecords(timeline, fromLsn, bytes);
+      const bytes = await readSegment(timeline, fromLsn, endLsn);
+      await pending.check.check(timeline, fromLsn, bytes);
       const history = historyUpTo(timeline.history, endLsn - 1);
       await wal.put({ ...segment, history, bytes });
       if (timeline.isDeleted) await wal.removeBefore(identity, Infinity);
@@ -268,36 +265,11 @@ export class Offloader {
   }
 }
 
-async function readWhole(timeline: Timeline, fromLsn: Lsn, endLsn: Lsn): Promise<Buffer> {
+async function readSegment(timeline: Timeline, fromLsn: Lsn, endLsn: Lsn): Promise<Buffer> {
   const files = new WalFileReader(timeline.directory);
-  const parts: Buffer[] = [];
   try {
-    for (let lsn = fromLsn; lsn < endLsn; lsn += parts.at(-1)!.length) parts.push(await files.read(lsn, endLsn));
+    return await readWhole(files, fromLsn, endLsn);
   } finally {
     await files.close();
   }
-  return Buffer.concat(parts);
-}
-
-/** Throws WalError when a record between the first boundary in these bytes and their end is damaged. */
-async function checkRecords(timeline: Timeline, fromLsn: Lsn, bytes: Buffer): Promise<void> {
-  const boundaryLsn = firstBoundary(fromLsn, timeline.kept.logStartLsn, bytes);
-  if (boundaryLsn === undefined) return; // One record is all of it.
-  const reader = new WalReader(boundaryLsn, toPgVersion(timeline.identity.pgVersion));
-  for (let at = boundaryLsn - fromLsn; at < bytes.length; at += CHECK_BYTES) {
-    reader.push(fromLsn + at, bytes.subarray(at, at + CHECK_BYTES));
-    while (reader.next() !== undefined);
-    await yieldToOthers();
-  }
-}
-
-/** Where a record ends, or none goes on, at or after the beginning of these bytes; early as a rule. */
-function firstBoundary(fromLsn: Lsn, logStartLsn: Lsn, bytes: Buffer): Lsn | undefined {
-  if (fromLsn === logStartLsn) return fromLsn;
-  const tracker = new WalBoundaryTracker(fromLsn);
-  for (let at = 0; at < bytes.length; at += TRACK_BYTES) {
-    tracker.push(bytes.subarray(at, at + TRACK_BYTES));
-    if (tracker.endLsn > fromLsn) return tracker.endLsn;
-  }
-  return undefined;
 }
