@@ -196,14 +196,16 @@ async function start(options: StartOptions): Promise<void> {
     process.once('SIGHUP', resolve); // the terminal was closed
     if (process.env['npm_lifecycle_event'] === 'start') onceParentIsGone(resolve);
   });
+  let isStarted = false;
+  void stopping.then(() => console.error(isStarted ? 'stopping …' : 'stopping as soon as everything has started …'));
   const { startPlatform } = await import('./platform/platform.ts');
   const platform = await startPlatform(options, packageVersion(), (text) => console.error(`${text} …`));
   console.log(platform.connectionString);
   console.log(platform.apiUrl);
   console.log('ready');
+  isStarted = true;
   flushCompileCache();
   await stopping;
-  console.error('stopping …');
   await platform.stop();
 }
 

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
 import { State } from '../control/state.ts';
-import { loadOrMakeSecrets, openPlatformDirectory } from './platform-directory.ts';
+import { loadOrMakeSecrets, openPlatformDirectory, withPlace } from './platform-directory.ts';
 
 test('a platform begins in no data directory of Postgres, and leaves it as it is', (context) => {
   const path = mkdtempSync(join(tmpdir(), 'strata-platform-directory-'));
@@ -37,4 +37,12 @@ test('secrets that are lost or damaged are not made anew, and a damaged state is
     code: 'conflict',
     message: /state\.db cannot be used: .*copy/,
   });
+});
+
+test('a disk without space is named with what to do, and other errors are left as they are', () => {
+  const full = new Error('ENOSPC: no space left on device, write');
+  const named = withPlace(full, '/the/data') as Error;
+  assert.match(named.message, /no space left in \/the\/data or \/.*: make room there, or .*--data-dir .*ENOSPC/);
+  const other = new Error('x');
+  assert.equal(withPlace(other, '/the/data'), other);
 });

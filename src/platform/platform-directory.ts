@@ -132,3 +132,13 @@ export function makeFolderFor(user: UnixUser | undefined, path: string): void {
   mkdirSync(path, { recursive: true, mode: 0o700 });
   if (user !== undefined) chownSync(path, user.uid, user.gid);
 }
+
+/** What the system says of a disk without space names no place. */
+export function withPlace(error: unknown, dataDirectory: string): unknown {
+  if (!(error instanceof Error) || !/\b(ENOSPC|EDQUOT)\b/.test(error.message)) return error; // A service's has no other code.
+  const where = `${resolve(dataDirectory)} or ${tmpdir()}`;
+  const next = 'make room there, or name others with --data-dir and TMPDIR';
+  return new StrataError('unavailable', `there is no space left in ${where}: ${next} (${error.message})`, {
+    cause: error,
+  });
+}

@@ -37,6 +37,7 @@ import { chooseObjectStore } from './object-store.ts';
 import {
   loadOrMakeSecrets,
   openPlatformDirectory,
+  withPlace,
   type PlatformDirectory,
   type Secrets,
 } from './platform-directory.ts';
@@ -68,7 +69,7 @@ export async function startPlatform(
     return await bringUp(options, version, progress, cleanup);
   } catch (error) {
     await cleanup.run();
-    throw error;
+    throw withPlace(error, options.dataDir);
   }
 }
 
