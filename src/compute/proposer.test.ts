@@ -175,13 +175,14 @@ class Cluster {
   }
 }
 
-/** A way to a safekeeper on which nothing passes any more, and nobody is told, once so much has come back on one connection. */
+/** A way to a safekeeper on which nothing passes any more, and nobody is told, once so much has come back on one connection since `arm` was called. */
 async function hangAfter(
   context: TestContext,
   port: number,
   bytes: number,
-): Promise<SafekeeperAddress & { readonly hangs: Promise<void> }> {
+): Promise<SafekeeperAddress & { readonly hangs: Promise<void>; arm(): void }> {
   let hang: () => void;
+  let isArmed = false;
   let isHung = false;
   const hangs = new Promise<void>((resolve) => (hang = resolve));
   const sockets: Socket[] = [];
@@ -191,7 +192,7 @@ async function hangAfter(
     let left = bytes;
     client.on('data', (chunk) => !isHung && target.write(chunk));
     target.on('data', (chunk) => {
-      left -= chunk.length;
+      if (isArmed) left -= chunk.length;
       if (left < 0) {
         isHung = true;
         hang();
@@ -205,7 +206,7 @@ async function hangAfter(
     server.close();
     for (const socket of sockets) socket.destroy();
   });
-  return { host: '127.0.0.1', port: (server.address() as AddressInfo).port, hangs };
+  return { host: '127.0.0.1', port: (server.address() as AddressInfo).port, hangs, arm: () => (isArmed = true) };
 }
 
 test('what is appended is committed and is then on all safekeepers, the commit LSN too', async (context) => {
@@ -371,6 +372,7 @@ test('who hangs while another one recovers from it holds up nothing: what it has
   for (let record = 11; record < 300; record++) await append(wal.ends[record]!);
   // Of both that have it, that with the lower index is asked, as a rule.
   for (const index of [1, 2]) await cluster.reaches(index, wal.ends[299]!);
+  hanging.arm(); // One of them may have been brought on from the other before.
   await cluster.startOne(0);
   await Promise.race([hanging.hangs, cluster.flushes(0, wal.ends[299]!)]);
   await append(wal.endLsn);
