@@ -10,11 +10,16 @@ const FIRST_PORT = 10_000;
 const END_PORT = 32_768;
 const ATTEMPTS_MAX = 100;
 
-/** Has the server listen on a port that nobody else has; resolves to it. */
-export async function listenOnFreePort(server: Server, host: string): Promise<number> {
+/** Has the server listen on a port that nobody else has, and that is none of `reserved`; resolves to it. */
+export async function listenOnFreePort(
+  server: Server,
+  host: string,
+  reserved: readonly number[] = [],
+): Promise<number> {
   for (let attempt = 1; ; attempt++) {
     // Where all are taken, the system's choice is better than none.
     const port = attempt < ATTEMPTS_MAX ? randomInt(FIRST_PORT, END_PORT) : 0;
+    if (reserved.includes(port)) continue;
     try {
       await listen(server, host, port);
       const address = server.address();

@@ -276,7 +276,8 @@ async function startServices(
   cleanup.add(() => supervisor.close());
   const configuration = chooseSafekeepers(settings, directory.path, options.safekeeperCount);
   const nodes = nodesOf(configuration);
-  const ports = await servicePorts(directory.path, LOOPBACK, Math.max(...nodes));
+  const reserved = [options.pgPort, options.httpPort];
+  const ports = await servicePorts(directory.path, LOOPBACK, Math.max(...nodes), reserved);
   const { rpcPort, pagePort, safekeeperPorts } = ports;
   const secret = secrets.platformSecret.toString('hex');
   const started: ChildService[] = [];

@@ -17,8 +17,13 @@ export interface ServicePorts {
   readonly safekeeperPorts: readonly number[];
 }
 
-/** All different, and free when this resolves. Safekeepers' are in the order of their ids, which begin with 1. */
-export async function servicePorts(dataDir: string, host: string, safekeeperCount: number): Promise<ServicePorts> {
+/** All different, free when this resolves, and none of `reserved`, which others are about to take. Safekeepers' are in the order of their ids, which begin with 1. */
+export async function servicePorts(
+  dataDir: string,
+  host: string,
+  safekeeperCount: number,
+  reserved: readonly number[] = [],
+): Promise<ServicePorts> {
   const path = join(dataDir, FILE_NAME);
   const kept = readKept(path);
   const servers: Server[] = [];
@@ -27,7 +32,7 @@ export async function servicePorts(dataDir: string, host: string, safekeeperCoun
     for (let index = 0; index < 2 + safekeeperCount; index++) {
       const server = createServer();
       servers.push(server);
-      ports.push(await listenAgain(server, host, kept[index]));
+      ports.push(await listenAgain(server, host, kept[index], reserved));
     }
   } finally {
     await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
@@ -49,13 +54,18 @@ function writePorts(path: string, ports: readonly (number | undefined)[]): void 
   writeFileDurably(path, `${JSON.stringify({ version: 1, ports: Array.from(ports) })}\n`, 0o600);
 }
 
-async function listenAgain(server: Server, host: string, port: number | undefined): Promise<number> {
-  if (port === undefined) return listenOnFreePort(server, host);
+async function listenAgain(
+  server: Server,
+  host: string,
+  port: number | undefined,
+  reserved: readonly number[],
+): Promise<number> {
+  if (port === undefined || reserved.includes(port)) return listenOnFreePort(server, host, reserved);
   try {
     await listen(server, host, port);
     return port;
   } catch {
-    return listenOnFreePort(server, host);
+    return listenOnFreePort(server, host, reserved);
   }
 }
 

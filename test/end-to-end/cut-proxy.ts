@@ -1,5 +1,6 @@
 /** A way between two processes that can be cut: what passes it passes, is refused, or disappears. This one is a proxy; network-namespace.ts has a cable. */
 import { connect, createServer, type Server, type Socket } from 'node:net';
+import { resetSocket } from '../reset-socket.ts';
 
 /** open: all passes. cut: connections are reset and refused. silent: nothing passes any more, and nobody is told. */
 export type LinkMode = 'open' | 'cut' | 'silent';
@@ -47,7 +48,7 @@ export class CutProxy implements Link {
   #accept(client: Socket): void {
     client.on('error', () => client.destroy());
     if (this.#mode === 'cut') {
-      client.resetAndDestroy();
+      resetSocket(client);
       return;
     }
     const server = connect({ ...this.#target(), noDelay: true });
@@ -77,8 +78,8 @@ export class CutProxy implements Link {
 
   #apply([client, server]: readonly [Socket, Socket]): void {
     if (this.#mode === 'cut') {
-      client.resetAndDestroy();
-      server.resetAndDestroy();
+      resetSocket(client);
+      resetSocket(server);
     } else if (this.#mode === 'silent') {
       client.pause();
       server.pause();

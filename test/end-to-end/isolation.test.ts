@@ -11,6 +11,7 @@ import { PageClient } from '../../src/api/pages.ts';
 import { PageserverClient } from '../../src/api/pageserver.ts';
 import { signToken } from '../../src/base/token.ts';
 import { isAlive, TestPlatform, waitUntil } from './platform.ts';
+import { resetSocket } from '../reset-socket.ts';
 
 const PROTOCOL_3 = 196608;
 const SSL_REQUEST = 80877103;
@@ -177,7 +178,7 @@ describe('isolation', () => {
         socket.write(bytes);
         await new Promise((done) => setTimeout(done, 10));
         if (leave === 'end') socket.destroy();
-        else socket.resetAndDestroy();
+        else resetSocket(socket);
       }
     }
     await Promise.all(

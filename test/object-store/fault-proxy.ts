@@ -5,6 +5,7 @@
 import { once } from 'node:events';
 import { connect, createServer } from 'node:net';
 import type { AddressInfo, Server, Socket } from 'node:net';
+import { resetSocket } from '../reset-socket.ts';
 
 export type ProxyFault =
   /** The connection breaks before the server sees anything. */
@@ -114,7 +115,7 @@ export class FaultProxy {
       }
       if (fault?.kind === 'lose-reply') return breakOff();
       if (fault?.kind === 'cut-reply' && replyBytes + chunk.length >= fault.afterBytes) {
-        client.write(chunk.subarray(0, fault.afterBytes - replyBytes), () => client.resetAndDestroy());
+        client.write(chunk.subarray(0, fault.afterBytes - replyBytes), () => resetSocket(client));
         server.destroy();
         return;
       }
