@@ -13,3 +13,11 @@ test('a free port is not one of those that outgoing connections get, and is take
   await listen(server, '127.0.0.1', await freePort());
   for (const each of [server, ...servers]) each.close();
 });
+
+test('a port that is reserved is not taken', async () => {
+  const reserved = Array.from({ length: 22_768 }, (_, index) => 10_000 + index);
+  const server = createServer();
+  const port = await listenOnFreePort(server, '127.0.0.1', reserved);
+  assert(!reserved.includes(port), 'one of the system, where all others are reserved');
+  server.close();
+});

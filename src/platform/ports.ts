@@ -17,7 +17,7 @@ export interface ServicePorts {
   readonly safekeeperPorts: readonly number[];
 }
 
-/** All different, free when this resolves, and none of `reserved`, which others are about to take. Safekeepers' are in the order of their ids, which begin with 1. */
+/** All different, free when this resolves, and none that is chosen is one of `reserved`, which others are about to take. Safekeepers' are in the order of their ids, which begin with 1. */
 export async function servicePorts(
   dataDir: string,
   host: string,
@@ -60,7 +60,7 @@ async function listenAgain(
   port: number | undefined,
   reserved: readonly number[],
 ): Promise<number> {
-  if (port === undefined || reserved.includes(port)) return listenOnFreePort(server, host, reserved);
+  if (port === undefined) return listenOnFreePort(server, host, reserved);
   try {
     await listen(server, host, port);
     return port;
