@@ -15,7 +15,7 @@ import { historyUpTo } from '../consensus/term-history.ts';
 import { formatLsn, type Lsn, segmentOffset, segmentStart, WAL_SEGMENT_SIZE } from '../postgres/lsn.ts';
 import { removalHorizon } from './kept-wal.ts';
 import type { OffloadedWal } from './offloaded-wal.ts';
-import { readWhole, SegmentCheck } from './segment-check.ts';
+import { SegmentCheck } from './segment-check.ts';
 import type { Timeline } from './timeline.ts';
 import { WalFileReader } from './wal-store.ts';
 
@@ -268,7 +268,7 @@ export class Offloader {
 async function readSegment(timeline: Timeline, fromLsn: Lsn, endLsn: Lsn): Promise<Buffer> {
   const files = new WalFileReader(timeline.directory);
   try {
-    return await readWhole(files, fromLsn, endLsn);
+    return await files.readAll(fromLsn, endLsn);
   } finally {
     await files.close();
   }

@@ -69,7 +69,7 @@ async function rest({ kept }: Timeline, files: WalFileReader, lsn: Lsn): Promise
   const { localStartLsn, logStartLsn } = kept;
   for (let back = WAL_PAGE_SIZE; lsn > localStartLsn; back *= BACK_FACTOR) {
     const fromLsn = Math.max(lsn - back, localStartLsn);
-    const bytes = await readWhole(files, fromLsn, lsn);
+    const bytes = await files.readAll(fromLsn, lsn);
     const endLsn = new WalBoundaryTracker(fromLsn).push(bytes);
     if (endLsn > fromLsn || fromLsn === logStartLsn) return { lsn: endLsn, bytes: bytes.subarray(endLsn - fromLsn) };
     if (fromLsn === localStartLsn) return undefined;
@@ -86,10 +86,4 @@ function firstBoundary({ kept }: Timeline, fromLsn: Lsn, bytes: Buffer): Lsn | u
     if (endLsn > fromLsn) return endLsn;
   }
   return undefined;
-}
-
-export async function readWhole(files: WalFileReader, fromLsn: Lsn, endLsn: Lsn): Promise<Buffer> {
-  const parts: Buffer[] = [];
-  for (let lsn = fromLsn; lsn < endLsn; lsn += parts.at(-1)!.length) parts.push(await files.read(lsn, endLsn));
-  return Buffer.concat(parts);
 }

@@ -26,6 +26,16 @@ const PIECE_BYTES = 16_000;
 /** More than the system holds of a Unix socket in both directions, and less than what is asked here. */
 const TAKEN_BYTES_MAX = 1_000_000;
 
+/** A safekeeper with a led timeline, and a Unix socket that leads to it. */
+async function startOnSocket(
+  context: TestContext,
+): Promise<{ readonly led: LedTimeline; readonly socketPath: string }> {
+  const folder = mkdtempSync(join(tmpdir(), 'strata-unread-'));
+  context.after(() => rmSync(folder, { recursive: true }));
+  const socketPath = join(folder, 'safekeeper.sock');
+  return { led: await startLedTimeline(context, { pgVersion: 17, socketPath }), socketPath };
+}
+
 test(
   'a client that asks and reads nothing is listened to again when it reads',
   { timeout: 120_000 },
@@ -34,10 +44,7 @@ test(
       context.skip('the system keeps more of what is written to a socket than this test asks');
       return;
     }
-    const folder = mkdtempSync(join(tmpdir(), 'strata-unread-'));
-    context.after(() => rmSync(folder, { recursive: true }));
-    const socketPath = join(folder, 'safekeeper.sock');
-    const led = await startLedTimeline(context, { pgVersion: 17, socketPath });
+    const { led, socketPath } = await startOnSocket(context);
     for (const [name, { opening, question }] of Object.entries(await conversations(led))) {
       const client = new Asker(context, socketPath);
       client.socket.write(opening);
@@ -57,10 +64,7 @@ test('votes that come faster than they can be written down wait outside', { time
     context.skip('the system keeps more of what is written to a socket than this test asks');
     return;
   }
-  const folder = mkdtempSync(join(tmpdir(), 'strata-unread-'));
-  context.after(() => rmSync(folder, { recursive: true }));
-  const socketPath = join(folder, 'safekeeper.sock');
-  const led = await startLedTimeline(context, { pgVersion: 17, socketPath });
+  const { led, socketPath } = await startOnSocket(context);
   const { proposer } = await conversations(led);
   const client = new Asker(context, socketPath);
   const replies = new FrameReader();

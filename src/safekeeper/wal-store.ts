@@ -355,6 +355,13 @@ export class WalFileReader {
     return buffer.subarray(0, bytesRead);
   }
 
+  /** All bytes from `lsn` to `endLsn`. */
+  async readAll(lsn: Lsn, endLsn: Lsn): Promise<Buffer> {
+    const parts: Buffer[] = [];
+    for (let at = lsn; at < endLsn; at += parts.at(-1)!.length) parts.push(await this.read(at, endLsn));
+    return Buffer.concat(parts);
+  }
+
   async close(): Promise<void> {
     const file = this.#file;
     this.#file = undefined;
